@@ -20,6 +20,7 @@ from cnn_jax.config.schema import SOURCE_PATTERN, Config, path_source
 from cnn_jax.inference.bundle import find_bundle
 from cnn_jax.inference.images import AnyImage, list_images, single_images
 from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_batch
+from cnn_jax.registry.mlflow import log_run, tracking_uri
 from cnn_jax.report.run_report import report_after_training
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console, default_console
@@ -41,6 +42,7 @@ def train(
     config: str | os.PathLike[str] | ConfigDict = "folder",
     workdir: str | os.PathLike[str] | None = None,
     console: Console | None = None,
+    mlflow: str | None = None,
     **changes: Any,
 ) -> "Run":
     """Trains and evaluates a classifier, and writes its bundle and report, like `cnn_jax train`.
@@ -55,6 +57,8 @@ def train(
         configuration.
       workdir: The run's folder; by default a new folder below `runs`, whose path is shown.
       console: The place where progress is shown; by default the notebook, or stderr.
+      mlflow: The MLflow server or database to which the finished run is logged; by default the
+        variable MLFLOW_TRACKING_URI.
       **changes: New values of configuration keys: by the full key
         (`**{"data.image_size": 64}`), only by the name if it is unique (`image_size=64`), or
         by section (`data={"image_size": 64}`).
@@ -69,6 +73,7 @@ def train(
       TrainingError: Training cannot continue.
       Interrupted: Ctrl-C was pressed; the state is saved, and the message says how to continue.
     """
+    uri = tracking_uri(mlflow)
     new_config = _changed_config(config, changes, source)
     folder = pathlib.Path(workdir).expanduser() if workdir is not None else _new_folder(new_config)
     console = console or default_console()
@@ -84,7 +89,8 @@ def train(
         # message.
         raise Interrupted(message) from None
     run = Run(folder, folder / "bundle")
-    console.facts(_results(run, page_or_command))
+    lines = _results(run, page_or_command)
+    console.facts(lines | {"mlflow": log_run(folder, uri)} if uri else lines)
     return run
 
 

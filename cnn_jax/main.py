@@ -11,6 +11,11 @@ from cnn_jax.system.errors import ConfigError
 def main(argv: Sequence[str]) -> None:
     parser = files.ConfigParser(prog="cnn_jax train", description=__doc__)
     parser.add_argument("--workdir", type=cli.path, metavar="DIR", help="the run's folder")
+    parser.add_argument(
+        "--mlflow",
+        metavar="URI",
+        help="MLflow server or database to which the finished run is logged ($MLFLOW_TRACKING_URI)",
+    )
     parser.add_argument("--profile", action="store_true", help="record a trace of a few steps")
     several = parser.add_argument_group(
         "several processes", "Detected automatically on Slurm, Open MPI, Kubernetes and Cloud TPU."
@@ -31,12 +36,14 @@ def main(argv: Sequence[str]) -> None:
     files.find(flags.config)
     with cli.blocked_interrupts():
         # JAX takes seconds to import, so it is imported after the flags have been checked.
+        from cnn_jax.registry import mlflow
         from cnn_jax.system.compilation_cache import keep_compiled
         from cnn_jax.system.runtime import keep_freed_memory
         from cnn_jax.training import summary
         from cnn_jax.training.loop import train_and_evaluate
         from cnn_jax.training.sharding import is_primary, start_processes
 
+    uri = mlflow.tracking_uri(flags.mlflow)
     config = files.load(flags.config, overrides)
     keep_freed_memory()
     start_processes(flags.coordinator, flags.process_id, flags.process_count)
@@ -52,6 +59,8 @@ def main(argv: Sequence[str]) -> None:
     page_or_command = report_after_training(flags.workdir, config, console)
     if is_primary():
         print(f"report      {page_or_command}")
+        if uri is not None:
+            print(f"mlflow      {mlflow.log_run(flags.workdir, uri)}")
 
 
 if __name__ == "__main__":

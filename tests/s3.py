@@ -13,7 +13,7 @@ BUCKET = "bucket"
 
 @contextlib.contextmanager
 def s3_service():
-    """Starts an S3 service with an empty bucket in a new process; yields options for s3fs."""
+    """Starts an S3 service with an empty bucket in a new process; yields options for obstore."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -23,7 +23,12 @@ def s3_service():
         try:
             _wait_for(f"{url}/moto-api/", process)
             urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"))
-            yield {"key": "key", "secret": "secret", "endpoint_url": url}
+            yield {
+                "access_key_id": "key",
+                "secret_access_key": "secret",
+                "endpoint": url,
+                "region": "us-east-1",
+            }
         finally:
             process.kill()
 

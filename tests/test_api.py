@@ -145,6 +145,17 @@ def test_the_report_shows_its_charts(trained):
     assert html.escape(str(report.path)) in report._repr_html_()
 
 
+def test_a_run_is_logged_to_mlflow_on_request(trained, image_folder, monkeypatch):
+    logged, console = [], _Recorder()
+    monkeypatch.setattr(api, "tracking_uri", lambda uri: uri)
+    monkeypatch.setattr(api, "log_run", lambda *arguments: logged.append(arguments) or "run 1")
+    options = {"epochs": 3, "report": {"detail": "figures"}, **_TINY}
+    for uri in (None, "sqlite:///mlflow.db"):
+        cnn_jax.train(image_folder, workdir=trained.workdir, console=console, mlflow=uri, **options)
+    assert logged == [(trained.workdir, "sqlite:///mlflow.db")]
+    assert console.shown["mlflow"] == "run 1"
+
+
 def test_a_run_or_a_bundle_is_loaded(trained, tmp_path):
     again = cnn_jax.load(trained.workdir)
     assert (repr(again), again.metrics) == (repr(trained), trained.metrics)

@@ -198,6 +198,33 @@ def test_training_needs_neither_opencv_nor_tfds(image_folder, tmp_path):
     assert (tmp_path / "run" / "bundle" / "bundle.json").exists()
 
 
+def test_a_finished_run_is_logged_to_mlflow(image_folder, tmp_path):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    flags = _tiny_flags(image_folder, tmp_path / "run")
+    # MLflow stores the artifacts below the current folder.
+    code = (
+        "import os, sys; os.chdir(sys.argv[1])\nfrom cnn_jax.main import main; main(sys.argv[2:])"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path), *flags, f"--mlflow={uri}"]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    for line in (f"mlflow      {uri} run ", f"mlflow      {uri} already has this run as "):
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        last = result.stdout.splitlines()[-1]
+        assert last.startswith(line)
+    client = mlflow.MlflowClient(uri, uri)
+    run = client.get_run(last.split()[-1])
+    records = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    history = client.get_metric_history(run.info.run_id, "validation_loss")
+    assert [metric.step for metric in history] == [json.loads(line)["epoch"] for line in records]
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert run.data.params["model.name"] == config["model"]["name"]
+    metrics = json.loads((tmp_path / "run" / "report" / "metrics.json").read_text())
+    assert run.data.metrics["test_accuracy"] == pytest.approx(metrics["test"]["accuracy"])
+
+
 def test_a_run_ends_with_the_path_of_its_report(image_folder, tmp_path):
     flags = [f for f in _tiny_flags(image_folder, tmp_path / "run") if "report.detail" not in f]
     result = _run("main", *flags, "--config.report.detail=figures")

@@ -149,7 +149,7 @@ def value_ranges(
 
 
 def range_warnings(ranges: Sequence[ValueRange]) -> list[str]:
-    """Returns the warnings about all value ranges, and about conflicting white levels."""
+    """Returns the warnings about ranges of pixel values, and about conflicting white levels."""
     found = [warning for one in ranges if (warning := one.warning())]
     return found + _conflicts(ranges)
 

@@ -153,7 +153,7 @@ class Segments:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the present file is so large or old that the caller should `close` it."""
+        """Returns whether the present file is so large or old that the caller should close it."""
         return self.path is not None and (
             self._file.tell() >= self._max_bytes
             or self._batches >= _SEGMENT_BATCHES

@@ -242,7 +242,8 @@ def _exact_bounds(
     With these numbers, the fractions of examples before the cuts are as near as possible to `cuts`.
     """
     before = np.concatenate([[0], np.cumsum(sizes)])
-    # Without 1e-9, a rounding error such as 0.7 + 0.2 = 0.8999... would move a cut by one unit.
+    # Without 1e-9, a rounding error such as 0.7 + 0.2 = 0.8999... would move the boundary of a
+    # split by one unit.
     wanted = cuts * before[-1] + 1e-9
     after = np.searchsorted(before, wanted)
     nearer_before = wanted - before[after - 1] < before[after] - wanted

@@ -264,8 +264,8 @@ def _grad_cam(maps: Array, gradients: Array, head: Array) -> Array:
 
 
 def _grad_cam_plus_plus(maps: Array, gradients: Array, head: Array) -> Array:
-    # All derivatives of exp(logit) have a factor exp(logit). These factors cancel, except for a
-    # factor that is the same for all pixels.
+    # The factor exp(logit) of all derivatives of exp(logit) is left out: it cancels in `alpha`, and
+    # it multiplies all pixels of the map by the same number.
     squares = gradients**2
     sums = jnp.sum(maps, axis=(1, 2), keepdims=True)
     denominator = 2 * squares + sums * gradients**3

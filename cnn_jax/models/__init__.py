@@ -45,7 +45,7 @@ def _channels(default: Sequence[int], comment: str) -> Key:
 
 
 def _divisor_of_pools(section: Mapping[str, Any]) -> int:
-    """Returns the divisor of the image size for a network with 2 x 2 pooling between blocks.
+    """Returns the number that must divide the image size, for 2 x 2 pooling between blocks.
 
     Each pooling halves the height and the width. The key `features` has a value for each block.
     """

@@ -84,7 +84,7 @@ def _layer_size(image: np.ndarray) -> tuple[int, int]:
 
 
 def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Resizes a layer to the size of an image; averages over pixel areas if the layer is larger."""
+    """Resizes a layer, such as fog, to the size of an image; a larger layer is averaged by area."""
     height, width = image.shape[:2]
     if layer.shape[:2] == (height, width):
         return layer

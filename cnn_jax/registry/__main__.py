@@ -4,24 +4,24 @@
     cnn_jax registry list [MODEL] --registry=DIR [--json]
     cnn_jax registry show MODEL[@ALIAS|/VERSION] --registry=DIR [--json]
     cnn_jax registry promote MODEL VERSION --registry=DIR [--alias=champion] [GATES]
+    cnn_jax registry promote MODEL VERSION --registry=DIR --not_worse_than=champion --on=SOURCE
     cnn_jax registry rollback MODEL --registry=DIR [--alias=champion] [--from=VERSION]
     cnn_jax registry remove MODEL VERSION --registry=DIR
     cnn_jax registry remove MODEL --alias=ALIAS --registry=DIR
     cnn_jax registry verify [MODEL] --registry=DIR
     cnn_jax registry fetch MODEL[@ALIAS|/VERSION] FOLDER --registry=DIR
     cnn_jax registry export MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
-    cnn_jax registry import MODEL[@ALIAS|/VERSION] --registry=DIR --mlflow=URI
 
-DIR is a folder or a URL of fsspec, such as s3://BUCKET/PATH. Without --registry, DIR is the value
-of the environment variable CNN_JAX_REGISTRY. A command that changes the registry prints one line.
-`verify` reads the files of all versions, reports each version as unchanged or damaged, and exits
-with 1 if a version is damaged. `fetch` copies a bundle into FOLDER and prints the path of the copy;
-MODEL without a version selects the version with the alias "champion". `export` and `import` copy
-versions and aliases to and from an MLflow registry. `import --no_aliases` copies no aliases.
+DIR is a folder, or a URL such as s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH. Without
+--registry, DIR is the value of the environment variable CNN_JAX_REGISTRY. A command that changes
+the registry prints one line. `verify` reads the files of all versions, reports each version as
+unchanged or damaged, and exits with 1 if a version is damaged; it also names folders that belong to
+no version. `fetch` copies a bundle into FOLDER and prints the path of the copy; MODEL without a
+version selects the version with the alias "champion". `export` registers versions and aliases in
+MLflow, so that `mlflow.pyfunc.load_model` and `mlflow models serve` answer with them.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
 import os
@@ -30,12 +30,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from cnn_jax.config.schema import SOURCE_FORMS
 from cnn_jax.registry import ledger
-from cnn_jax.registry.ledger import CHAMPION, Entry, Gates, Model, RegistryError, Version
+from cnn_jax.registry.ledger import CHAMPION, Entry, Evidence, Gates, Model, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
 from cnn_jax.system.errors import BundleError, ConfigError, printable
-from cnn_jax.system.text import wrap
+from cnn_jax.system.text import terminal_width, wrap
 
 _VARIABLE = "CNN_JAX_REGISTRY"
 _MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
@@ -83,29 +84,21 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check the files of all versions, or of one model")
     verify.add_argument("model", type=_model, nargs="?", metavar="MODEL")
     fetch = command("fetch", _fetch, "copy a version's bundle into a folder, and print its path")
-    export = command("export", _export, "copy versions and aliases to an MLflow registry")
-    import_ = command("import", _import, "copy versions and aliases from an MLflow registry")
+    export = command("export", _export, "register versions and aliases in MLflow")
 
-    for subparser in (show, fetch, export, import_):
+    for subparser in (show, fetch, export):
         subparser.add_argument("reference", type=_reference, metavar="MODEL[@ALIAS|/VERSION]")
     fetch.add_argument(
         "folder", type=cli.path, metavar="FOLDER", help="created if it does not exist"
     )
     for subparser in (list_, show):
         subparser.add_argument("--json", action="store_true", help="print JSON")
-    for subparser in (export, import_):
-        subparser.add_argument(
-            "--mlflow",
-            type=_location,
-            default=os.environ.get(_MLFLOW_VARIABLE) or None,
-            metavar="URI",
-            help=f"the MLflow server or database (${_MLFLOW_VARIABLE})",
-        )
-    import_.add_argument(
-        "--no_aliases",
-        "--no-aliases",
-        action="store_true",
-        help="import only the versions; do not change the aliases of this registry",
+    export.add_argument(
+        "--mlflow",
+        type=_location,
+        default=os.environ.get(_MLFLOW_VARIABLE) or None,
+        metavar="URI",
+        help=f"the MLflow server or database (${_MLFLOW_VARIABLE})",
     )
     _alias_flag(rollback)
     rollback.add_argument(
@@ -154,11 +147,31 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
         help="refuse a version with a higher test loss",
     )
     promote.add_argument(
-        "--not_below",
-        "--not-below",
+        "--not_worse_than",
+        "--not-worse-than",
         type=_alias,
         metavar="ALIAS",
-        help="refuse a version with a lower test accuracy than the version of this alias",
+        help="refuse a version unless tests on the images of --on show that it is not worse than "
+        "the version of this alias; not checked if --alias names the same alias, and the alias "
+        "does not exist yet",
+    )
+    promote.add_argument(
+        "--on", metavar="SOURCE", help=f"the images for --not_worse_than: {SOURCE_FORMS}"
+    )
+    promote.add_argument(
+        "--split",
+        choices=("test", "all"),
+        default="test",
+        metavar="SPLIT",
+        help="test: only images that are in the test split of both versions; all: all images of "
+        "--on, which neither version may have seen (test)",
+    )
+    promote.add_argument(
+        "--margin",
+        type=_margin,
+        default=0.01,
+        metavar="FRACTION",
+        help="the difference in accuracy that --not_worse_than accepts, above 0 and below 1 (0.01)",
     )
 
 
@@ -186,6 +199,14 @@ def _argparse_type(parse: Callable[[str], Any], kind: str = "") -> Callable[[str
     return parse_argument
 
 
+def _margin(text: str) -> float:
+    """Parses the margin of --not_worse_than; an argparse type."""
+    margin = cli.fraction(text)
+    if not 0 < margin < 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, got {text!r}")
+    return margin
+
+
 _model = _argparse_type(lambda text: ledger.check_name("model", text), "model")
 _alias = _argparse_type(lambda text: ledger.check_name("alias", text), "alias")
 _version_or_alias = _argparse_type(ledger.parse_version_or_alias)
@@ -207,13 +228,43 @@ def _add(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _promote(registry: Registry, flags: argparse.Namespace) -> None:
-    gates = Gates(**{field.name: getattr(flags, field.name) for field in dataclasses.fields(Gates)})
+    if (flags.not_worse_than is None) != (flags.on is None):
+        raise ConfigError("--not_worse_than and --on must be given together")
+    limits = ("min_accuracy", "min_precision", "min_recall", "min_f1", "max_loss")
+    gates = Gates(**{name: getattr(flags, name) for name in limits})
+    if flags.not_worse_than is not None:
+        gates = dataclasses.replace(gates, evidence=_evidence(registry, flags, gates))
     entry = registry.promote(flags.model, flags.version, flags.alias, gates, flags.note)
     if entry is None:
         version = registry.resolve(flags.model, flags.alias)
         _print(f"{flags.model}@{flags.alias} is already version {version.number}")
         return
     _print(_alias_change(entry))
+
+
+def _evidence(registry: Registry, flags: argparse.Namespace, gates: Gates) -> Evidence | None:
+    """Compares the version with that of --not_worse_than; returns None if there is no other."""
+    version = registry.resolve(flags.model, flags.version)
+    target = registry.models[flags.model].alias_target(flags.not_worse_than)
+    if flags.not_worse_than == flags.alias and target in (None, version.number):
+        return None
+    gates.check(registry.models, version, flags.alias)  # The other gates need no predictions.
+    from cnn_jax.registry.evidence import compare_versions
+    from cnn_jax.system.compilation_cache import keep_compiled
+    from cnn_jax.system.console import Console
+    from cnn_jax.system.runtime import keep_freed_memory
+
+    keep_freed_memory()
+    keep_compiled()
+    return compare_versions(
+        registry,
+        version,
+        flags.not_worse_than,
+        flags.on,
+        flags.margin,
+        flags.split,
+        Console().track,
+    )
 
 
 def _rollback(registry: Registry, flags: argparse.Namespace) -> None:
@@ -256,6 +307,9 @@ def _verify(registry: Registry, flags: argparse.Namespace) -> None:
             registry.refresh()  # This call raises an error if the whole registry is unreadable.
             line = f"{version} was not verified: {error}"
         _print(printable(line))
+    if flags.model is None:
+        for path in registry.unused_bundles():
+            _print(f"{path} belongs to no version: delete it, unless an `add` is running")
     if damaged:
         raise RegistryError(
             f"{len(damaged)} of {len(versions)} versions are damaged: {', '.join(damaged)}; add "
@@ -274,24 +328,11 @@ def _fetch(registry: Registry, flags: argparse.Namespace) -> None:
 def _export(registry: Registry, flags: argparse.Namespace) -> None:
     from cnn_jax.registry import mlflow
 
-    name, selector = flags.reference
-    for line in mlflow.export_versions(registry, name, selector, _mlflow_uri(flags)):
-        _print(line)
-
-
-def _import(registry: Registry, flags: argparse.Namespace) -> None:
-    from cnn_jax.registry import mlflow
-
-    name, selector = flags.reference
-    uri, with_aliases = _mlflow_uri(flags), not flags.no_aliases
-    for line in mlflow.import_versions(registry, name, selector, uri, with_aliases):
-        _print(line)
-
-
-def _mlflow_uri(flags: argparse.Namespace) -> str:
     if flags.mlflow is None:
         raise ConfigError(f"--mlflow is required, unless ${_MLFLOW_VARIABLE} is set")
-    return flags.mlflow
+    name, selector = flags.reference
+    for line in mlflow.export_versions(registry, name, selector, flags.mlflow):
+        _print(line)
 
 
 def _list(registry: Registry, flags: argparse.Namespace) -> None:
@@ -300,7 +341,7 @@ def _list(registry: Registry, flags: argparse.Namespace) -> None:
         _print_json({model.name: _model_as_json(model) for model in models})
         return
     rows = [row for model in models for row in _rows(model)]
-    print(_table(rows, _width()) if rows else f"{registry.url}: no versions")
+    print(_table(rows, terminal_width(sys.stdout)) if rows else f"{registry.url}: no versions")
 
 
 def _selected(registry: Registry, name: str | None) -> list[Model]:
@@ -314,7 +355,7 @@ def _show(registry: Registry, flags: argparse.Namespace) -> None:
     name, selector = flags.reference
     model = ledger.find(registry.models, name)
     log = [entry for entry in registry.log if entry.model == name]
-    width = _width()
+    width = terminal_width(sys.stdout)
     if selector is None:
         as_json = _model_as_json(model)
         text = [_describe_model(model, width), _table(_rows(model), width)]
@@ -334,7 +375,7 @@ def _show(registry: Registry, flags: argparse.Namespace) -> None:
 
 def _print(line: str) -> None:
     """Prints text, wrapped to the width of the terminal."""
-    print("\n".join(wrap(line, _width())), flush=True)
+    print("\n".join(wrap(line, terminal_width(sys.stdout))), flush=True)
 
 
 def _print_json(value: Any) -> None:
@@ -410,19 +451,6 @@ def _author(item: Version | Entry) -> str:
     return printable(f"{item.user}@{item.host}")
 
 
-def _width() -> int | None:
-    """Returns the width of the output in columns: $COLUMNS, or the width of the terminal.
-
-    The width is None, which means no limit, if the output is not a terminal.
-    """
-    with contextlib.suppress(KeyError, ValueError):
-        if (columns := int(os.environ["COLUMNS"])) > 0:
-            return columns
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        return os.get_terminal_size(sys.stdout.fileno()).columns or None
-    return None
-
-
 def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
     """Formats rows as a table, or as paragraphs if the table is wider than the terminal."""
     if not rows:
@@ -483,7 +511,7 @@ def _line(entry: Entry) -> str:
         "promote": f"{entry.alias} -> {entry.version}",
         "rollback": f"{entry.alias} -> {entry.version}",
         "remove": f"{entry.version or entry.alias}",
-    }[entry.action]
+    }.get(entry.action, "(skipped, because this version of cnn_jax does not know the action)")
     before = f" (previously {entry.before})" * (entry.before is not None)
     gates = "".join(f"  {gate}" for gate in entry.gates)
     note = f"  # {entry.note}" * bool(entry.note)

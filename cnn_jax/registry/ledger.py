@@ -7,9 +7,11 @@ All functions are pure: they read and write no files. An entry is a JSON object:
     id                          a random id, so that a writer recognises its own entry
     time, user, host, note      time (UTC), user and host of the change; a note by the user
     action                      add, promote, rollback or remove
+    skippable                   true if a reader that does not know the action may skip the entry
     model, version              the changed model and version
     alias, before               the changed alias, and the version it pointed to before
     gates                       for promote: the gates that the version passed
+    evidence                    for promote: the comparison with another version; see `Evidence`
     bundle                      for add: the path and the metadata of the bundle
 """
 
@@ -29,6 +31,13 @@ CHAMPION = "champion"
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _DIGEST = r"[0-9a-f]{64}"
+# The fields that the entry of each action needs; the removal of an alias needs others.
+_NEEDED_FIELDS = {
+    "add": ("version", "bundle"),
+    "promote": ("version", "alias"),
+    "rollback": ("version", "alias", "before"),
+    "remove": ("version",),
+}
 # The pattern of a bundle's path is strict, because removing a version deletes the folder at this
 # path, and a damaged log could contain any path.
 _PATH = rf"bundles/{_DIGEST}-\d{{8}}T\d{{6}}Z-[0-9a-f]{{16}}"
@@ -72,7 +81,9 @@ class BundleFacts:
 class Entry:
     """A log entry, which describes a change of the registry.
 
-    The docstring of this module explains the fields. Missing fields are None or empty.
+    The docstring of this module explains the fields. Missing fields are None or empty. If a later
+    version of this package wrote the entry, and the entry is skippable, its action may be unknown.
+    Such an entry has only the fields up to `action`; it changes nothing.
     """
 
     number: int
@@ -88,7 +99,55 @@ class Entry:
     alias: str | None = None
     before: int | None = None
     gates: tuple[str, ...] = ()
+    evidence: dict[str, Any] | None = None
     bundle: BundleFacts | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """The comparison of a version with the version of an alias, on the same images.
+
+    Attributes:
+      candidate: The number of the version to promote.
+      alias: The alias that the candidate is compared with.
+      reference: The number of the alias's version.
+      source: The name of the source of the images.
+      split: The split, "test" or "all".
+
+    The other attributes are those of `quality.noninferiority.Comparison`.
+    """
+
+    candidate: int
+    alias: str
+    reference: int
+    source: str
+    split: str
+    is_not_worse: bool
+    images: int
+    margin: float
+    level: float
+    candidate_correct: int
+    reference_correct: int
+    gains: int
+    losses: int
+    p_value: float
+    worse_classes: tuple[str, ...]
+    classes: dict[str, tuple[int, int, int]]
+    images_needed: int
+
+    def __str__(self) -> str:
+        text = (
+            f"not_worse_than={self.alias}: {self.candidate_correct / self.images:.2%} of "
+            f"{self.images:,} images of {printable(self.source)} are correct, and "
+            f"{self.reference_correct / self.images:.2%} with version {self.reference} "
+            f"(margin {self.margin:g}, p = {self.p_value:.2g})"
+        )
+        if self.worse_classes:
+            return f"{text}; worse in {', '.join(map(printable, self.worse_classes))}"
+        if not self.is_not_worse:
+            needed = f"{self.images_needed:,}"
+            return f"{text}; an equal version would pass 80 % of the time with {needed} images"
+        return text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -284,8 +343,8 @@ class Gates:
       min_accuracy, min_precision, min_recall, min_f1: The least allowed value, 0 to 1; None for
         no condition.
       max_loss: The largest allowed loss, 0 or more; None for no condition.
-      not_below: An alias. The test accuracy of the version must not be below the test accuracy
-        of the alias's current version. None for no condition.
+      evidence: A comparison in which the version must not be worse; see
+        `evidence.compare_versions`. None for no condition.
     """
 
     min_accuracy: float | None = None
@@ -293,7 +352,7 @@ class Gates:
     min_recall: float | None = None
     min_f1: float | None = None
     max_loss: float | None = None
-    not_below: str | None = None
+    evidence: Evidence | None = None
 
     def check(self, models: Models, version: Version, alias: str) -> tuple[str, ...]:
         """Checks that a version meets all conditions for its promotion.
@@ -301,14 +360,14 @@ class Gates:
         Args:
           models: The state of the registry.
           version: The version to promote.
-          alias: The alias that will point to the version. If `not_below` names the same alias and
-            the alias does not exist yet, `not_below` is not checked.
+          alias: The alias that will point to the version.
 
         Returns:
           A description of each condition that the version meets.
 
         Raises:
-          RegistryError: The version misses a condition, or the metric is unknown.
+          RegistryError: The version misses a condition, the metric is unknown, or the evidence is
+            about other versions.
         """
         passed, failed = [], []
         for metric in METRICS:
@@ -321,34 +380,18 @@ class Gates:
                 )
                 text = f"{name}={limit:g}: test {metric} is {_metric_text(value)}"
                 (passed if passes else failed).append(text)
-        is_first = self.not_below == alias and alias not in models[version.model].aliases
-        if self.not_below is not None and not is_first:
-            text, passes = self._compare(models, version)
-            (passed if passes else failed).append(text)
+        if self.evidence is not None:
+            current = resolve(models, version.model, self.evidence.alias).number
+            if (version.number, current) != (self.evidence.candidate, self.evidence.reference):
+                raise RegistryError(
+                    f"{version.model}@{self.evidence.alias} is now version {current}, but "
+                    f"{version} was compared with version {self.evidence.reference}: run the "
+                    "command again"
+                )
+            (passed if self.evidence.is_not_worse else failed).append(str(self.evidence))
         if failed:
             raise RegistryError(f"{version} does not become {alias}: {'; '.join(failed)}")
         return tuple(passed)
-
-    def _compare(self, models: Models, version: Version) -> tuple[str, bool]:
-        """Returns a description of the condition `not_below`, and whether the version meets it."""
-        assert self.not_below is not None
-        current = resolve(models, version.model, self.not_below)
-        bundle, reference = version.bundle, current.bundle
-        if version.number != current.number and (
-            not bundle.fingerprint or bundle.fingerprint != reference.fingerprint
-        ):
-            return (
-                f"not_below={self.not_below}: versions {version.number} and {current.number} have "
-                "different data, hence different test splits; evaluate both on one data set with "
-                "cnn_jax evaluate --source, or use --min_accuracy",
-                False,
-            )
-        accuracy, least = bundle.test_metric("accuracy"), reference.test_metric("accuracy")
-        text = (
-            f"not_below={self.not_below}: test accuracy is {_metric_text(accuracy)}, and that of "
-            f"version {current.number} is {_metric_text(least)}"
-        )
-        return text, accuracy is not None and least is not None and accuracy >= least
 
 
 def _metric_text(value: float | None) -> str:
@@ -366,6 +409,8 @@ def apply(models: Models, entry: Entry) -> dict[str, Model]:
       ValueError: The entry is not valid in this state.
     """
     change = {"add": _add, "promote": _promote, "rollback": _roll_back, "remove": _remove}
+    if entry.action not in change:
+        return dict(models)
     model = models.get(entry.model, Model(entry.model))
     return {**models, entry.model: change[entry.action](model, entry)}
 
@@ -454,7 +499,8 @@ def parse(data: bytes) -> Entry:
     """Parses the JSON bytes of an entry.
 
     Raises:
-      RegistryError: A later version of this package wrote the entry in a new format.
+      RegistryError: A later version of this package wrote the entry in a new format, or with an
+        action that is unknown and not skippable.
       ValueError: The data is not a valid entry.
     """
     try:
@@ -466,20 +512,32 @@ def parse(data: bytes) -> Entry:
             )
         if _take(fields, "sha256", str) != fields_digest(fields):
             raise ValueError("its sha256 does not match its other fields")
+        action = _take(fields, "action", str)
+        common: dict[str, Any] = {
+            "number": _take(fields, "number", int),
+            "previous": _take(fields, "previous", str, ""),
+            "id": _take(fields, "id", str),
+            "time": _time(fields),
+            "user": _take(fields, "user", str, ""),
+            "host": _take(fields, "host", str, ""),
+            "note": _take(fields, "note", str, ""),
+            "action": action,
+        }
+        if action not in _NEEDED_FIELDS:
+            if fields.get("skippable") is True:
+                return Entry(**common, model=_take(fields, "model", str, ""))
+            raise RegistryError(
+                f"has the action {printable(action)}, which this version of cnn_jax does not know: "
+                "upgrade cnn_jax"
+            )
         entry = Entry(
-            number=_take(fields, "number", int),
-            previous=_take(fields, "previous", str, ""),
-            id=_take(fields, "id", str),
-            time=_time(fields),
-            user=_take(fields, "user", str, ""),
-            host=_take(fields, "host", str, ""),
-            note=_take(fields, "note", str, ""),
-            action=_take(fields, "action", str),
+            **common,
             model=check_name("model", _take(fields, "model", str)),
             version=_take(fields, "version", int, None),
             alias=check_name("alias", _take(fields, "alias", str)) if "alias" in fields else None,
             before=_take(fields, "before", int, None),
             gates=tuple(map(str, _take(fields, "gates", list, []))),
+            evidence=_take(fields, "evidence", dict, None),
             bundle=_facts(fields["bundle"]) if "bundle" in fields else None,
         )
     except KeyError as error:
@@ -492,16 +550,12 @@ def parse(data: bytes) -> Entry:
 
 def _check_shape(entry: Entry) -> None:
     """Raises ValueError if an entry lacks a field that its action needs, or has an extra field."""
-    needs = {
-        "add": ("version", "bundle"),
-        "promote": ("version", "alias"),
-        "rollback": ("version", "alias", "before"),
-        "remove": ("version",) if entry.alias is None else ("alias", "before"),
-    }
-    _expect(entry.action in needs, f"its action is {entry.action}")
+    needed = _NEEDED_FIELDS[entry.action]
+    if entry.action == "remove" and entry.alias is not None:
+        needed = ("alias", "before")
     optional = {"promote": ("before",)}.get(entry.action, ())
     for field in ("version", "alias", "before", "bundle"):
-        is_set, is_needed = getattr(entry, field) is not None, field in needs[entry.action]
+        is_set, is_needed = getattr(entry, field) is not None, field in needed
         problem = f"its {field} is {'missing' if is_needed else 'not allowed'} for {entry.action}"
         _expect(is_set == is_needed or field in optional, problem)
 

@@ -1,43 +1,142 @@
-"""Copies model versions and aliases between a registry of this package and an MLflow registry.
+"""Logs runs to MLflow, and registers versions of a registry as models of MLflow.
 
-A version in MLflow has the bundle's files as artifacts and the bundle's digest as a tag. A bundle
-whose digest MLflow already has is not copied again. MLflow assigns new version numbers, which may
-differ from the numbers in this registry.
+Each bundle is stored once, in an MLflow run, as a model of the flavor `python_function`; see
+`registry.pyfunc`. The run has the digest of the bundle as a tag, so that it is found again. MLflow
+assigns its own version numbers, which may differ from the numbers in the registry.
 
-Run only one export at a time. Two exports at the same time could create a version twice.
+Log or export the same bundle from only one process at a time. Two processes at the same time could
+store it twice.
 """
 
 import contextlib
-import importlib
+import importlib.util
+import json
 import logging
+import math
 import os
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from cnn_jax.config import files
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import METRICS, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.store import error_line, hide_passwords
-from cnn_jax.system.errors import BundleError, ConfigError, UserError, printable
+from cnn_jax.system.errors import BundleError, ConfigError, UserError
 
-# The MLflow experiment of all exported bundles. MLflow stores artifacts in runs, and runs in
-# experiments.
-_EXPERIMENT = "cnn_jax"
-_ARTIFACTS = "bundle"
-_DESCRIPTION = "bundle.json"
+logger = logging.getLogger(__name__)
+
+VARIABLE = "MLFLOW_TRACKING_URI"
+_MODEL = "model"
 _DIGEST_TAG = "cnn_jax.digest"
 _VERSION_TAG = "cnn_jax.version"
+_SOURCE_TAG = "mlflow.source.name"
+_TRAINING, _EXPORT = "cnn_jax train", "cnn_jax registry export"
+_MAX_PARAMS, _MAX_METRICS = 100, 1000  # MLflow's limits for one request.
+_MAX_TEXT = 6000  # MLflow's limit for the value of a parameter, in characters.
+
+
+def tracking_uri(flag: str | None) -> str | None:
+    """Returns the MLflow server or database to which a run is logged, or None.
+
+    Args:
+      flag: The value of --mlflow; by default the variable MLFLOW_TRACKING_URI is used.
+
+    Raises:
+      ConfigError: The flag is given, but MLflow is not installed. If only the variable is set, a
+        warning is logged instead, because the variable may be meant for other programs.
+    """
+    uri = flag or os.environ.get(VARIABLE) or None
+    missing = [name for name in ("mlflow", "pandas") if importlib.util.find_spec(name) is None]
+    if uri is None or not missing:
+        return uri
+    problem = f"needs {missing[0]}, which is not installed: pip install 'cnn_jax[mlflow]'"
+    if flag:
+        raise ConfigError(f"--mlflow {problem}")
+    logger.warning("the run is not logged to $%s, which %s", VARIABLE, problem)
+    return None
+
+
+def log_run(workdir: str | os.PathLike[str], uri: str) -> str:
+    """Logs a finished training run: parameters, metrics of each epoch, report and bundle.
+
+    The MLflow experiment is $MLFLOW_EXPERIMENT_NAME, by default "cnn_jax".
+
+    Args:
+      workdir: The folder of the run.
+      uri: MLflow's tracking URI.
+
+    Returns:
+      A line that says where the run is.
+
+    Raises:
+      BundleError: The run has no bundle.
+      RegistryError: MLflow reports an error.
+    """
+    from cnn_jax.inference.bundle import digest
+
+    workdir = pathlib.Path(workdir)
+    with _one_line_errors(uri):
+        client = _client(uri)
+        bundle_digest = digest(workdir / "bundle")
+        run = _find_run(client, bundle_digest, _TRAINING)
+        if run is not None:
+            return f"{hide_passwords(uri)} already has this run as {run.info.run_id}"
+        name = workdir.resolve().name
+        with _new_run(client, name, bundle_digest, workdir / "bundle", _TRAINING) as run_id:
+            _log_params(client, run_id, files.flat(_read_json(workdir / "config.json")))
+            lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            for record in map(json.loads, lines):
+                _log_metrics(client, run_id, record, record["epoch"])
+            report = _read_json(workdir / "report" / "metrics.json")
+            for split in ("train", "validation", "test"):
+                final = {
+                    f"{split}_{metric}": report.get(split, {}).get(metric) for metric in METRICS
+                }
+                # The curves of the epochs have the names train_... and validation_...
+                prefix = "" if split == "test" else "final_"
+                _log_metrics(client, run_id, {prefix + name: v for name, v in final.items()})
+            client.log_artifacts(run_id, str(workdir / "report"), "report")
+        return f"{hide_passwords(uri)} run {run_id}"
+
+
+def _read_json(path: pathlib.Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _log_params(client: Any, run_id: str, params: Mapping[str, Any]) -> None:
+    from mlflow.entities import Param
+
+    logged = [Param(name, str(value)[:_MAX_TEXT]) for name, value in params.items()]
+    for start in range(0, len(logged), _MAX_PARAMS):
+        client.log_batch(run_id, params=logged[start : start + _MAX_PARAMS])
+
+
+def _log_metrics(client: Any, run_id: str, values: Mapping[str, Any], step: int = 0) -> None:
+    """Logs the finite numbers among the values; "step" and "epoch" are the axis, not metrics."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    logged = [
+        Metric(name, float(value), now, step)
+        for name, value in values.items()
+        if name not in ("step", "epoch") and type(value) in (int, float) and math.isfinite(value)
+    ]
+    for start in range(0, len(logged), _MAX_METRICS):
+        client.log_batch(run_id, metrics=logged[start : start + _MAX_METRICS])
 
 
 def export_versions(
     registry: Registry, name: str, selector: str | int | None, uri: str
 ) -> Iterator[str]:
-    """Copies versions of a model, and the aliases of these versions, to MLflow.
+    """Registers versions of a model, and the aliases of these versions, in MLflow.
 
-    Damaged versions are skipped.
+    Damaged versions are skipped. A version that MLflow already has is not registered again.
 
     Args:
       registry: The registry to export from.
@@ -46,11 +145,11 @@ def export_versions(
       uri: MLflow's tracking and registry URI.
 
     Yields:
-      A line for each version or alias that was copied, existed already, or was skipped.
+      A line for each version or alias that was registered, existed already, or was skipped.
 
     Raises:
       ConfigError: MLflow is not installed.
-      BundleError: A version is damaged; raised after the other versions were copied.
+      BundleError: A version is damaged; raised after the other versions were registered.
       RegistryError: The version does not exist, or MLflow reports an error.
     """
     model = ledger.find(registry.models, name)
@@ -82,9 +181,11 @@ def export_versions(
 
 
 def _create_model(client: Any, name: str) -> None:
+    from mlflow.exceptions import MlflowException
+
     try:
         client.create_registered_model(name)
-    except _exception() as error:
+    except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
 
@@ -96,168 +197,116 @@ def _versions_by_digest(client: Any, name: str) -> dict[str, str]:
 
 
 def _export_version(client: Any, registry: Registry, version: Version) -> str:
-    """Uploads a bundle as artifacts of a new MLflow run; returns the new MLflow version number."""
+    """Registers a version, and stores its bundle in a new run unless a run already has it."""
     bundle = version.bundle
     metrics = {f"test_{metric}": bundle.test_metric(metric) for metric in METRICS}
-    metrics = {metric: value for metric, value in metrics.items() if value is not None}
-    with tempfile.TemporaryDirectory() as directory:
-        folder = registry.fetch(version, directory)
-        run = client.create_run(_experiment(client), run_name=str(version)).info
-        client.log_artifacts(run.run_id, str(folder), _ARTIFACTS)
-    for metric, value in metrics.items():
-        client.log_metric(run.run_id, metric, value)
-    with contextlib.redirect_stdout(sys.stderr):  # MLflow prints the URL of the run to stdout.
-        client.set_terminated(run.run_id)
+    run = _find_run(client, bundle.digest)
+    if run is None:
+        with tempfile.TemporaryDirectory() as directory:
+            folder = registry.fetch(version, directory)
+            with _new_run(client, str(version), bundle.digest, folder, _EXPORT) as run_id:
+                _log_metrics(client, run_id, metrics)
+        run = client.get_run(run_id)
     created = client.create_model_version(
         version.model,
-        source=f"{run.artifact_uri}/{_ARTIFACTS}",
-        run_id=run.run_id,
+        source=f"{run.info.artifact_uri}/{_MODEL}",
+        run_id=run.info.run_id,
         description=version.note or None,
         tags={
             _DIGEST_TAG: bundle.digest,
             _VERSION_TAG: str(version.number),
-            **{metric: f"{value:.6g}" for metric, value in metrics.items()},
+            **{metric: f"{value:.6g}" for metric, value in metrics.items() if value is not None},
         },
     )
     return str(created.version)
 
 
-def _experiment(client: Any) -> str:
-    """Returns the id of the MLflow experiment of exported bundles; creates a missing experiment."""
-    experiment = client.get_experiment_by_name(_EXPERIMENT)
-    return experiment.experiment_id if experiment else client.create_experiment(_EXPERIMENT)
-
-
 def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
+    from mlflow.exceptions import MlflowException
+
     try:
         client.set_registered_model_alias(name, alias, number)
-    except _exception() as error:
+    except MlflowException as error:
         if error.error_code != "INVALID_PARAMETER_VALUE":
             raise
         return f"skipped {name}@{alias}: {error_line(error)}"  # MLflow refuses some alias names.
     return f"{name}@{alias} is version {number} in MLflow"
 
 
-def import_versions(
-    registry: Registry,
-    name: str,
-    selector: str | int | None,
-    uri: str,
-    with_aliases: bool = True,
-) -> Iterator[str]:
-    """Copies versions of a model, and the aliases of these versions, from MLflow.
-
-    Bundles that the registry already has are not downloaded. Damaged versions are skipped.
+def _find_run(client: Any, digest: str, source: str | None = None) -> Any:
+    """Returns the finished MLflow run that has a bundle, or None.
 
     Args:
-      registry: The registry to import to. A registry that does not exist is created.
-      name: The name of the model, the same in MLflow.
-      selector: MLflow's version number, an alias, or None for all versions that are bundles.
-      uri: MLflow's tracking and registry URI.
-      with_aliases: Whether to copy the aliases too.
-
-    Yields:
-      A line for each version or alias that was copied, existed already, or was skipped.
-
-    Raises:
-      ConfigError: MLflow is not installed.
-      BundleError: No selected version is a bundle, or a version is damaged; raised after the
-        other versions were copied.
-      RegistryError: The version does not exist, or MLflow reports an error.
+      client: The client of MLflow.
+      digest: The digest of the bundle.
+      source: The command that has created the run; None for any command.
     """
-    with _one_line_errors(uri):
-        client = _client(uri)
-        aliases = client.get_registered_model(name).aliases if with_aliases else {}
-        bundles, damaged = 0, []
-        for source in _select(client, name, selector):
-            number = str(source.version)
-            if _DIGEST_TAG not in source.tags and not _is_bundle(client, source, uri):
-                yield f"skipped {name} version {number} of MLflow: it is not a bundle"
-                continue
-            bundles += 1
-            try:
-                version, line = _import_version(client, registry, source, uri)
-                yield line
-                for alias in sorted(a for a, v in aliases.items() if str(v) == number):
-                    yield _import_alias(registry, name, alias, version)
-            except BundleError as error:
-                damaged.append(number)
-                yield f"skipped {name} version {number} of MLflow: {error}"
-        if not bundles:
-            raise BundleError(f"MLflow has no bundle at {name}{_suffix(selector)}")
-        if damaged:
-            numbers = ", ".join(damaged)
-            raise BundleError(f"not imported, because damaged: {name} version {numbers} of MLflow")
+    condition = f"tags.`{_DIGEST_TAG}` = '{digest}' and attributes.status = 'FINISHED'"
+    if source is not None:
+        condition += f" and tags.`{_SOURCE_TAG}` = '{source}'"
+    return next(iter(client.search_runs([_experiment(client)], condition, max_results=1)), None)
 
 
-def _suffix(selector: str | int | None) -> str:
-    if selector is None:
-        return ""
-    return f"@{selector}" if isinstance(selector, str) else f"/{selector}"
+def _experiment(client: Any) -> str:
+    """Returns the id of the MLflow experiment; creates a missing experiment."""
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or "cnn_jax"
+    experiment = client.get_experiment_by_name(name)
+    return experiment.experiment_id if experiment else client.create_experiment(name)
 
 
-def _select(client: Any, name: str, selector: str | int | None) -> list[Any]:
-    """Returns the selected MLflow versions, the oldest version first."""
-    if selector is None:
-        versions = client.search_model_versions(f"name = '{name}'")
-        return sorted(versions, key=lambda version: int(version.version))
-    if isinstance(selector, str):
-        return [client.get_model_version_by_alias(name, selector)]
-    return [client.get_model_version(name, str(selector))]
-
-
-def _is_bundle(client: Any, source: Any, uri: str) -> bool:
-    """Returns whether the artifacts of an MLflow version include a file named bundle.json."""
-    location = client.get_model_version_download_uri(source.name, str(source.version))
-    artifacts = _artifacts().list_artifacts(artifact_uri=location, tracking_uri=uri)
-    return any(pathlib.PurePosixPath(item.path).name == _DESCRIPTION for item in artifacts)
-
-
-def _import_version(client: Any, registry: Registry, source: Any, uri: str) -> tuple[int, str]:
-    """Imports an MLflow version; returns its number in the registry, and a line to print."""
-    from cnn_jax.inference.bundle import digest
-
-    label = f"{source.name} version {source.version}"
-    tag = source.tags.get(_DIGEST_TAG)
-    if tag is not None:
-        if version := registry.find_digest(source.name, tag):
-            return version.number, f"{label} is already {version}"
-        if not _is_bundle(client, source, uri):
-            raise BundleError(f"it has a tag {_DIGEST_TAG}, but no {_DESCRIPTION}")
-    location = client.get_model_version_download_uri(source.name, str(source.version))
-    with tempfile.TemporaryDirectory() as directory:
-        folder = _artifacts().download_artifacts(
-            artifact_uri=location, dst_path=directory, tracking_uri=uri
-        )
-        if tag not in (None, digest(folder)):
-            raise BundleError(f"its digest differs from its tag {_DIGEST_TAG}")
-        added = registry.add(source.name, folder, f"version {source.version} of MLflow")
-    if not added.is_new:
-        return added.version.number, f"{label} is already {added.version}"
-    return added.version.number, f"imported {label} as {added.version}"
-
-
-def _import_alias(registry: Registry, name: str, alias: str, number: int) -> str:
+@contextlib.contextmanager
+def _new_run(
+    client: Any, name: str, digest: str, bundle: pathlib.Path, source: str
+) -> Iterator[str]:
+    """Creates an MLflow run with a bundle; yields its id, and marks it as finished or failed."""
+    tags = {_DIGEST_TAG: digest, _SOURCE_TAG: source}
+    run_id = client.create_run(_experiment(client), tags=tags, run_name=name).info.run_id
+    status = "FAILED"
     try:
-        entry = registry.promote(name, number, alias, note="as in MLflow")
-    except ConfigError as error:
-        return f"skipped {name}@{printable(alias)}: {error}"
-    return f"{name}@{alias} is {'already ' * (entry is None)}version {number}"
+        with tempfile.TemporaryDirectory() as directory:
+            # MLflow gives the copy the name of the folder.
+            link = pathlib.Path(directory) / "bundle"
+            link.symlink_to(bundle.resolve())
+            _save_model(link, pathlib.Path(directory) / _MODEL)
+            client.log_artifacts(run_id, str(pathlib.Path(directory) / _MODEL), _MODEL)
+        yield run_id
+        status = "FINISHED"
+    finally:
+        with contextlib.redirect_stdout(sys.stderr):  # MLflow prints the URL of the run to stdout.
+            client.set_terminated(run_id, status)
+
+
+def _save_model(bundle: pathlib.Path, target: pathlib.Path) -> None:
+    """Writes a bundle as a model of MLflow's `python_function` flavor."""
+    import mlflow.pyfunc
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, Schema
+
+    import cnn_jax
+    from cnn_jax.registry import pyfunc
+
+    names = _read_json(bundle / "bundle.json")["class_names"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow asks for an example of an input.
+        mlflow.pyfunc.save_model(
+            target,
+            loader_module=pyfunc.__name__,
+            data_path=str(bundle),
+            pip_requirements=[f"cnn_jax=={cnn_jax.__version__}", "pandas"],
+            signature=ModelSignature(
+                Schema([ColSpec(DataType.binary, pyfunc.COLUMN)]),
+                Schema([ColSpec(DataType.double, name) for name in names]),
+            ),
+        )
 
 
 def _client(uri: str) -> Any:
+    import mlflow
+
     # With MLflow's default number of retries, MLflow reports a missing server after four minutes.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    return importlib.import_module("mlflow").MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _artifacts() -> Any:
-    return importlib.import_module("mlflow.artifacts")
-
-
-def _exception() -> Any:
-    return importlib.import_module("mlflow.exceptions").MlflowException
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 @contextlib.contextmanager
@@ -267,23 +316,18 @@ def _one_line_errors(uri: str) -> Iterator[None]:
     MLflow and these libraries raise exceptions of many types. Therefore every exception except
     UserError is converted.
     """
-    try:
-        # Hide MLflow's warnings about failed connections to a database, because MLflow also raises
-        # the last error.
-        logging.getLogger(importlib.import_module("mlflow").__name__).setLevel(logging.ERROR)
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            "--mlflow needs mlflow, which is not installed: pip install 'cnn_jax[mlflow]'"
-        ) from error
+    # Hide MLflow's warnings about failed connections to a database, because MLflow also raises the
+    # last error.
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
     shown = hide_passwords(uri)
     try:
         yield
     except UserError:
         raise
     except ModuleNotFoundError as error:
+        advice = "'cnn_jax[mlflow]'" if error.name in ("mlflow", "pandas") else error.name
         raise ConfigError(
-            f"--mlflow: {shown} needs {error.name}, which is not installed: "
-            f"pip install {error.name}"
+            f"--mlflow: {shown} needs {error.name}, which is not installed: pip install {advice}"
         ) from error
     except Exception as error:
         raise RegistryError(f"MLflow at {shown}: {error_line(error)}") from error

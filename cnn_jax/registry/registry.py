@@ -1,14 +1,13 @@
-"""A registry of bundles in a folder, or in any file system of fsspec.
+"""A registry of bundles in a folder, or in an object store such as S3.
 
     registry.json               {"format": 1, "id": ...}
     log/00000001.json, ...      one file per change, never modified; see `ledger`
     bundles/DIGEST-TIME-ID/     one folder per version, written before its log entry
     added/NUMBER-DIGEST-TIME-ID one empty file per `add`: entry number and bundle folder
-    tmp/                        temporary files, and files left by killed processes
+    tmp/                        temporary files, also of killed processes
 
 The log contains the whole state of the registry. The empty files in `added/`, called markers, show
-whether the log has lost its last entries. If so, the registry refuses changes and deletes no
-bundle.
+whether the log has lost its last `add` entry. If so, the registry cannot be read or changed.
 
 A change creates the next file of the log, in which only one writer can succeed. A writer that fails
 reads the new entry and decides again. Therefore a change is atomic, even if processes are killed.
@@ -46,15 +45,7 @@ from cnn_jax.registry.ledger import (
     RegistryError,
     Version,
 )
-from cnn_jax.registry.store import (
-    TEMPORARY,
-    NoAnswerError,
-    StoreError,
-    check_exclusive_create,
-    creation_time,
-    open_store,
-    unique_name,
-)
+from cnn_jax.registry.store import NoAnswerError, Store, StoreError, unique_name
 from cnn_jax.system.errors import BundleError, UserError
 
 logger = logging.getLogger(__name__)
@@ -64,9 +55,6 @@ _LOG = "log"
 _BUNDLES = "bundles"
 _ADDED = "added"
 _DESCRIPTION, _WEIGHTS = _FILES = ("bundle.json", "weights.safetensors")
-# Files that belong to no version are deleted when they reach this age. An upload may take at most
-# half of this time, so that its files are not deleted.
-_STALE = datetime.timedelta(days=1)
 # A change fails after this many consecutive failed attempts. A new entry by another writer restarts
 # the count.
 _MAX_FAILURES = 6
@@ -96,10 +84,6 @@ class Addition:
     is_new_registry: bool = False
 
 
-class NoRegistryError(RegistryError):
-    """Raised if the registry does not exist yet."""
-
-
 class Registry:
     """A registry of bundles with names, versions and aliases.
 
@@ -120,13 +104,13 @@ class Registry:
         """Creates the object for a registry, without reading or writing files.
 
         Args:
-          url: A folder, or a URL of fsspec, such as s3://BUCKET/PATH.
-          options: Options of fsspec for this file system, such as {"endpoint_url": ...}.
+          url: A folder, or a URL such as s3://BUCKET/PATH.
+          options: The configuration of obstore for this store, such as {"endpoint": ...}.
 
         Raises:
-          ConfigError: The URL is invalid, or a package for it is not installed.
+          ConfigError: The URL is invalid.
         """
-        self._store = open_store(url, options)
+        self._store = Store(url, options)
         self.url = self._store.url
         self._lock = threading.RLock()
         self._identity: bytes | None = None
@@ -214,7 +198,7 @@ class Registry:
             if self._identity is not None:
                 message = f"{self.url} no longer exists: its {_IDENTITY} was deleted"
                 raise RegistryError(message) from None
-            raise NoRegistryError(
+            raise RegistryError(
                 f"there is no registry at {self.url}; the first `registry add` creates it"
             ) from None
         try:
@@ -302,18 +286,10 @@ class Registry:
         if existing := ledger.find_digest(self._models, model, bundle_digest):
             self._restore(existing, contents)
             return Addition(existing, is_new=False)
-        start = time.time()
 
         def decide(models: ledger.Models) -> dict[str, Any] | None:
             if ledger.find_digest(models, model, bundle_digest):
                 return None
-            if time.time() - start > _STALE.total_seconds() / 2:
-                raise RegistryError(f"adding {path} took too long: run the command again")
-            if missing := {*_FILES} - {*self._store.names(facts.path)}:
-                raise RegistryError(
-                    f"{' and '.join(sorted(missing))} of {path} was removed during the upload: "
-                    "run the command again, and check that the clocks of all machines are right"
-                )
             number = models[model].last + 1 if model in models else 1
             return {"action": "add", "model": model, "version": number, "bundle": facts}
 
@@ -330,7 +306,6 @@ class Registry:
             self._delete(facts.path)
         else:
             self._mark(entry)
-        self._sweep()
         version = ledger.find_digest(self._models, model, bundle_digest)
         if version is None:
             raise RegistryError(f"another process has removed this bundle from {model} just now")
@@ -343,16 +318,16 @@ class Registry:
         except BundleError as error:
             logger.warning("%s; its files are restored", error)
             for name, content in contents.items():
-                self._store.remove(f"{version.bundle.path}/{name}")
                 self._store.write(f"{version.bundle.path}/{name}", content)
 
     def _mark(self, entry: Entry) -> None:
-        """Creates the marker file of an `add` entry; after an error, a later `_sweep` retries."""
+        """Creates the marker file of an `add` entry; an error is only a warning."""
+        assert entry.bundle is not None
+        bundle = entry.bundle.path.removeprefix(f"{_BUNDLES}/")
         try:
-            with contextlib.suppress(FileExistsError):
-                self._store.create(f"{_ADDED}/{_marker_name(entry)}", b"")
+            self._store.write(f"{_ADDED}/{entry.number:08d}-{bundle}", b"")
         except StoreError as error:
-            logger.warning("no marker written; a later add or remove tries again: %s", error)
+            logger.warning("the loss of the new log entry could not be detected: %s", error)
 
     def promote(
         self,
@@ -369,7 +344,7 @@ class Registry:
           selector: The number of the version, or an alias of the version. The alias is resolved
             only once, at the start.
           alias: The alias to change or create.
-          gates: Conditions on the version's test metrics.
+          gates: Conditions on the version.
           note: A text for the log.
 
         Returns:
@@ -396,6 +371,7 @@ class Registry:
                 "alias": alias,
                 "before": before,
                 "gates": passed,
+                "evidence": gates.evidence and dataclasses.asdict(gates.evidence),
             }
 
         # Check the gates before `verify`, because `verify` may have to download the bundle.
@@ -468,7 +444,6 @@ class Registry:
         entry = self._commit(decide, note)
         assert entry is not None
         self._delete(path)
-        self._sweep()
         return entry
 
     def remove_alias(self, model: str, alias: str, note: str = "") -> Entry:
@@ -485,12 +460,6 @@ class Registry:
         entry = self._commit(decide, note)
         assert entry is not None
         return entry
-
-    def find_digest(self, model: str, digest: str) -> Version | None:
-        """Reads new log entries; returns the version whose bundle has a given digest, or None."""
-        with contextlib.suppress(NoRegistryError):
-            self.refresh()
-        return ledger.find_digest(self._models, model, digest)
 
     def verify(self, version: Version) -> None:
         """Reads the files of a version and checks that the digests of the files are correct.
@@ -540,7 +509,7 @@ class Registry:
         try:
             partial.mkdir(parents=True)
             for name in _FILES:
-                self._store.download(f"{facts.path}/{name}", partial / name)
+                (partial / name).write_bytes(self._store.read(f"{facts.path}/{name}"))
             _verify(partial, facts.digest, f"{self.url}/{facts.path}")
             _install(partial, target)
         except FileNotFoundError as error:
@@ -564,7 +533,6 @@ class Registry:
                 return False
             if log:
                 raise RegistryError(f"{self.url} is damaged: it has a log but no {_IDENTITY}")
-            check_exclusive_create(self._store)
             identity = {"format": ledger.FORMAT, "id": uuid.uuid4().hex}
             # If another process creates the registry at the same time, only one process succeeds.
             with contextlib.suppress(FileExistsError):
@@ -575,9 +543,8 @@ class Registry:
     def _check_create(self) -> None:
         """Checks, before the first change, that the store refuses to overwrite an existing file.
 
-        This is checked in every process, because processes may have different versions of the
-        store's library. If `create` wrongly succeeds, it writes the content that the file already
-        has, so that no data is lost.
+        Some servers with the interface of S3 ignore the condition and overwrite the file. The check
+        writes the content that the file already has, so that no data is lost.
         """
         if self._is_create_checked:
             return
@@ -585,8 +552,8 @@ class Registry:
         with contextlib.suppress(FileExistsError):
             self._store.create(_IDENTITY, self._identity)
             raise RegistryError(
-                f"{self.url} lets this process overwrite files: upgrade fsspec's library for it "
-                "at least to the version that created the registry"
+                f"{self.url} lets two writers create the same file, so it cannot contain a "
+                "registry: use a folder, or a store that supports the header If-None-Match"
             )
         self._is_create_checked = True
 
@@ -657,41 +624,23 @@ class Registry:
         self._store.create(_log_name(entry.number), ledger.serialise(entry))
 
     def _delete(self, path: str) -> None:
-        """Deletes a file or folder; after an error, a later `_sweep` retries the deletion."""
+        """Deletes a bundle's folder; an error is only a warning, because the log is correct."""
         try:
             self._store.remove(path)
         except StoreError as error:
-            logger.warning("not deleted; a later add or remove tries again: %s", error)
+            logger.warning("not deleted: %s", error)
 
-    def _sweep(self) -> None:
-        """Deletes files of killed processes: files that are a day old and belong to no version.
+    def unused_bundles(self) -> list[str]:
+        """Returns the folders of bundles that belong to no version, relative to the registry.
 
-        A bundle that has a marker but no log entry is kept, because the log is then incomplete.
+        A killed `add` or `remove` leaves such a folder. A running `add` has one for a short time.
         """
-        try:
-            # List the bundles before reading the log, so that the log contains the version of every
-            # listed bundle.
-            paths = [
-                f"{folder}/{name}"
-                for folder in (_BUNDLES, TEMPORARY)
-                for name in self._store.names(folder)
-            ]
-            markers = {*self._markers()}
-            self.refresh()
-        except StoreError as error:
-            logger.warning("old temporary files were not searched: %s", error)
-            return
-        for entry in self._entries:
-            if entry.bundle and _marker_name(entry) not in markers:
-                self._mark(entry)
-        used = {v.bundle.path for model in self._models.values() for v in model.versions.values()}
-        added = {entry.bundle.path for entry in self._entries if entry.bundle}
-        used |= {f"{_BUNDLES}/{marker[9:]}" for marker in markers} - added
-        now = datetime.datetime.now(datetime.UTC)
-        for path in paths:
-            created = creation_time(path.rpartition("/")[2])
-            if path not in used and created is not None and now - created > _STALE:
-                self._delete(path)
+        # List the folders before the log, so that the log has the version of every listed folder
+        # that is not new.
+        paths = [f"{_BUNDLES}/{name}" for name in self._store.names(_BUNDLES)]
+        self.refresh()
+        versions = [one for model in self._models.values() for one in model.versions.values()]
+        return sorted({*paths} - {version.bundle.path for version in versions})
 
 
 def _is_entry(name: str) -> bool:
@@ -700,12 +649,6 @@ def _is_entry(name: str) -> bool:
 
 def _is_marker(name: str) -> bool:
     return re.fullmatch(r"\d{8}-[0-9a-f]{64}-\d{8}T\d{6}Z-[0-9a-f]{16}", name) is not None
-
-
-def _marker_name(entry: Entry) -> str:
-    """Returns the name of an `add` entry's marker file: the entry number and the bundle folder."""
-    assert entry.bundle is not None
-    return f"{entry.number:08d}-{entry.bundle.path.removeprefix(f'{_BUNDLES}/')}"
 
 
 def _log_name(number: int) -> str:

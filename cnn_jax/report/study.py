@@ -1,53 +1,52 @@
 """The HTML page of a hyper-parameter study: the best trial, the cost, charts, and all trials."""
 
+import base64
 import collections
-import functools
+import io
+import math
 import pathlib
 import shlex
-import tempfile
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import numpy as np
-
-from cnn_jax.report import study_charts, style, texts
-from cnn_jax.report.charts import Chart
-from cnn_jax.report.parallel import parallel, parallel_size
-from cnn_jax.report.study_values import (
-    Range,
-    Scale,
-    Study,
-    Trial,
-    best_trial,
-    comparable_trials,
-    format_parameter,
-    format_range,
-    is_number,
-    parameter_value,
-    range_edge,
-    range_position,
-    scale_for_all_trials,
-    scale_for_complete_trials,
-    sorted_importance,
-    sorted_trials,
-    trials_with_value,
+import markupsafe
+import optuna
+from matplotlib import pyplot
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
 )
+from optuna.trial import TrialState
+
+from cnn_jax.report import style, texts
 from cnn_jax.system.atomic import write_text
+from cnn_jax.system.errors import printable
+
+Study = Mapping[str, Any]
+Trial = Mapping[str, Any]
+# The search range of a parameter: its kind, and either its two ends or its choices.
+Range = Mapping[str, Any]
 
 # The sort key of a table cell without a number. The key must be finite: the sorting script
 # subtracts keys, and infinity minus infinity is NaN.
 _SORT_FIRST = -1e300
-
-
-class Cell(NamedTuple):
-    """A cell of the table of trials: the text, the sort key, and the CSS class."""
-
-    text: str
-    sort_key: float
-    css_class: str = "n"
+# The text that the page shows for a missing value.
+_MISSING = "\N{EN DASH}"
+# A value is near an end of its range if the distance is at most this fraction of the range.
+_EDGE = 0.05
+_STATES = {
+    "complete": TrialState.COMPLETE,
+    "pruned": TrialState.PRUNED,
+    "failed": TrialState.FAIL,
+    "running": TrialState.RUNNING,
+}
 
 
 def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
-    """Writes the self-contained page of a study, and the page's charts as PNG files.
+    """Writes the self-contained page of a study.
 
     Several processes may write the page at the same time. The page of the process that finishes
     last remains.
@@ -57,7 +56,7 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
         "direction"; "space", the range of each parameter; "trials"; "best", the number of the
         best trial or None; "importance"; "cost"; and the origin of the study.
       folder: The folder of the study, which also has the best configuration. It receives
-        index.html and the PNG files, and is created if necessary.
+        index.html, and is created if necessary.
 
     Returns:
       The page's path, `folder`/index.html.
@@ -66,158 +65,186 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
       OSError: The folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".page.", dir=folder) as name:
-        # Each process draws into a separate temporary folder, so that no page embeds an incomplete
-        # chart that another process is writing.
-        temporary = pathlib.Path(name)
-        _draw_charts(study, temporary)
-        write_text(temporary / "index.html", _page(study, temporary, folder))
-        for path in sorted(temporary.iterdir()):
-            path.replace(folder / path.name)
+    config = shlex.quote(str(folder / (study["best_config"] or "")))
+    page = style.template("study.html").render(
+        study=study,
+        name=study["monitor"].replace("_", " ").replace("f1", "F1"),
+        best=next((one for one in study["trials"] if one["number"] == study["best"]), None),
+        command=f"cnn_jax train --config={config} --workdir=...",
+        charts=draw_charts(study),
+        hosts=collections.Counter(trial["host"] for trial in study["trials"]),
+        duration=texts.duration,
+        format_objective=lambda value: _format_objective(study, value),
+        format_value=_format_value,
+        format_range=_format_range,
+        range_edge=range_edge,
+        cell=_cell,
+        sort_first=_SORT_FIRST,
+        time=lambda iso: (iso or "")[:16].replace("T", " "),
+        **style.sorting_script(),
+    )
+    write_text(folder / "index.html", page, shared=True)
     return folder / "index.html"
 
 
-# The charts on the page of a study.
+def draw_charts(study: Study) -> dict[str, str]:
+    """Draws Optuna's charts of a study; omits charts whose data is missing.
 
-
-def make_charts(study: Study) -> dict[str, Chart]:
-    """Returns the charts of a study by file name; omits charts whose data is missing."""
-    charts = {}
-    if trials_with_value(study):
-        charts["history"] = Chart(functools.partial(study_charts.history, study))
-    if any(is_number(value) for trial in study["trials"] for value in trial["curve"]):
-        charts["curves"] = Chart(functools.partial(study_charts.curves, study))
-    if study["importance"]:
-        size = (4.0, 0.9 + 0.26 * len(study["importance"]))
-        charts["importance"] = Chart(functools.partial(study_charts.importance, study), size)
-    if len(comparable_trials(study)) > 1 and study["space"]:
-        charts["parallel"] = Chart(functools.partial(parallel, study), parallel_size(study))
-        for number, key in enumerate(study["space"]):
-            plot = functools.partial(study_charts.value_by_parameter, study, key)
-            # Three charts of this width fit side by side on the page.
-            charts[f"slice_{number:02d}"] = Chart(plot, (3.3, 2.5))
+    Returns:
+      The charts as data URIs of PNG images, by the name of the chart: "history", "curves",
+      "parallel", and "slice KEY" for each parameter.
+    """
+    plots = optuna.visualization.matplotlib
+    charts, copied = {}, _in_memory(study)
+    with warnings.catch_warnings(), pyplot.rc_context():  # Optuna changes the style of all charts.
+        # Optuna warns that the functions are experimental, Matplotlib about missing characters.
+        warnings.simplefilter("ignore")
+        # Without this, the charts would become windows on a desktop.
+        pyplot.switch_backend("agg")
+        complete = [trial for trial in copied.trials if trial.state == TrialState.COMPLETE]
+        if complete:
+            charts["history"] = _png(plots.plot_optimization_history(copied), (5, 3.5))
+        if any(trial.intermediate_values for trial in copied.trials):
+            axes = plots.plot_intermediate_values(copied)
+            if len(copied.trials) > 10 and (legend := axes.get_legend()) is not None:
+                legend.remove()  # With a line for each trial, it would be higher than the chart.
+            charts["curves"] = _png(axes, (5, 3.5))
+        if len(complete) > 1 and study["space"]:
+            width = max(8, 1.5 * len(study["space"]))
+            charts["parallel"] = _png(plots.plot_parallel_coordinate(copied), (width, 4))
+            for key in study["space"]:
+                charts[f"slice {key}"] = _png(plots.plot_slice(copied, [_plain(key)]), (3.6, 2.8))
     return charts
 
 
-def _draw_charts(study: Study, folder: pathlib.Path) -> None:
-    for name, chart in make_charts(study).items():
-        style.draw(folder / f"{name}.png", *chart)
+def _in_memory(study: Study) -> optuna.Study:
+    """Copies a study into a study of Optuna."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        copied = optuna.create_study(direction=study["direction"])
+    finally:
+        optuna.logging.set_verbosity(level)
+    distributions = {_plain(key): _distribution(range_) for key, range_ in study["space"].items()}
+    for trial in sorted(study["trials"], key=lambda trial: trial["number"]):
+        params = dict(_params(study, trial))
+        state = _STATES[trial["state"]]
+        value = trial["value"] if _is_number(trial["value"]) else None
+        if state == TrialState.COMPLETE and value is None:
+            state = TrialState.FAIL
+        copied.add_trial(
+            optuna.trial.create_trial(
+                state=state,
+                value=value,
+                params=params,
+                distributions={key: distributions[key] for key in params},
+                intermediate_values={
+                    epoch: value
+                    for epoch, value in enumerate(trial["curve"], 1)
+                    if _is_number(value)
+                },
+            )
+        )
+    return copied
 
 
-# The rendering of the HTML page.
+def _distribution(range_: Range) -> BaseDistribution:
+    if range_["kind"] == "categorical":
+        return CategoricalDistribution(list(map(_choice, range_["choices"])))
+    kind = IntDistribution if range_["kind"] == "int" else FloatDistribution
+    return kind(range_["low"], range_["high"], log=range_["log"])
 
 
-def _page(study: Study, drawn: pathlib.Path, folder: pathlib.Path) -> str:
-    """Renders the page of a study as HTML.
+def _params(study: Study, trial: Trial) -> Iterator[tuple[str, Any]]:
+    """Yields the parameters of a trial whose values are inside the ranges of the study."""
+    for key, value in trial["params"].items():
+        range_ = study["space"].get(key)
+        if range_ is None:
+            continue
+        if range_["kind"] == "categorical":
+            if value in range_["choices"]:
+                yield _plain(key), _choice(value)
+        elif range_["low"] <= value <= range_["high"]:
+            yield _plain(key), value
+
+
+def _choice(value: Any) -> Any:
+    """Returns a choice as Optuna supports it: None, a number, or a text."""
+    return value if value is None or isinstance(value, int | float) else _plain(str(value))
+
+
+def _plain(text: str) -> str:
+    """Returns a text that Matplotlib does not read as a formula."""
+    return printable(text).replace("$", r"\$")
+
+
+def _png(axes: Any, size: tuple[float, float]) -> str:
+    """Returns the chart with these axes as the data URI of a PNG image, and closes the chart.
 
     Args:
-      study: The study.
-      drawn: The folder of the charts to embed.
-      folder: The folder to which the page will be moved.
+      axes: The axes, or an array of axes, of one chart.
+      size: The (width, height) of the chart in inches.
     """
-    scale = scale_for_all_trials(study)
-    config = shlex.quote(str(folder / (study["best_config"] or "")))
-    return style.template("study.html").render(
-        study=study,
-        scale=scale,
-        best=best_trial(study),
-        command=f"cnn_jax train --config={config} --workdir=...",
-        parameters=best_parameters(study),
-        charts={name: style.embedded(drawn / f"{name}.png") for name in make_charts(study)},
-        beyond={
-            "course": _beyond(study, scale),
-            "compared": _beyond(study, scale_for_complete_trials(study)),
-        },
-        missing=missing(study),
-        shares=sorted_importance(study),
-        rows=[_row(study, scale, trial) for trial in sorted_trials(study)],
-        hosts=collections.Counter(trial["host"] for trial in study["trials"]),
-        ranges={key: format_range(range_) for key, range_ in study["space"].items()},
-        duration=texts.duration,
-        time=_time,
-        **style.sorting_script(),
+    figure = (axes.flat[0] if hasattr(axes, "flat") else axes).figure
+    figure.set_size_inches(size)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    pyplot.close(figure)
+    # As markup, because escaping such a long text takes a second.
+    return markupsafe.Markup(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
+
+
+def _is_number(value: object) -> bool:
+    """Returns whether a value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def range_edge(range_: Range, value: Any) -> str | None:
+    """Returns the end of the range that is near a value: "lower", "upper" or None.
+
+    A value is near an end if the distance is at most 5 % of the range. The distance is measured
+    on the log scale if the range is searched on the log scale. Choices have no ends.
+    """
+    if range_["kind"] == "categorical" or range_["low"] == range_["high"] or not _is_number(value):
+        return None
+    low, high, value = (
+        math.log(number) if range_["log"] else number
+        for number in (range_["low"], range_["high"], value)
     )
+    position = (value - low) / (high - low)
+    # Without the tolerance of 1e-9, rounding errors could exclude a value at exactly 5 %.
+    if position <= _EDGE + 1e-9:
+        return "lower"
+    return "upper" if position >= 1 - _EDGE - 1e-9 else None
 
 
-def best_parameters(study: Study) -> list[dict[str, Any]]:
-    """Returns the range of each parameter and the value of the parameter in the best trial.
-
-    The key "edge" is the end of the range that is near the value; see `range_edge`.
-    """
-    best = best_trial(study)
-    if best is None:
-        return []
-    return [
-        {
-            "key": key,
-            "value": format_parameter(range_, parameter_value(best, key)),
-            "range": format_range(range_),
-            "edge": range_edge(range_, parameter_value(best, key)),
-        }
-        for key, range_ in study["space"].items()
-    ]
+def _format_objective(study: Study, value: float | None) -> str:
+    """Formats a value of the monitored metric, such as "93.45 %"; a loss has four decimals."""
+    if not _is_number(value):
+        return _MISSING
+    assert value is not None
+    return f"{value:.4f}" if study["monitor"].endswith("loss") else texts.percent(value, 2)
 
 
-def _row(study: Study, scale: Scale, trial: Trial) -> dict[str, Any]:
-    """Returns the row of a trial in the table of trials."""
-    cells = [
-        Cell(scale.format_value(trial["value"]), _sortable(trial["value"])),
-        Cell(f"{trial['epochs']:,}", trial["epochs"]),
-        Cell(texts.duration(trial["seconds"]), trial["seconds"]),
-        *(_cell(range_, parameter_value(trial, key)) for key, range_ in study["space"].items()),
-    ]
-    return {"trial": trial, "is_best": trial["number"] == study["best"], "cells": cells}
+def _cell(range_: Range, trial: Trial, key: str) -> tuple[float, str]:
+    """Returns the sort key and the text of a parameter; choices are sorted in the range's order."""
+    if key not in trial["params"]:
+        return _SORT_FIRST, _MISSING
+    value = trial["params"][key]
+    choices = range_.get("choices", ())
+    order = choices.index(value) if value in choices else value
+    return order if _is_number(order) else _SORT_FIRST, _format_value(value)
 
 
-def _cell(range_: Range, value: Any) -> Cell:
-    """Returns the table cell of a parameter's value; choices are sorted in the range's order."""
-    text = format_parameter(range_, value)
+def _format_value(value: Any) -> str:
+    """Formats the value of a parameter; numbers get four significant digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _format_range(range_: Range) -> str:
+    """Formats the range of a parameter, such as "0.0001 to 0.01, on the log scale"."""
     if range_["kind"] == "categorical":
-        return Cell(text, _sortable(range_position(range_, value)), "choice")
-    return Cell(text, _sortable(value))
-
-
-def _sortable(value: Any) -> float:
-    """Converts a value to a sort key; a missing or non-finite value gets the lowest key."""
-    return value if is_number(value) else _SORT_FIRST
-
-
-def _time(iso: str | None) -> str:
-    """Formats an ISO 8601 time as date, hour and minute."""
-    return (iso or "")[:16].replace("T", " ")
-
-
-def _beyond(study: Study, scale: Scale) -> str:
-    """Returns a sentence about trials with values beyond the axis, or "" if there are none."""
-    values = np.array([trial["value"] for trial in trials_with_value(study)], float)
-    worse = int(((values < scale.low) | (values > scale.high)).sum())
-    if not worse:
-        return ""
-    end = scale.format_value(scale.low if scale.is_rising else scale.high)
-    trials = "1 trial is" if worse == 1 else f"{worse:,} trials are"
-    return f"{trials} worse than {end} and drawn at the edge of the axis."
-
-
-def missing(study: Study) -> dict[str, str]:
-    """Maps the name of each missing section to a sentence that gives the reason."""
-    none_started = "No trial has been started."
-    why = {"trials": none_started}
-    have_all_failed = {trial["state"] for trial in study["trials"]} == {"failed"}
-    none = none_started
-    if study["trials"]:
-        end = ": all trials have failed." if have_all_failed else " yet."
-        none = f"No trial has a value{end}"
-    why |= {"history": none, "curves": none}
-    if best_trial(study) is None:
-        why["best"] = "There is no best trial, because " + (
-            "all trials have failed." if have_all_failed else "no trial is complete yet."
-        )
-    if not study["importance"]:
-        note = study["importance_note"] or "The importance of the parameters is not known."
-        why["importance"] = note
-    if len(comparable_trials(study)) < 2:
-        one = "Only one trial has a value; a comparison needs two."
-        why |= dict.fromkeys(("parallel", "slices"), one if comparable_trials(study) else none)
-    elif not study["space"]:
-        why |= dict.fromkeys(("parallel", "slices"), "The study has no parameters.")
-    return why
+        return ", ".join(map(str, range_["choices"]))
+    scale = ", on the log scale" if range_["log"] else ""
+    steps = f" in steps of {_format_value(range_['step'])}" if "step" in range_ else ""
+    return f"{_format_value(range_['low'])} to {_format_value(range_['high'])}{steps}{scale}"

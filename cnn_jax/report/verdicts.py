@@ -107,7 +107,7 @@ def sure_threshold(num_classes: int) -> float:
 
 
 def calibrated_error(confidence: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """Returns the calibration error that a perfectly calibrated network would show.
+    """Returns the error that a perfectly calibrated network would show on as many images.
 
     The error is above 0 on a finite number of images even if every confidence is the true
     probability of a correct prediction. The error is estimated by 1,000 simulations with

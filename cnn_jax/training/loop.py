@@ -650,7 +650,7 @@ def _best_variables(run: _Run, progress: _Progress) -> tuple[PyTree, int]:
     """
     monitor = run.config.train.monitor
     best = best_record(progress.history, monitor)
-    assert best is not None  # The history contains a finished epoch or the probe.
+    assert best is not None  # The history has at least one epoch; the probe is epoch 0.
     run.console.print(_describe_end(progress.history, best, run.config))
     if best["step"] == progress.step:
         return jax.device_get(run.programs.gather(progress.state.variables)), best["epoch"]

@@ -60,7 +60,7 @@ class SeededSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Draws a trial's values with the estimator; returns {} until enough trials have finished.
+        """Draws a trial's values with Optuna's TPE; returns {} until enough trials have finished.
 
         The first trial has the values `first`.
         """

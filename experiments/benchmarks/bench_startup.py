@@ -79,7 +79,7 @@ def _steps(workdir: pathlib.Path) -> int:
 
 
 class Bench:
-    """The measured commands, which share a folder with a cache and a bundle."""
+    """The measured commands, which all use the same folder with a cache and a bundle."""
 
     def __init__(self, folder: pathlib.Path, config: str):
         self._cache = folder / "cache"

@@ -438,7 +438,7 @@ def _snapshot(root):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """The listing and data set of `folder`, and snapshots before and after opening `folder`."""
+    """The listing and the data set of `folder`, and the files before and after opening it."""
     before = _snapshot(folder)
     listing = open_folder(folder)
     dataset = open_dataset(listing, Division(), SMALL, max_unreadable=1.0)

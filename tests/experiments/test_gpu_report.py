@@ -69,8 +69,7 @@ def test_programs_and_flags_of_the_parts_exist(name, experiments_on_path, monkey
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    # The list of commands does not quote names, so the test itself keeps the name "plain Linen" in
-    # one piece.
+    # The name "plain Linen" has a space, but the list of commands has no quotation marks.
     call = " ".join(flags).replace("plain Linen", "plain_Linen").split()
     flags = [flag.replace("plain_Linen", "plain Linen") for flag in call]
     monkeypatch.setattr(sys, "argv", [script, *flags])

@@ -99,8 +99,8 @@ def test_bytes_of_inference_by_hand(width: int) -> None:
 @pytest.mark.parametrize("width", [4, 2])
 def test_bytes_of_training_by_hand(width: int) -> None:
     # The layers have 60, 63, 16 and 25 parameters. The forward pass, the backward pass (except in
-    # the first layer) and Adam read each parameter, and Adam writes it. The gradient of each
-    # parameter is read or written twice, and the two moments of Adam 4 times in all.
+    # the first layer) and Adam read each parameter, and Adam writes it. The backward pass writes
+    # the gradient of each parameter, and Adam reads it. Adam reads and writes two moments.
     assert bytes_by_layer(roofline.training_passes(TINY, 4, 2, width)) == {
         # Images are read or written twice, the 4 x 4 x 2 outputs 3 times, their gradients twice,
         # the 2 x 2 x 2 pooled outputs once, their gradients once, and 4 statistics twice.

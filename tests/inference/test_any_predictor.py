@@ -61,7 +61,7 @@ def test_the_csv_has_its_classes(image_folder, tmp_path):
 
 @pytest.mark.parametrize("split", ["test", "all"])
 def test_a_split_is_evaluated_without_warnings_about_training(dataset, split, caplog):
-    """Only bundles record their training data, so only bundles can warn about other data."""
+    """A predictor without a record of its training data causes no warning about other data."""
     metrics = evaluate(MeanColour(), dataset, split)
     assert metrics["accuracy"] == 1
     assert not caplog.records

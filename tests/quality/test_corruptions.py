@@ -169,8 +169,8 @@ def test_defocus_blur_averages_over_a_soft_disk(photograph, severity, constant):
     disk = (x**2 + y**2 <= radius**2) / np.sum(x**2 + y**2 <= radius**2)
     taps = np.exp(-0.5 * (np.arange(-(size // 2), size // 2 + 1) / sigma) ** 2)
     taps /= taps.sum()
-    # In the published code, the array of a large disk is only as wide as the disk, so the Gaussian
-    # blur of the disk is mirrored at the edge of the disk.
+    # In the published code, the array of a large disk has no margin, so the Gaussian blur mirrors
+    # the values at the border of the array.
     if radius >= 8:
         disk = disk[12 - radius : radius - 12, 12 - radius : radius - 12]
     for axis in (0, 1):

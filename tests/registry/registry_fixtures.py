@@ -23,18 +23,15 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3():
-    """The options with which s3fs connects to an S3 service on this machine."""
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
+    """The options with which obstore connects to an S3 service on this machine."""
     pytest.importorskip("moto", reason="moto is not installed, which plays S3")
     with s3_service() as options:
         yield options
 
 
-@pytest.fixture(params=["folder", "memory", "s3"])
+@pytest.fixture(params=["folder", "s3"])
 def place(request, tmp_path):
-    """The URL and the options of a new registry in a folder, in memory, or on S3."""
+    """The URL and the options of a new registry in a folder or on S3."""
     if request.param == "folder":
         return str(tmp_path / "new" / "registry"), {}
-    if request.param == "memory":
-        return f"memory://{uuid.uuid4().hex}", {}
     return f"s3://{BUCKET}/{uuid.uuid4().hex}", request.getfixturevalue("s3")

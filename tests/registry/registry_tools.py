@@ -7,10 +7,11 @@ import os
 import pathlib
 import shutil
 
+import obstore
 import pytest
 
 from cnn_jax.registry.registry import Registry
-from cnn_jax.registry.store import LocalStore, Store
+from cnn_jax.registry.store import Store
 
 
 class Killed(BaseException):
@@ -82,9 +83,6 @@ class Wrapped(Store):
     def read(self, name):
         return self._pass("read", name)
 
-    def download(self, name, path):
-        return self._pass("download", name, path)
-
     def names(self, folder):
         return self._pass("names", folder)
 
@@ -96,12 +94,12 @@ class Wrapped(Store):
 
 
 def wrapped(path):
-    return Wrapped(LocalStore(path))
+    return Wrapped(Store(path))
 
 
 @contextlib.contextmanager
 def dying_at(moment):
-    """Raises `Killed` inside the context, before a chosen system call that changes files.
+    """Raises `Killed` inside the context, before a chosen call that changes files.
 
     Args:
       moment: The index of the call, from 0. This call and all later calls are not made, as after
@@ -118,6 +116,10 @@ def dying_at(moment):
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("link", "unlink", "mkdir", "rmdir", "fsync", "open"):
-            patch.setattr(os, name, dying(getattr(os, name)))
+        for module, names in (
+            (obstore, ("put", "rename")),
+            (os, ("unlink", "rmdir", "chmod", "fsync", "open")),
+        ):
+            for name in names:
+                patch.setattr(module, name, dying(getattr(module, name)))
         yield

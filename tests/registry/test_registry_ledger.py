@@ -8,7 +8,15 @@ import hypothesis.strategies as st
 import pytest
 
 from cnn_jax.registry import ledger
-from cnn_jax.registry.ledger import BundleFacts, Entry, Gates, Model, RegistryError, Version
+from cnn_jax.registry.ledger import (
+    BundleFacts,
+    Entry,
+    Evidence,
+    Gates,
+    Model,
+    RegistryError,
+    Version,
+)
 from cnn_jax.system.errors import ConfigError
 
 DIGEST = "0123456789abcdef" * 4
@@ -285,7 +293,6 @@ def _changed_bundle(**changes):
         _changed(format=True),
         _changed(number="1"),
         _changed(time="yesterday"),
-        _changed(action="adopt"),
         _changed(action="add"),
         _changed(model="../x"),
         _changed(model=None),
@@ -360,6 +367,63 @@ def test_a_later_format_is_reported():
         RegistryError, match=r"^has format 2, but this version .* reads format 1: upg"
     ):
         ledger.parse(b'{"format": 2}')
+
+
+@pytest.mark.parametrize("mark", [None, False, 1, "true"])
+def test_an_unknown_action_must_be_marked_skippable(mark):
+    with pytest.raises(RegistryError, match=r"^has the action adopt, which .*: upgrade cnn_jax$"):
+        ledger.parse(_changed(action="adopt", skippable=mark))
+
+
+def test_a_skippable_unknown_action_changes_nothing():
+    models = make_models(make_facts(), champion=[1])
+    for fields in ({}, {"model": None}, {"version": "x", "alias": [], "before": {}, "gates": 1}):
+        entry = ledger.parse(_changed(action="adopt", skippable=True, **fields))
+        assert (entry.action, entry.version, entry.alias) == ("adopt", None, None)
+        assert ledger.apply(models, entry) == models
+
+
+def test_a_known_action_is_never_skipped():
+    """A skippable entry with a known action is applied, and its fields are checked."""
+    entry = make_entry("promote", 1, "champion")
+    assert ledger.parse(_changed(skippable=True)) == entry
+    with pytest.raises(ValueError, match="version is missing"):
+        ledger.parse(_changed(skippable=True, version=None))
+
+
+def test_a_damaged_skippable_entry_is_not_skipped():
+    data = _changed(action="adopt", skippable=True).replace(b'"ann"', b'"eve"')
+    with pytest.raises(ValueError, match="its sha256 does not match"):
+        ledger.parse(data)
+
+
+OLD_ENTRY = b"""{
+ "format": 1,
+ "number": 5,
+ "previous": "0422ecd4be92d12b8564d344cde385ec5e3e038fea05d0c2d984aad6cce13c4a",
+ "id": "c66789e21f3c477098aaa95a6f716f2c",
+ "time": "2026-11-27T08:44:04+00:00",
+ "user": "root",
+ "host": "vm",
+ "action": "promote",
+ "model": "flowers",
+ "version": 2,
+ "alias": "champion",
+ "before": 1,
+ "gates": [
+  "not_below=champion: test accuracy is 0.5, and that of version 1 is 0.5"
+ ],
+ "sha256": "3c8dfa5eb4ddcc3ef19efefed5a55ab0f94a28f65c71727ba367bfb4fd1ca5d4"
+}
+"""
+
+
+def test_an_entry_of_an_earlier_version_is_read():
+    """The entry has the gate `not_below`, which is no longer offered."""
+    entry = ledger.parse(OLD_ENTRY)
+    assert (entry.number, entry.action, entry.version, entry.before) == (5, "promote", 2, 1)
+    assert entry.gates[0].startswith("not_below=champion: test accuracy is 0.5")
+    assert entry.evidence is None
 
 
 def test_unknown_fields_are_ignored():
@@ -493,36 +557,73 @@ def test_without_gates_every_version_passes():
     assert _check(Gates(), versions=[make_facts()]) == ()
 
 
-@pytest.mark.parametrize(("accuracy", "holds"), [(0.91, True), (0.9, True), (0.89, False)])
-def test_not_below_compares_accuracies(accuracy, holds):
-    versions = [make_facts(**GOOD), make_facts(accuracy=accuracy)]
-    gates, arguments = Gates(not_below="champion"), (2, "champion", versions)
-    text = f"not_below=champion: test accuracy is {accuracy}, and that of version 1 is 0.9"
-    if holds:
-        assert _check(gates, *arguments, champion=[1]) == (text,)
-    else:
-        with pytest.raises(RegistryError, match=f"^flowers/2 does not become champion: {text}$"):
-            _check(gates, *arguments, champion=[1])
+def make_evidence(**changes):
+    fields = {
+        "candidate": 2,
+        "alias": "champion",
+        "reference": 1,
+        "source": "folder:/data",
+        "split": "test",
+        "is_not_worse": True,
+        "images": 2000,
+        "margin": 0.01,
+        "level": 0.05,
+        "candidate_correct": 1820,
+        "reference_correct": 1800,
+        "gains": 50,
+        "losses": 30,
+        "p_value": 0.000004,
+        "worse_classes": (),
+        "classes": {"red": (700, 50, 30)},
+        "images_needed": 2474,
+    }
+    return Evidence(**(fields | changes))
 
 
-@pytest.mark.parametrize("prints", [("a", "b"), ("", ""), ("a", "")])
-def test_metrics_of_different_test_splits_are_not_compared(prints):
-    versions = [make_facts(fingerprint=one, **GOOD) for one in prints]
-    with pytest.raises(RegistryError, match=r"versions 2 and 1 have different data.*eval"):
-        _check(Gates(not_below="mine"), 2, versions=versions, mine=[1])
+EVIDENCE = (
+    "not_worse_than=champion: 91.00% of 2,000 images of folder:/data are correct, and 90.00% with "
+    "version 1 (margin 0.01, p = 4e-06)"
+)
 
 
-def test_not_below_fails_without_metrics():
-    versions = [make_facts(**GOOD), make_facts()]
-    for version, present in ((1, 2), (2, 1)):
-        with pytest.raises(RegistryError, match="not in the bundle"):
-            _check(Gates(not_below="mine"), version, versions=versions, mine=[present])
+def test_evidence_that_a_version_is_not_worse_passes():
+    versions = [make_facts(**GOOD)] * 2
+    gates = Gates(evidence=make_evidence(), max_loss=0.5)
+    passed = _check(gates, 2, versions=versions, champion=[1])
+    assert passed == ("max_loss=0.5: test loss is 0.5", EVIDENCE)
 
 
-def test_not_below_skips_the_first_version_of_an_alias():
-    assert _check(Gates(not_below="champion")) == ()
-    with pytest.raises(RegistryError, match="has no alias champoin"):
-        _check(Gates(not_below="champoin"))
+@pytest.mark.parametrize(
+    ("changes", "end"),
+    [
+        ({}, "; an equal version would pass 80 % of the time with 2,474 images"),
+        ({"worse_classes": ("red", "b\x1blue")}, r"; worse in red, b\x1blue"),
+    ],
+)
+def test_evidence_that_fails_says_why(changes, end):
+    gates = Gates(evidence=make_evidence(is_not_worse=False, **changes))
+    with pytest.raises(RegistryError) as raised:
+        _check(gates, 2, versions=[make_facts(**GOOD)] * 2, champion=[1])
+    assert str(raised.value) == f"flowers/2 does not become champion: {EVIDENCE}{end}"
+
+
+@pytest.mark.parametrize(("version", "champion"), [(2, [1, 3]), (3, [1])])
+def test_evidence_about_other_versions_is_refused(version, champion):
+    with pytest.raises(RegistryError, match=r"^flowers@champion is now version .*run the command"):
+        _check(
+            Gates(evidence=make_evidence()),
+            version,
+            versions=[make_facts(**GOOD)] * 3,
+            champion=champion,
+        )
+
+
+def test_evidence_survives_a_round_trip():
+    evidence = dataclasses.asdict(make_evidence(classes={"red\udcff": (700, 50, 30)}))
+    entry = make_entry("promote", 2, "champion", 1, evidence=evidence)
+    parsed = ledger.parse(ledger.serialise(entry))
+    expected = {"worse_classes": [], "classes": {"red\udcff": [700, 50, 30]}}
+    assert parsed.evidence == evidence | expected
 
 
 def test_version_aliases_are_sorted():

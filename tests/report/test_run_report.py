@@ -207,7 +207,7 @@ _NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
 
 
 def _numbers(tree):
-    """Yields all numbers in metrics.json, including numbers in texts, as a page may write them."""
+    """Yields all numbers in metrics.json, also those in texts, in each format of the page."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _NUMBER.findall(key)

@@ -56,7 +56,7 @@ def test_forms_of_another_library_are_read(files):
 
 @pytest.mark.parametrize("field", ["other", "file", "top"])
 def test_a_field_without_file_is_refused_by_name(field):
-    """A form field without a file is refused: it may be meant as an image or as a parameter."""
+    """A form field without a file is refused, because it could be an image or a parameter."""
     with pytest.raises(Refused, match=f"field '{field}' is not a file.*-F {field}=@FILE") as caught:
         read(form(("a.png", b"1"), **{field: "value"}))
     assert (caught.value.status, caught.value.reason) == (400, "form")

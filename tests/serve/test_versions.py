@@ -19,6 +19,7 @@ import pytest
 from bundles import make_bundle
 from conftest import REPOSITORY
 from PIL import Image
+from registry_log import append_unknown_entry
 from s3 import BUCKET, s3_service
 from servers import Served
 
@@ -134,6 +135,18 @@ def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
             assert [versions[0], *(versions[i + 1] for i in changes)] == [1, 2, 1]
         until(lambda: states_of(server) == {1: "AVAILABLE", 2: "END"})
         assert server.end() == 0
+
+
+def test_a_server_follows_a_registry_that_has_later_entries(serve, registry):
+    """A newer tool has written an entry whose action the server does not know."""
+    with serve() as server:
+        assert version_of(server) == 1
+        append_unknown_entry(registry)
+        registry.promote("shapes", 2)
+        until(lambda: version_of(server) == 2)
+        append_unknown_entry(registry, skippable=False)
+        server.wait_for_log("quarantine.*upgrade cnn_jax")
+        assert version_of(server) == 2
 
 
 def test_a_broken_version_leaves_the_old_version(serve, registry, tmp_path):
@@ -629,13 +642,12 @@ def test_a_known_network_is_not_timed_again():
 
 
 def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
-    pytest.importorskip("s3fs", reason="s3fs is not installed")
     pytest.importorskip("moto", reason="moto is not installed, which plays S3")
     (tmp_path / "tokens").write_text(f"predict {PREDICT}\nadmin {ADMIN}\n")
     with s3_service() as options:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint_url"])
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["key"])
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret"])
+        monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint"])
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["access_key_id"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret_access_key"])
         registry = Registry(f"s3://{BUCKET}/registry", options)
         for seed in (1, 2):
             add(registry, tmp_path, seed)

@@ -1,5 +1,6 @@
 """Tests of printed lines on terminals of any width, also with characters two columns wide."""
 
+import io
 import re
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from cnn_jax.system.console import Console
-from cnn_jax.system.text import shorten, table, wrap
+from cnn_jax.system.text import shorten, table, terminal_width, wrap
 from cnn_jax.training import summary
 
 _RECORD = {
@@ -109,3 +110,11 @@ def test_wrapped_commands_can_be_copied(monkeypatch, capsys, tmp_path):
     expected = f"cnn_jax predict --bundle='{tmp_path}/my run/bundle' --input=FILE_OR_FOL"
     assert re.sub(r" \\\n +", " ", command).startswith(expected)
     assert max(map(len, shown.splitlines()[:4])) <= 60
+
+
+@pytest.mark.parametrize("file", [io.StringIO(), None])
+def test_only_a_terminal_has_a_width(monkeypatch, file):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert terminal_width(file) is None
+    monkeypatch.setenv("COLUMNS", "57")
+    assert terminal_width(file) == 57

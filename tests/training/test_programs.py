@@ -76,7 +76,7 @@ def test_a_step_needs_little_more_memory_than_its_activations(compiled_step):
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_xla_uses_onednn_for_convolutions_where_it_is_faster(lower_step, parts):
-    """XLA chooses the same libraries with and without a loop over the parts of a batch."""
+    """XLA calls the same libraries with and without gradient accumulation."""
     options = runtime.compiler_options()
     assert options
     compiled = lower_step(options, accumulation_steps=parts).compile()

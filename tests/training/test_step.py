@@ -311,7 +311,7 @@ def _plain_state():
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_a_batch_in_parts_trains_like_the_whole_batch(parts):
-    """The network has no BatchNorm and no dropout, because their results depend on the parts."""
+    """The network has no BatchNorm and no dropout, whose results depend on the size of a part."""
     weights = (0.5, 1.0, 1.5)
     whole = jax.jit(_train_step(PLAIN, class_weights=weights))
     in_parts = jax.jit(_train_step(PLAIN, class_weights=weights, accumulation_steps=parts))
@@ -330,7 +330,7 @@ def test_a_batch_in_parts_trains_like_the_whole_batch(parts):
 
 
 def test_each_part_of_a_batch_has_its_own_dropout():
-    """Two parts with equal images have different losses, because dropout differs between them."""
+    """Both parts of the batch have the same images, but each part has its own dropout mask."""
     model = CNN(num_classes=3, features=(4, 8), dense=64, dropout=0.5, batch_norm=False)
     state = _train_step(model, seed=0).init_state()
     twice = jax.tree.map(lambda rows: jnp.repeat(rows, 2, axis=0), _batch(4))

@@ -377,7 +377,7 @@ def test_a_study_ends_if_its_first_trials_all_fail(tmp_path, log, trainer):
 
 
 def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
-    """In each epoch of a trial, Ctrl-C ends nine processes and SIGKILL ends one; no trial fails."""
+    """A trial that is killed ten times in each of its epochs continues, and does not fail."""
     expected = undisturbed()
     for number, epoch in [(0, 1), (0, 2), (0, 3)]:
         for error in [KeyboardInterrupt] * 5 + [Killed] + [KeyboardInterrupt] * 4:
