@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
@@ -97,15 +98,33 @@ class BundlePredictor(Predictor):
         Raises:
           ValueError: The images are not uint8, or their size is not the bundle's.
         """
+        self._check(images)
+        run = _compiled(self.model, self.preprocessing)
+        temperature = np.float32(self.temperature)
+        return np.asarray(jax.device_get(run(self.variables, temperature, images)))
+
+    def predict_with_embeddings(
+        self, images: UInt8[np.ndarray, "batch height width 3"]
+    ) -> tuple[Float[np.ndarray, "batch classes"], Float[np.ndarray, "batch features"]]:
+        """Returns the class probabilities and the embeddings of preprocessed images, both float32.
+
+        The embedding is the input of the network's last layer. One forward pass computes both.
+
+        Raises:
+          ValueError: The images are not uint8, or their size is not the bundle's.
+        """
+        self._check(images)
+        run = _compiled_with_embeddings(self.model, self.preprocessing)
+        probabilities, embeddings = run(self.variables, np.float32(self.temperature), images)
+        return np.asarray(probabilities), np.asarray(embeddings)
+
+    def _check(self, images: np.ndarray) -> None:
         size = self.preprocessing.image_size
         if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
             raise ValueError(
                 f"images must be [B, {size[0]}, {size[1]}, 3] of uint8, got {images.shape} of "
                 f"{images.dtype}"
             )
-        run = _compiled(self.model, self.preprocessing)
-        temperature = np.float32(self.temperature)
-        return np.asarray(jax.device_get(run(self.variables, temperature, images)))
 
 
 @functools.lru_cache(64)
@@ -120,6 +139,20 @@ def _compiled(model: Network, preprocessing: Preprocessing) -> Callable[..., Arr
         return jax.nn.softmax(forward(model, variables, images, preprocessing) / temperature)
 
     return jax.jit(probabilities, compiler_options=runtime.compiler_options())
+
+
+@functools.lru_cache(64)
+def _compiled_with_embeddings(
+    model: Network, preprocessing: Preprocessing
+) -> Callable[..., tuple[Array, Array]]:
+    """Returns a function as `_compiled` does, which also returns the embeddings in float32."""
+
+    def run(variables: PyTree, temperature: Array, images: Array) -> tuple[Array, Array]:
+        outputs = stages(model, variables, images, preprocessing)
+        probabilities = jax.nn.softmax(outputs["logits"] / temperature)
+        return probabilities, outputs["embedding"].astype(jnp.float32)
+
+    return jax.jit(run, compiler_options=runtime.compiler_options())
 
 
 @functools.cache
