@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
@@ -117,6 +118,21 @@ class BundlePredictor(TrainedPredictor):
         temperature = np.float32(self.temperature)
         return np.asarray(jax.device_get(run(self.variables, temperature, images)))
 
+    def predict_with_embeddings(
+        self, images: UInt8[np.ndarray, "batch height width 3"]
+    ) -> tuple[Float[np.ndarray, "batch classes"], Float[np.ndarray, "batch features"]]:
+        """Returns the class probabilities and the embeddings of preprocessed images, both float32.
+
+        The embedding is the input of the network's last layer. One forward pass computes both.
+
+        Raises:
+          ValueError: The images are not uint8, or their size is not the bundle's.
+        """
+        check_images(images, self.preprocessing)
+        run = _compiled_with_embeddings(self.model, self.preprocessing)
+        probabilities, embeddings = run(self.variables, np.float32(self.temperature), images)
+        return np.asarray(probabilities), np.asarray(embeddings)
+
 
 def check_images(images: np.ndarray, preprocessing: Preprocessing) -> None:
     """Raises ValueError if images are not uint8, or do not have the size of the preprocessing."""
@@ -140,6 +156,20 @@ def _compiled(model: Network, preprocessing: Preprocessing) -> Callable[..., Arr
         return jax.nn.softmax(forward(model, variables, images, preprocessing) / temperature)
 
     return jax.jit(probabilities, compiler_options=runtime.compiler_options())
+
+
+@functools.lru_cache(64)
+def _compiled_with_embeddings(
+    model: Network, preprocessing: Preprocessing
+) -> Callable[..., tuple[Array, Array]]:
+    """Returns a function as `_compiled` does, which also returns the embeddings in float32."""
+
+    def run(variables: PyTree, temperature: Array, images: Array) -> tuple[Array, Array]:
+        outputs = stages(model, variables, images, preprocessing)
+        probabilities = jax.nn.softmax(outputs["logits"] / temperature)
+        return probabilities, outputs["embedding"].astype(jnp.float32)
+
+    return jax.jit(run, compiler_options=runtime.compiler_options())
 
 
 @functools.cache

@@ -11,6 +11,7 @@ POST /predict, or use existing clients of TensorFlow Serving (/v1) or of the Ope
 import argparse
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 
 from cnn_jax.registry.ledger import check_name, parse_version_or_alias
@@ -38,7 +39,6 @@ def main(argv: Sequence[str]) -> None:
     from cnn_jax.serve.limits import Limits
     from cnn_jax.serve.loader import BundleSource, RegistrySource
     from cnn_jax.serve.logs import start_logging
-    from cnn_jax.serve.request_log import RequestLog
     from cnn_jax.serve.server import Options, run
     from cnn_jax.serve.tokens import Tokens
     from cnn_jax.system import runtime
@@ -54,33 +54,45 @@ def main(argv: Sequence[str]) -> None:
             Registry(flags.registry), flags.model or (), flags.alias, flags.versions or ()
         )
     source.check()
-    request_log = flags.request_log and RequestLog(
-        pathlib.Path(flags.request_log),
-        flags.request_log_share,
-        round(1e6 * flags.request_log_mb),
-        flags.request_log_images,
-    )
+    request_log = None
+    if flags.request_log:
+        # Importing pyarrow would delay the start of a server without a request log.
+        from cnn_jax.serve.request_log import RequestLog
+
+        request_log = RequestLog(
+            pathlib.Path(flags.request_log),
+            flags.request_log_share,
+            round(1e6 * flags.request_log_mb),
+            flags.request_log_images,
+        )
     limits = Limits(
         body_bytes=round(1e6 * flags.max_body_mb),
         all_bytes=round(1e6 * flags.max_bodies_mb),
         pixels=flags.max_pixels,
+        all_pixels=flags.queue_pixels,
         images=flags.max_images,
         seconds=flags.timeout,
+        client_fraction=flags.client_fraction,
     )
     run(
         source,
         Options(
             host=flags.host,
             port=flags.port,
+            health_port=flags.health_port,
             limits=limits,
             queue=flags.queue,
             max_batch=flags.max_batch,
             max_wait=flags.max_wait_ms / 1000,
             poll=flags.poll,
+            load_timeout=flags.load_timeout,
+            allowed_hosts=flags.allowed_hosts or (),
+            cors_origins=flags.cors_origins or (),
+            trusted_proxies=flags.trusted_proxies or (),
             drain=flags.drain,
         ),
         Tokens(pathlib.Path(flags.tokens)) if flags.tokens else None,
-        request_log or None,
+        request_log,
     )
 
 
@@ -107,10 +119,44 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--alias", default="champion", help="alias of the version that answers (champion)")
     add("--versions", type=_versions, metavar="V,...", help="further versions or aliases to serve")
-    add("--poll", type=_positive, default=2.0, help="seconds between reads of the registry (2)")
+    add(
+        "--poll",
+        type=_positive,
+        default=2.0,
+        help="mean seconds between reads of the registry; each pause is random (2)",
+    )
+    add(
+        "--load_timeout",
+        type=_positive,
+        default=600.0,
+        help="seconds until the loading of a version times out (600)",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, help="port to listen on; 0 chooses a free port (8000)")
+    add(
+        "--health_port",
+        type=_port,
+        help="second port, for /healthz, /readyz and /metrics only, with a thread of its own",
+    )
     add("--tokens", type=cli.path, metavar="FILE", help="file of access tokens: ROLE TOKEN lines")
+    add(
+        "--allowed_hosts",
+        type=_names,
+        metavar="NAME,...",
+        help="further names for the Host header; checked by default on 127.0.0.1 without --tokens",
+    )
+    add(
+        "--cors_origins",
+        type=_origins,
+        metavar="URL,...",
+        help="origins whose web pages may use the server, such as https://example.com; or *",
+    )
+    add(
+        "--trusted_proxies",
+        type=_names,
+        metavar="ADDRESS,...",
+        help="proxies whose header X-Forwarded-For gives the address of a client",
+    )
     add("--max_batch", type=cli.positive, default=32, help="maximum images in a batch (32)")
     add(
         "--max_wait_ms",
@@ -119,6 +165,18 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="maximum milliseconds that an image waits for its batch to fill (0)",
     )
     add("--queue", type=cli.positive, default=256, help="maximum images in flight (256)")
+    add(
+        "--queue_pixels",
+        type=cli.positive,
+        default=500_000_000,
+        help="maximum pixels of the images in flight above 4 million pixels (500000000)",
+    )
+    add(
+        "--client_fraction",
+        type=_fraction,
+        default=0.5,
+        help="fraction of these limits that one client may use (0.5)",
+    )
     add("--timeout", type=_positive, default=30.0, help="seconds until a request times out (30)")
     add("--max_body_mb", type=_positive, default=20.0, help="maximum MB of a request's body (20)")
     add(
@@ -140,14 +198,24 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         default=0.0,
         help="seconds that /readyz reports 'not ready' before shutdown (0)",
     )
-    add("--request_log", type=cli.path, metavar="FILE", help="SQLite file that records answers")
+    add(
+        "--request_log",
+        type=cli.path,
+        metavar="DIR",
+        help="folder that records answers and feedback; several servers may share it",
+    )
     add(
         "--request_log_share",
         type=_fraction,
         default=1.0,
         help="fraction of the images to record, chosen at random (1)",
     )
-    add("--request_log_mb", type=_positive, default=1000.0, help="maximum MB of that file (1000)")
+    add(
+        "--request_log_mb",
+        type=_positive,
+        default=1000.0,
+        help="maximum MB of the rows without feedback (1000)",
+    )
     add("--request_log_images", action="store_true", help="record the images as well")
     add(
         "--log_level",
@@ -165,6 +233,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     check_name("alias", flags.alias)
     if flags.queue < flags.max_images:
         raise ConfigError("--queue: must be --max_images or more")
+    if flags.queue_pixels < flags.max_pixels:
+        raise ConfigError("--queue_pixels: must be --max_pixels or more")
     if flags.max_bodies_mb < flags.max_body_mb:
         raise ConfigError("--max_bodies_mb: must be --max_body_mb or more")
     return flags
@@ -174,6 +244,16 @@ def _names(text: str) -> list[str]:
     names = text.split(",")
     if not all(names):
         raise argparse.ArgumentTypeError("must be names, separated by commas")
+    return names
+
+
+def _origins(text: str) -> list[str]:
+    names = _names(text)
+    for name in names:
+        if name != "*" and not re.fullmatch(r"https?://[^/\s]+", name):
+            raise argparse.ArgumentTypeError(
+                f"must be origins, such as https://example.com without a path, got {name!r}"
+            )
     return names
 
 

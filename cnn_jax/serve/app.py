@@ -4,8 +4,7 @@ import contextlib
 import logging
 import re
 import time
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request
@@ -13,14 +12,15 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import PlainTextResponse, Response
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cnn_jax
-from cnn_jax.serve import admin, native, open_inference, page, tf_serving
+from cnn_jax.serve import admin, feedback, native, open_inference, page, tf_serving
 from cnn_jax.serve.engine import DeadlineExceeded, Overloaded
 from cnn_jax.serve.limits import ClientDisconnected, Refused, check_query
 from cnn_jax.serve.metrics import CONTENT_TYPE
-from cnn_jax.serve.responses import JSONResponse
+from cnn_jax.serve.responses import JSONResponse, new_request_id
 from cnn_jax.serve.service import Service
 from cnn_jax.serve.tokens import Tokens
 
@@ -28,9 +28,20 @@ logger = logging.getLogger(__name__)
 
 # The HTTP status that nginx logs if the client disconnected before the response was sent.
 _CLIENT_DISCONNECTED = 499
-# A request id that a client sends is used only if the id matches this pattern. All characters of
-# the pattern are safe in any log.
-_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
+# An id that a client sends is recorded only if it matches this pattern. All characters of the
+# pattern are safe in any log.
+_ID = re.compile(rb"[A-Za-z0-9._:-]{1,100}")
+_PORT = re.compile(r":\d*$")
+# The header of https://www.w3.org/TR/trace-context/.
+_TRACE = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+# The headers that are copied to the log: the field of the log, the pattern, and the header. The
+# server gives each request an id of its own, because ids of clients may be repeated.
+_LOGGED_HEADERS = (
+    ("client_request_id", _ID, b"x-request-id"),
+    ("traceparent", _TRACE, b"traceparent"),
+)
+# The headers that web pages of other origins may send.
+_CORS_HEADERS = ("Authorization", "Content-Type", "Traceparent", "X-Request-Id", "X-Unit-Id")
 # The paths of health checks and web pages, which clients may request without a token.
 _OPEN = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
 _OPEN_PREFIXES = ("/v2/health/",)
@@ -60,6 +71,7 @@ _STATUSES = {
     409: "The version cannot be loaded, or cannot be unloaded because an alias selects it.",
     413: "The request has too many bytes, pixels or images.",
     415: "The body is not an image of a known format.",
+    421: "The Host header has a name that is not allowed.",
     422: "The image is damaged.",
     429: "The server is overloaded; try again after Retry-After seconds.",
     503: "The server is not ready, or the request timed out.",
@@ -70,6 +82,8 @@ def make_app(
     service: Service,
     tokens: Tokens | None,
     lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]],
+    hosts: Collection[str] = (),
+    cors_origins: Sequence[str] = (),
 ) -> ASGIApp:
     """Creates the web application.
 
@@ -78,6 +92,10 @@ def make_app(
       tokens: The access tokens. With None, every client may predict and no client may use the
         administration API.
       lifespan: A context manager that is entered before the first request and left at shutdown.
+      hosts: The host names that the Host header of a request may have, without ports; if empty, it
+        may have any.
+      cors_origins: The origins whose web pages may use the server, such as https://example.com; or
+        "*" for all web pages.
     """
     app = FastAPI(
         title="cnn_jax",
@@ -94,10 +112,41 @@ def make_app(
             for status, description in _STATUSES.items()
         },
     )
-    for protocol in (native, tf_serving, open_inference, admin):
+    for protocol in (native, tf_serving, open_inference, feedback, admin):
         app.include_router(protocol.make_router(service))
     app.include_router(page.make_router(service, app))
     _add_health(app, service)
+    _add_error_handlers(app)
+    guard = _Guard(app, service, tokens, hosts)
+    if not cors_origins:
+        return guard
+    return CORSMiddleware(
+        guard,
+        allow_origins=cors_origins,
+        allow_methods=("GET", "POST"),
+        allow_headers=_CORS_HEADERS,
+        expose_headers=("X-Request-Id", "Retry-After"),
+    )
+
+
+def make_health_app(service: Service) -> ASGIApp:
+    """Creates an application with the health checks and the metrics only, which needs no token.
+
+    It may run in another thread than the application of `make_app`.
+    """
+    app = FastAPI(
+        dependencies=[Depends(_refuse_query)],
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    _add_health(app, service)
+    _add_error_handlers(app)
+    return _Guard(app, service, None)
+
+
+def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Refused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnected, _client_disconnected)
     app.add_exception_handler(Overloaded, _overloaded)  # type: ignore[arg-type]
@@ -105,7 +154,6 @@ def make_app(
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _invalid_parameter)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _internal_error)
-    return _Guard(app, service, tokens)
 
 
 async def _refuse_query(request: Request) -> None:
@@ -129,9 +177,19 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def readyz() -> JSONResponse:
         if service.is_shutting_down:
             raise Refused(503, "leaving", "the server is shutting down")
+        loading = service.models.loading()
         if not service.is_ready:
-            raise Refused(503, "not_ready", "a model is not ready", retry_after="1")
-        return JSONResponse({"status": "ready"})
+            versions = ", ".join(
+                f"version {number} of {model} has been loading for {seconds:.0f} s"
+                for (model, number), seconds in loading.items()
+            )
+            message = f"a model is not ready; {versions or 'no version is loading'}"
+            raise Refused(503, "not_ready", message, retry_after="1")
+        described = [
+            {"model": model, "version": number, "seconds": round(seconds, 1)}
+            for (model, number), seconds in loading.items()
+        ]
+        return JSONResponse({"status": "ready", "loading": described})
 
     @app.get(
         "/metrics",
@@ -146,10 +204,17 @@ def _add_health(app: FastAPI, service: Service) -> None:
 class _Guard:
     """Middleware for all requests: request ids, tokens, deadlines, headers, metrics and logging."""
 
-    def __init__(self, app: ASGIApp, service: Service, tokens: Tokens | None):
+    def __init__(
+        self,
+        app: ASGIApp,
+        service: Service,
+        tokens: Tokens | None,
+        hosts: Collection[str] = (),
+    ):
         self._app = app
         self._service = service
         self._tokens = tokens
+        self._hosts = frozenset(hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -157,12 +222,17 @@ class _Guard:
             return
         start = time.monotonic()
         headers = dict(scope["headers"])
-        given = headers.get(b"x-request-id", b"")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()
+        request_id = new_request_id()
         state = scope.setdefault("state", {})
         state["deadline"] = start + self._service.limits.seconds
-        state["request_id"] = request_id.decode()
-        state["log_fields"] = log_fields = {}
+        state["request_id"] = request_id
+        state["client"] = self._client(scope, headers)
+        state["unit"] = _matching(_ID, headers.get(b"x-unit-id"))
+        state["log_fields"] = log_fields = {
+            name: value
+            for name, pattern, header in _LOGGED_HEADERS
+            if (value := _matching(pattern, headers.get(header)))
+        }
         status = _CLIENT_DISCONNECTED
         is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
 
@@ -178,7 +248,11 @@ class _Guard:
                 status = message["status"]
                 names = {name for name, _ in message["headers"]}
                 added = [header for header in _HEADERS if header[0] not in names]
-                message["headers"] = [*message["headers"], *added, (b"x-request-id", request_id)]
+                message["headers"] = [
+                    *message["headers"],
+                    *added,
+                    (b"x-request-id", request_id.encode()),
+                ]
                 if not is_read and b"connection" not in names:
                     # Close the connection, because the server will not read the rest of the
                     # request's body.
@@ -186,7 +260,9 @@ class _Guard:
             await send(message)
 
         try:
-            refused = self._refuse(scope["path"], headers.get(b"authorization"))
+            refused = self._refuse_host(headers.get(b"host")) or self._refuse(
+                scope["path"], headers.get(b"authorization")
+            )
             if refused is None:
                 await self._app(scope, receive_and_watch, send_with_headers)
             else:
@@ -196,6 +272,26 @@ class _Guard:
             logger.exception("request %s failed", state["request_id"])
         finally:
             self._log(scope, status, time.monotonic() - start, log_fields)
+
+    def _client(self, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
+        """Returns the key of a client for the limits: its token, or without tokens its address."""
+        if self._tokens is not None:
+            return headers.get(b"authorization", b"").decode("latin-1")
+        return (scope.get("client") or [""])[0]
+
+    def _refuse_host(self, header: bytes | None) -> Refused | None:
+        """Returns an error if the Host header has a name that is not allowed, else None.
+
+        A web page of another site can point its own host name to the address of this server (DNS
+        rebinding). Its requests then have this name in the Host header.
+        """
+        if not self._hosts or header is None:
+            return None
+        name = _PORT.sub("", header.decode("latin-1")).lower().strip("[]")
+        if name in self._hosts:
+            return None
+        message = f"this server is not known as {name[:100]!r}; --allowed_hosts adds a name"
+        return Refused(421, "host", message, connection="close")
 
     def _refuse(self, path: str, authorization: bytes | None) -> Refused | None:
         """Returns an error if the client is not allowed to make a request, else None."""
@@ -244,6 +340,11 @@ class _Guard:
                 }
             },
         )
+
+
+def _matching(pattern: re.Pattern[bytes], value: bytes | None) -> str | None:
+    """Returns a header's value as text if it matches a pattern, else None."""
+    return value.decode() if value is not None and pattern.fullmatch(value) else None
 
 
 def _refused(request: Request, error: Refused) -> Response:

@@ -16,8 +16,8 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -30,21 +30,40 @@ T = TypeVar("T")
 _SECONDS_PER_IMAGE = 0.01
 # The weight of a new measurement in the moving average of the compute time per image.
 _WEIGHT = 0.1
-# If a batch takes longer than this number of seconds, the device is considered to hang.
+# A program is timed three times, or until this number of seconds has passed.
+_TIMING_SECONDS = 0.2
+# A batch size is a gain if it multiplies the best time per image by less than this factor.
+_GAIN = 0.95
+# If a batch takes longer than this number of seconds, the device is considered to hang. If the
+# event loop runs no callback for this number of seconds, the event loop is considered to hang.
 _HANGING_SECONDS = 60.0
+# Seconds between two callbacks that show that the event loop runs.
+_BEAT_SECONDS = 1.0
 # Maximum seconds that the shutdown waits for a running batch.
 _CLOSING_SECONDS = 10.0
 
 
+class _Amount(NamedTuple):
+    """A number of images, and the number of pixels of those images that are large."""
+
+    images: int
+    large_pixels: int
+
+    def plus(self, other: "_Amount") -> "_Amount":
+        return _Amount(*(a + b for a, b in zip(self, other, strict=True)))
+
+
 class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's)
-    """Raised if a request would exceed the maximum number of images in flight.
+    """Raised if a request would exceed a limit on the images in flight.
 
     Attributes:
       retry_after: Whole seconds after which the client should try again.
     """
 
-    def __init__(self, retry_after: int):
-        super().__init__(f"too many images at once; try again in {retry_after} s")
+    def __init__(self, retry_after: int, is_client: bool = False):
+        """Creates the error; `is_client` says whether only the limit of this client is reached."""
+        owner = "this client has" if is_client else "there are"
+        super().__init__(f"{owner} too many images in flight; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -85,23 +104,31 @@ class Program:
 
 
 def time_program(run: _Run, image: Pixels, sizes: Sequence[int]) -> Program:
-    """Compiles and times a program for several batch sizes.
+    """Compiles and times a program for several batch sizes, the smallest first.
+
+    Sizes that cannot help are left out: if two sizes in a row do not reduce the time per image,
+    larger sizes are not compiled. On a CPU this halves the time until the server is ready.
 
     Args:
       run: The function to compile; see `Program.run`.
       image: An example image, uint8 [height, width, 3].
       sizes: The batch sizes to compile, including 1.
     """
-    seconds = {}
+    seconds: dict[int, float] = {}
+    best, num_without_gain = math.inf, 0
     for size in sorted(sizes):
         images = np.repeat(image[None], size, axis=0)
         run(images)  # The first call compiles the program, so its time is not measured.
-        times = []
-        for _ in range(3):
+        times: list[float] = []
+        while len(times) < 3 and sum(times) < _TIMING_SECONDS:
             start = time.perf_counter()
             run(images)
             times.append(time.perf_counter() - start)
         seconds[size] = min(times)
+        num_without_gain = 0 if seconds[size] / size < _GAIN * best else num_without_gain + 1
+        best = min(best, seconds[size] / size)
+        if num_without_gain == 2:
+            break
     return Program(run, seconds)
 
 
@@ -187,6 +214,8 @@ class Engine:
         capacity: int,
         max_wait: float = 0.0,
         decoders: int = 2,
+        large_pixels: int = 500_000_000,
+        client_fraction: float = 1.0,
         on_batch: Callable[[int, float], None] = lambda images, seconds: None,
     ):
         """Creates the engine without starting its compute thread; see `start`.
@@ -195,19 +224,29 @@ class Engine:
           capacity: Maximum number of images in flight, which are waiting, in decoding or in
             computation.
           max_wait: Maximum seconds that an image waits for its batch to fill.
-          decoders: Number of decoder threads.
+          decoders: Number of decoder threads for images that are not large. There are half as many
+            further threads for large images, so that large images do not delay other images.
+          large_pixels: Maximum number of pixels of all large images in flight.
+          client_fraction: The fraction of `capacity` and of `large_pixels` that one client may use,
+            above 0 to 1.
           on_batch: Called in the event loop after each batch, with the number of images in the
             batch and the run time in seconds.
         """
         self.capacity = capacity
         self._max_wait = max_wait
         self._on_batch = on_batch
-        self._in_flight = 0
+        self._large_pixels = large_pixels
+        self._client_fraction = client_fraction
+        self._in_flight = _Amount(0, 0)
+        # The images in flight of each client that has any.
+        self._clients: dict[str, _Amount] = {}
         self._per_image = _SECONDS_PER_IMAGE
         # A request may use at most half of the decoder threads, so that a request with many large
         # images does not block other requests.
         self._decoders_per_request = max(1, decoders // 2)
         self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
+        num_large = self._decoders_per_request
+        self._large_decoders = concurrent.futures.ThreadPoolExecutor(num_large, "decode large")
         # Only one thread parses request bodies, because a parsed body can need many times as
         # much memory as the unparsed body.
         self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
@@ -216,6 +255,7 @@ class Engine:
         # version is freed even if no further batch arrives.
         self._last: Callable[[], Program | None] = lambda: None
         self._computing_since: float | None = None
+        self._last_beat = time.monotonic()
         self._changed = threading.Condition()
         self._is_closing = False
         self._thread = threading.Thread(target=self._compute_all, name="compute", daemon=True)
@@ -224,36 +264,73 @@ class Engine:
         """Starts the compute thread, which sends results to the running event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._beat()
+
+    def _beat(self) -> None:
+        self._last_beat = time.monotonic()
+        if not self._is_closing:
+            self._loop.call_later(_BEAT_SECONDS, self._beat)
 
     @property
     def in_flight(self) -> int:
         """The number of images in flight: images that wait, are decoded, or are processed."""
-        return self._in_flight
+        return self._in_flight.images
 
     @property
     def is_alive(self) -> bool:
-        """Returns whether the compute thread is running and no batch hangs."""
+        """Returns whether the compute thread runs, and neither a batch nor the event loop hangs.
+
+        This property may be read in any thread.
+        """
         since = self._computing_since
-        is_hanging = since is not None and time.monotonic() - since > _HANGING_SECONDS
-        return self._thread.is_alive() and not is_hanging
+        oldest = min(self._last_beat, self._last_beat if since is None else since)
+        return self._thread.is_alive() and time.monotonic() - oldest <= _HANGING_SECONDS
 
     @contextlib.contextmanager
-    def admit(self, images: int) -> Iterator[None]:
-        """Increases the number of images in flight by `images` until the context ends.
+    def admit(self, images: int, large_pixels: int = 0, client: str = "") -> Iterator[None]:
+        """Counts the images of a request as in flight until the context ends.
+
+        Args:
+          images: The number of images.
+          large_pixels: The number of pixels of those images that are large.
+          client: The client that has sent the request. A client without images in flight may send
+            a request that is larger than the limit of a client.
 
         Raises:
-          Overloaded: More than `capacity` images would be in flight.
+          Overloaded: More than `capacity` images would be in flight, or large images with too many
+            pixels, or the client would exceed its own limit.
         """
-        if self._in_flight + images > self.capacity:
-            raise Overloaded(max(1, math.ceil(self._in_flight * self._per_image)))
-        self._in_flight += images
+        added = _Amount(images, large_pixels)
+        limit = _Amount(self.capacity, self._large_pixels)
+        client_limit = [self._client_fraction * number for number in limit]
+        own = self._clients.get(client, _Amount(0, 0))
+        for total, own_total, new, most, most_of_client in zip(
+            self._in_flight, own, added, limit, client_limit, strict=True
+        ):
+            exceeds_own_limit = own_total and own_total + new > most_of_client
+            if new and (total + new > most or exceeds_own_limit):
+                wait = max(1, math.ceil(self.in_flight * self._per_image))
+                raise Overloaded(wait, is_client=total + new <= most)
+        self._count(client, added)
         try:
             yield
         finally:
-            self._in_flight -= images
+            self._count(client, _Amount(-images, -large_pixels))
+
+    def _count(self, client: str, added: "_Amount") -> None:
+        """Adds an amount to the images in flight, and to those of a client."""
+        own = self._clients.get(client, _Amount(0, 0))
+        self._in_flight = self._in_flight.plus(added)
+        self._clients[client] = own.plus(added)
+        if not self._clients[client].images:
+            del self._clients[client]
 
     async def compute(
-        self, program: Program, reads: Sequence[_Read], deadline: float
+        self,
+        program: Program,
+        reads: Sequence[_Read],
+        deadline: float,
+        large: Collection[int] = (),
     ) -> list[Computed | DataError]:
         """Runs a program on the images of a request, batched with the images of other requests.
 
@@ -261,6 +338,7 @@ class Engine:
           program: The program.
           reads: Functions that each decode an image; at least one. They run on decoder threads.
           deadline: In seconds of `time.monotonic`.
+          large: The indices of the large images.
 
         Returns:
           A result for each image; for an image that cannot be used, an error.
@@ -272,10 +350,13 @@ class Engine:
         count, now = len(reads), time.monotonic()
         request = _Request(program, now, future, [None] * count, count)
         images = [_EncodedImage(request, index, read) for index, read in enumerate(reads)]
-        step = self._decoders_per_request
-        lanes = [collections.deque(images[first::step]) for first in range(min(count, step))]
-        for lane in lanes:
-            self._decoders.submit(self._decode, lane)
+        lanes = []
+        for is_large, threads in ((False, self._decoders), (True, self._large_decoders)):
+            chosen = [image for image in images if (image.index in large) == is_large]
+            for first in range(min(len(chosen), self._decoders_per_request)):
+                lane = collections.deque(chosen[first :: self._decoders_per_request])
+                lanes.append(lane)
+                threads.submit(self._decode, threads, lane)
         # The future is cancelled if the client disconnects or the deadline passes. The threads
         # check whether the future is cancelled.
         try:
@@ -343,13 +424,15 @@ class Engine:
         self._thread.join(_CLOSING_SECONDS)
         if self._thread.is_alive():
             return False
-        for threads in (self._decoders, self._parser):
+        for threads in (self._decoders, self._large_decoders, self._parser):
             threads.shutdown(cancel_futures=True)
         return True
 
     # The next method runs on the decoder threads.
 
-    def _decode(self, lane: collections.deque[_EncodedImage]) -> None:
+    def _decode(
+        self, threads: concurrent.futures.Executor, lane: collections.deque[_EncodedImage]
+    ) -> None:
         """Decodes one image of a request, and schedules the decoding of the next image.
 
         A lane is a queue of encoded images of one request. Between two images of a lane, the
@@ -376,7 +459,7 @@ class Engine:
                 self._waiting.append(decoded)
                 self._changed.notify()
         if lane:
-            self._decoders.submit(self._decode, lane)
+            threads.submit(self._decode, threads, lane)
 
     # The methods below, except `_set_results`, run on the compute thread.
 

@@ -5,6 +5,7 @@ This module changes the following behaviour of uvicorn:
 - It stores headers and trailers of any size.
 - When it refuses a request, it closes the connection even if the client is still sending. Then the
   client cannot read the error.
+- It skips the body of a request with an Upgrade header.
 - After a shutdown by a signal, it raises the same signal again.
 """
 
@@ -12,21 +13,21 @@ import asyncio
 import contextlib
 import json
 import math
-import re
-import signal
 import socket
+import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+import httptools
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-# Maximum size of the request line and the headers together, in bytes. The framing of a chunked body
-# may exceed the size of the body by at most this number of bytes.
+from cnn_jax.serve.responses import new_request_id
+
+# Maximum size of the headers of a request together, in bytes, and of a header that is incomplete.
 _MAX_HEADER_BYTES = 32_768
 # Maximum seconds until a client has sent all headers of a request.
 _HEADER_SECONDS = 10.0
@@ -39,15 +40,9 @@ _READ_SECONDS = 30.0
 # the client could not read the error.
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 32_000_000
-_MAX_CONNECTIONS = 1_000
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# The Upgrade header is renamed, because httptools skips the body of a request with this header.
-# Some Java clients send an Upgrade header with their first request. A server may ignore the header
-# (RFC 9110, section 7.8). Limitation: if a packet ends inside the header's name, the header is not
-# renamed, and httptools skips the body.
-_UPGRADE = re.compile(rb"\r\nupgrade:", re.IGNORECASE)
-_NO_UPGRADE = b"\r\nx-upgrade:"
-_END = b"\r\n\r\n"
+# If there are more connections, an idle connection is aborted, or one whose client has paused for
+# this number of seconds in the middle of a request.
+_MAX_CONNECTIONS, _STALLED_SECONDS = 1_000, 1.0
 
 
 class _Transport:
@@ -67,6 +62,38 @@ class _Transport:
         return getattr(self._transport, name)
 
 
+class _Parser:
+    """httptools's parser, which ignores Upgrade headers.
+
+    The parser of httptools skips the body of a request with an Upgrade header and everything after
+    it. Some Java clients send such a header with their first request. A server may ignore it (RFC
+    9110, section 7.8).
+    """
+
+    def __init__(self, protocol: "_Protocol"):
+        self._protocol = protocol
+        self._restart()
+
+    def _restart(self) -> None:
+        self._parser = httptools.HttpRequestParser(self._protocol)
+        # The setting that uvicorn makes, for data after a request with "Connection: close".
+        self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    def feed_data(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._parser.get_method() == b"CONNECT":
+                raise httptools.HttpParserError("CONNECT is not supported") from upgrade
+            # Parse the request again, without the header.
+            head = self._protocol.head_without_upgrade()
+            self._restart()
+            self.feed_data(head + data[upgrade.args[0] :])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._parser, name)
+
+
 class _Protocol(HttpToolsProtocol):
     """An HTTP connection that limits the size of headers and closes if the client is too slow."""
 
@@ -80,14 +107,24 @@ class _Protocol(HttpToolsProtocol):
     # headers.
     _is_in_message = False
     _is_in_headers = False
-    # The number of bytes of the current request: headers, body, and chunk framing.
+    # The number of bytes of the complete headers of the current request.
     _header_bytes = 0
-    _body_bytes = 0
-    _framing_bytes = 0
-    # The number of body bytes in the last packet.
-    _packet_body_bytes = 0
+    # The number of bytes since the parser has last completed a header or returned a part of a body.
+    _incomplete_bytes = 0
+    _has_progress = False
     _is_too_large = False
     _bytes_after_end = 0
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.parser = _Parser(self)  # type: ignore[assignment]
+
+    def head_without_upgrade(self) -> bytes:
+        """Returns the request line and the headers of the request, without an Upgrade header."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%b %b HTTP/%b\r\n" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%b: %b\r\n" % pair for pair in self.headers if pair[0] != b"upgrade"]
+        return b"".join([*lines, b"\r\n"])
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self._raw = transport
@@ -95,18 +132,24 @@ class _Protocol(HttpToolsProtocol):
         self.last_received = time.monotonic()
         self._start_timer()
         if len(self.connections) > _MAX_CONNECTIONS:
-            self._abort_oldest_idle()
+            self._abort_one()
 
     @property
     def is_idle(self) -> bool:
         """Returns whether the connection is between two requests."""
         return not self._is_in_message and (self.cycle is None or self.cycle.response_complete)
 
-    def _abort_oldest_idle(self) -> None:
-        """Aborts the connection that has been idle longest, or this connection if none is idle."""
-        others = [other for other in self.connections if other is not self]
-        idle = [other for other in others if isinstance(other, _Protocol) and other.is_idle]
-        oldest = min(idle, key=lambda other: other.last_received, default=self)
+    @property
+    def is_stalled(self) -> bool:
+        """Returns whether the client has paused in the middle of a request."""
+        pause = time.monotonic() - self.last_received
+        return self._is_in_message and pause > _STALLED_SECONDS
+
+    def _abort_one(self) -> None:
+        """Aborts the connection that has been idle or stalled longest, or else this connection."""
+        others = [one for one in self.connections if isinstance(one, _Protocol) and one is not self]
+        chosen = [one for one in others if one.is_idle] or [one for one in others if one.is_stalled]
+        oldest = min(chosen, key=lambda one: one.last_received, default=self)
         self.connections.discard(oldest)
         oldest._raw.abort()
 
@@ -117,57 +160,53 @@ class _Protocol(HttpToolsProtocol):
             if self._bytes_after_end > _LINGER_BYTES:
                 self._raw.abort()
             return
-        was_in_headers, was_in_message = self._is_in_headers, self._is_in_message
         if self._timer is None and self.is_idle:
             # Start the timer even if the received bytes do not start a request.
             self._start_timer()
-        if was_in_headers or not was_in_message:
-            head, end, rest = data.partition(_END)
-            data = _UPGRADE.sub(_NO_UPGRADE, head) + end + rest
-        self._packet_body_bytes = 0
+        self._has_progress = False
         super().data_received(data)
-        other = len(data) - self._packet_body_bytes
-        if self._is_in_headers:
-            # A packet may also contain earlier requests. Only the bytes after these requests are
-            # counted as headers.
-            before = -1 if was_in_headers else data.rfind(_END)
-            self._count_header(min(other, len(data) if before < 0 else len(data) - before))
-        elif was_in_message and not was_in_headers and self._is_in_message:
-            self._framing_bytes += other
-            self._is_too_large |= self._framing_bytes > _MAX_HEADER_BYTES + self._body_bytes
-        if self._is_too_large:
+        self._incomplete_bytes = 0 if self._has_progress else self._incomplete_bytes + len(data)
+        if self._is_too_large or self._incomplete_bytes > _MAX_HEADER_BYTES:
             self._refuse()
-
-    def _count_header(self, size: int) -> None:
-        self._header_bytes += size
-        self._is_too_large |= self._header_bytes > _MAX_HEADER_BYTES
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._is_in_message = self._is_in_headers = True
-        self._header_bytes = self._body_bytes = self._framing_bytes = 0
+        self._header_bytes = 0
         if self._timer is None:
             self._start_timer()
+
+    def on_url(self, url: bytes) -> None:
+        super().on_url(url)
+        self._count_header(len(url))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if self._is_in_headers:
             super().on_header(name, value)
-            self._is_too_large |= len(name) + len(value) > _MAX_HEADER_BYTES
+            self._count_header(len(name) + len(value))
         else:
             # This header is a trailer, which no protocol of this server uses.
             self._is_too_large = True
 
+    def _count_header(self, size: int) -> None:
+        self._has_progress = True
+        self._header_bytes += size
+        self._is_too_large |= self._header_bytes > _MAX_HEADER_BYTES
+
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return  # The parser parses the request again.
         self._is_in_headers = False
         self._stop_timer()
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        self._body_bytes += len(body)
-        self._packet_body_bytes += len(body)
+        self._has_progress = True
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self._is_in_message = False
         super().on_message_complete()
 
@@ -209,7 +248,7 @@ class _Protocol(HttpToolsProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self._raw.abort()  # An error message would damage the response that is being sent.
             return
-        request_id = uuid.uuid4().hex
+        request_id = new_request_id()
         answer = json.dumps({"error": msg, "reason": "http", "request_id": request_id})
         body = f"{answer}\n".encode()
         head = (
@@ -258,16 +297,8 @@ class Server(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await super().serve(sockets)
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self.handle_exit) for number in _SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn's own method records the signal, and raises it again after the shutdown.
         assert self._loop is not None
         self._loop.call_soon_threadsafe(self._shut_down)
 
@@ -287,7 +318,11 @@ class Server(uvicorn.Server):
 
 
 def make_server(
-    app: ASGIApp, drain: float, grace: float, on_shutdown: Callable[[], None]
+    app: ASGIApp,
+    drain: float,
+    grace: float,
+    on_shutdown: Callable[[], None],
+    trusted_proxies: Sequence[str] = (),
 ) -> Server:
     """Creates the HTTP server of an application.
 
@@ -296,6 +331,8 @@ def make_server(
       drain: Seconds from the first signal until the server accepts no further connections.
       grace: Maximum seconds that requests in flight may take after the time `drain`.
       on_shutdown: Called at the first signal.
+      trusted_proxies: The addresses of proxies, in addition to this machine, whose header
+        X-Forwarded-For gives the address of a client.
     """
     config = uvicorn.Config(
         app,
@@ -305,7 +342,23 @@ def make_server(
         log_config=None,
         access_log=False,
         server_header=False,
+        forwarded_allow_ips=["127.0.0.1", "::1", *trusted_proxies],
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=math.ceil(grace) + 1,
     )
     return Server(config, drain, on_shutdown)
+
+
+@contextlib.contextmanager
+def serving_in_thread(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
+    """Serves an application on a thread with an event loop of its own, until the context ends."""
+    server = make_server(app, drain=0.0, grace=0.0, on_shutdown=lambda: None)
+    thread = threading.Thread(
+        target=lambda: asyncio.run(server.serve([listener])), name="health", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()

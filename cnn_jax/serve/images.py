@@ -18,8 +18,8 @@ from cnn_jax.serve.limits import Limits, Refused
 _MAX_EMPTY_PARTS = 32
 # The prefix of a data URL, such as "data:image/png;base64," (RFC 2397).
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
-# Maximum size of one header of a form part, in bytes.
-_MAX_HEADER_BYTES = 4_096
+# Maximum size of one header of a form part, in bytes, and maximum number of headers of a part.
+_MAX_HEADER_BYTES, _MAX_HEADERS = 4_096, 16
 _MAX_NAME_CHARACTERS = 200
 # Maximum estimated memory of a parsed JSON body, in bytes. The estimate adds a number of bytes for
 # each character "," (an element), "[" (a list), "{" (an object) and ":" (a member of an object).
@@ -94,6 +94,7 @@ class _Form:
         self._max_files = max_files
         self._content: list[bytes] = []
         self._header: dict[str, bytes] = {}
+        self._num_headers = 0
         self._field, self._value = b"", b""
 
     def callbacks(self) -> dict[str, Any]:
@@ -104,7 +105,7 @@ class _Form:
         self._num_parts += 1
         if self._num_parts > self._max_files + _MAX_EMPTY_PARTS:
             raise Refused(413, "too_many", "the form has too many parts")
-        self._content, self._header = [], {}
+        self._content, self._header, self._num_headers = [], {}, 0
 
     def _header_field(self, data: bytes, start: int, end: int) -> None:
         self._field = self._checked(self._field + data[start:end])
@@ -119,6 +120,9 @@ class _Form:
 
     def _header_end(self) -> None:
         self._header[self._field.lower().decode("latin-1")] = self._value
+        self._num_headers += 1
+        if self._num_headers > _MAX_HEADERS:
+            raise Refused(400, "form", "a part has too many headers")
         self._field, self._value = b"", b""
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:

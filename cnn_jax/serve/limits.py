@@ -1,6 +1,7 @@
 """Limits on the size, time and parameters of requests, and the related exceptions."""
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import time
@@ -16,6 +17,9 @@ _PAUSE_SECONDS = 10.0
 # A body of at most this number of bytes is accepted even if larger bodies have used up the limit on
 # the total size.
 _SMALL_BODY_BYTES = 1_000_000
+# An image with more pixels is large: separate threads decode it, and the number of pixels of all
+# large images in flight is limited. Decoding 4 million pixels takes about 40 ms.
+LARGE_PIXELS = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +31,24 @@ class Limits:
       all_bytes: Maximum total size of the bodies of all requests in flight. Bodies up to 1 MB are
         accepted until the total size is `all_bytes + body_bytes`.
       pixels: Maximum width times height of an image, according to its header.
+      all_pixels: Maximum number of pixels of all large images in flight. An image is large above
+        `LARGE_PIXELS` pixels.
       images: Maximum number of images in a request.
       explained: Maximum number of images in a request for explanation maps.
       seconds: Maximum seconds from the headers of a request to the answer.
+      client_fraction: The fraction of `all_bytes`, of `all_pixels` and of the images in flight that
+        one client may use, above 0 to 1. A client that has no request in flight may always send
+        one.
     """
 
     body_bytes: int = 20_000_000
     all_bytes: int = 50_000_000
     pixels: int = 25_000_000
+    all_pixels: int = 500_000_000
     images: int = 64
     explained: int = 8
     seconds: float = 30.0
+    client_fraction: float = 0.5
 
 
 class Refused(Exception):  # noqa: N818 (the client's error, not the server's)
@@ -94,10 +105,12 @@ class Bodies:
     def __init__(self, limits: Limits):
         self._limits = limits
         self.num_bytes = 0
+        # The size of the bodies of each client that has any in memory.
+        self._client_bytes: collections.Counter[str] = collections.Counter()
 
     @contextlib.asynccontextmanager
     async def read(
-        self, receive: Receive, content_length: str | None, deadline: float
+        self, receive: Receive, content_length: str | None, deadline: float, client: str
     ) -> AsyncIterator[bytes]:
         """Reads a request's body, and counts its size towards the total until the context ends.
 
@@ -105,16 +118,18 @@ class Bodies:
           receive: The ASGI channel of a request whose body has not been read.
           content_length: The value of the Content-Length header; None without this header.
           deadline: In seconds of `time.monotonic`.
+          client: The client that sends the body.
 
         Raises:
-          Refused: The body is too large or too slow, or the limit of all bodies is reached.
+          Refused: The body is too large or too slow, or the limit of all bodies or that of the
+            client is reached.
           ClientDisconnected: The client disconnected before the end of the body.
         """
         announced = int(content_length) if content_length and content_length.isdecimal() else 0
         if announced > self._limits.body_bytes:
             raise self._too_large()
         parts: list[bytes] = []
-        with self._counter() as count:
+        with self._counter(client) as count:
             try:
                 async with asyncio.timeout(None) as pause:
                     _extend(pause, deadline)
@@ -135,7 +150,7 @@ class Bodies:
             yield body
 
     @contextlib.contextmanager
-    def _counter(self) -> Iterator[Callable[[int], None]]:
+    def _counter(self, client: str) -> Iterator[Callable[[int], None]]:
         """Yields a function that adds received bytes of a body to the total size of all bodies.
 
         At the end of the context, these bytes are subtracted again.
@@ -151,7 +166,10 @@ class Bodies:
             limit = self._limits.all_bytes
             if body_bytes + size <= _SMALL_BODY_BYTES:
                 limit += self._limits.body_bytes
-            if self.num_bytes + size > limit:
+            others = self._client_bytes[client] - body_bytes
+            client_limit = self._limits.client_fraction * limit
+            exceeds_own_limit = others > 0 and others + body_bytes + size > client_limit
+            if self.num_bytes + size > limit or exceeds_own_limit:
                 raise Refused(
                     429,
                     "busy",
@@ -161,11 +179,15 @@ class Bodies:
                 )
             body_bytes += size
             self.num_bytes += size
+            self._client_bytes[client] += size
 
         try:
             yield count
         finally:
             self.num_bytes -= body_bytes
+            self._client_bytes[client] -= body_bytes
+            if not self._client_bytes[client]:
+                del self._client_bytes[client]
 
     def _too_large(self) -> Refused:
         limit = self._limits.body_bytes

@@ -4,9 +4,11 @@ import abc
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import pathlib
+import random
 import tempfile
 import threading
 import time
@@ -216,30 +218,67 @@ class RegistrySource(Source):
                 self._admin_extra.discard((model, number))
 
 
+class LoadTimeoutError(UserError):
+    """Raised if a version was not loaded in time."""
+
+
+# A version to load: the model, the number of the version, and the digest of its bundle.
+_Key = tuple[str, int, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Load:
+    """A version that is being loaded; `start` is in seconds of `time.monotonic`."""
+
+    task: "asyncio.Task[None]"
+    start: float
+
+    @property
+    def is_slow(self) -> bool:
+        return time.monotonic() - self.start > _SLOW_SECONDS
+
+
 class Loader:
     """Keeps the loaded versions of a service in sync with the versions that a source requests.
 
     Attributes:
       problem: The error message of the last load that failed; "" if no load has failed.
+      is_settled: Whether all versions that were desired first are loaded, or failed, or are slow.
     """
 
-    def __init__(self, service: Service, source: Source, sizes: Sequence[int]):
+    def __init__(
+        self,
+        service: Service,
+        source: Source,
+        sizes: Sequence[int],
+        poll: float = 2.0,
+        load_timeout: float = 600.0,
+    ):
         """Creates the loader, without loading any version.
 
         Args:
           service: The service whose versions are loaded and unloaded.
           source: The source of the versions.
           sizes: The batch sizes to compile.
+          poll: Mean seconds between two reads of the source.
+          load_timeout: Maximum seconds that the loading of a version may take.
         """
         self._service = service
         self._source = source
         self._sizes = sizes
+        self._poll = poll
+        self._load_timeout = load_timeout
+        self._loads: dict[_Key, _Load] = {}
+        # The versions for which a thread runs. A thread cannot be interrupted, so it may still run
+        # after its load was abandoned. Until it ends, the version is not loaded again.
+        self._threads: set[_Key] = set()
         # The number of failures and the time of the next retry, for each version that could not be
         # loaded.
-        self._failures: dict[tuple[str, int, str], tuple[int, float]] = {}
+        self._failures: dict[_Key, tuple[int, float]] = {}
         self._lock = asyncio.Lock()
         self._has_synchronized = False
         self.problem = ""
+        self.is_settled = False
         # The last logged error of the source, and the time at which it was logged.
         self._logged_problem, self._logged_at = "", 0.0
         self._num_running = 0
@@ -255,28 +294,65 @@ class Loader:
         """
         return self._num_running > 0
 
-    async def follow(self, seconds: float) -> None:
-        """Calls `synchronize` every `seconds` seconds until the task is cancelled."""
+    async def follow(self) -> None:
+        """Calls `synchronize` again and again until the task is cancelled."""
         while True:
             await self.synchronize()
-            await asyncio.sleep(seconds)
+            self.is_settled = True
+            await asyncio.sleep(self._pause())
+
+    def _pause(self) -> float:
+        """Returns the seconds until the next read of the source.
+
+        They are random, so that the servers of a registry do not load a new version at the same
+        moment.
+        """
+        return self._poll * random.uniform(0.5, 1.5)
 
     async def synchronize(self) -> None:
-        """Loads and unloads versions until the service matches the desired state of the source."""
-        async with self._lock:
-            # Read the source again after each load, because the desired state may have changed
-            # during the load.
-            while (desired := await self._read_source()) is not None:
-                self._remove_models(desired)
-                for model, state in desired.items():
-                    self._service.models.add_model(model, is_required=not self._has_synchronized)
-                    self._update_aliases(model, state)
-                    self._unload(model, state.versions)
-                self._has_synchronized = True
-                missing = next(self._missing(desired), None)
-                if missing is None:
+        """Loads and unloads versions until the service matches the desired state of the source.
+
+        A load of more than `_SLOW_SECONDS` continues in the background.
+        """
+        while True:
+            async with self._lock:
+                desired = await self._read_source()
+                if desired is None:
                     return
-                await self._load(*missing)
+                self._apply(desired)
+                self._start_load(desired)
+                running = [load.task for load in self._loads.values() if not load.is_slow]
+            if not running:
+                return
+            # During a load, continue to read the source: a rollback must not wait for the load.
+            await asyncio.wait(running, timeout=self._pause(), return_when=asyncio.FIRST_COMPLETED)
+
+    def _apply(self, desired: Mapping[str, DesiredState]) -> None:
+        """Moves aliases, unloads versions, and abandons loads that are no longer desired."""
+        self._remove_models(desired)
+        for model, state in desired.items():
+            self._service.models.add_model(model, is_required=not self._has_synchronized)
+            self._update_aliases(model, state)
+            self._unload(model, state.versions)
+        self._has_synchronized = True
+        for key, load in list(self._loads.items()):
+            model, number, digest_ = key
+            if model not in desired or desired[model].versions.get(number) != digest_:
+                load.task.cancel()
+                del self._loads[key]
+                if model in desired:
+                    self._service.models.set_state(model, number, END)
+                self._service.metrics.loads.labels(model, "abandoned").inc()
+                logger.warning("%s, version %d: no longer wanted; not loaded", model, number)
+
+    def _start_load(self, desired: Mapping[str, DesiredState]) -> None:
+        """Starts to load the next missing version, unless another load has just been started.
+
+        A slow load does not delay the load of another version.
+        """
+        key = next(self._missing(desired), None)
+        if key is not None and all(load.is_slow for load in self._loads.values()):
+            self._loads[key] = _Load(self._start_task(self._load(key)), time.monotonic())
 
     async def synchronize_now(self, seconds: float) -> bool:
         """Calls `synchronize` and retries failed loads at once; returns False after a timeout.
@@ -300,8 +376,7 @@ class Loader:
         """
 
         async def set_and_synchronize() -> None:
-            async with self._lock:
-                await self._run_on_thread(self._source.set_extra, model, number, is_extra)
+            await self._run_on_thread(self._source.set_extra, model, number, is_extra)
             self._failures.clear()
             await self.synchronize()
 
@@ -351,7 +426,7 @@ class Loader:
             self._logged_problem, self._logged_at = problem, now
             logger.warning("cannot read the registry; the loaded versions stay: %s", problem)
 
-    def _missing(self, desired: Mapping[str, DesiredState]) -> Iterator[tuple[str, int, str]]:
+    def _missing(self, desired: Mapping[str, DesiredState]) -> Iterator[_Key]:
         """Yields (model, number, digest) of each version to load, default versions first."""
         for is_default in (True, False):
             for model, state in desired.items():
@@ -363,9 +438,10 @@ class Loader:
                     if (number == default) == is_default and not is_loaded and self._is_due(key):
                         yield key
 
-    def _is_due(self, key: tuple[str, int, str]) -> bool:
+    def _is_due(self, key: _Key) -> bool:
+        """Returns whether a load may start: none is running, and it is not too early to retry."""
         _, retry_at = self._failures.get(key, (0, 0.0))
-        return time.monotonic() >= retry_at
+        return key not in self._loads.keys() | self._threads and time.monotonic() >= retry_at
 
     def _update_aliases(self, model: str, state: DesiredState) -> None:
         """Points the aliases of a model to the desired versions, if these versions are loaded."""
@@ -412,30 +488,19 @@ class Loader:
             models.set_state(version.model, version.number, END)
             self._service.metrics.remove_version(version.model, version.number, version.class_names)
 
-    async def _load(self, model: str, number: int, digest_: str) -> None:
-        key = model, number, digest_
+    async def _load(self, key: _Key) -> None:
+        model, number, _ = key
         models = self._service.models
         models.set_state(model, number, LOADING)
+        logger.info("%s, version %d: loading", model, number)
         start = time.monotonic()
-        loaded = [version for name in models.names for version in models.loaded(name).values()]
         try:
-            version = await self._run_on_thread(self._make, model, number, digest_, loaded)
+            version = await self._make_in_time(key)
         except Exception as error:
             # Catch every exception, because a bad new version must not stop the server.
-            count = self._failures.get(key, (0, 0.0))[0] + 1
-            wait = min(_FIRST_RETRY * 2 ** (count - 1), _MAX_RETRY)
-            self._failures[key] = count, time.monotonic() + wait
-            self.problem = str(error) if isinstance(error, UserError) else repr(error)
-            models.set_state(model, number, END, _public_message(error))
-            self._service.metrics.loads.labels(model, "failed").inc()
-            logger.error(
-                "%s, version %d: not loaded; the loaded versions stay: %s; next try in %.0f s",
-                model,
-                number,
-                self.problem,
-                wait,
-            )
+            self._fail(key, error)
             return
+        del self._loads[key]
         self._failures.pop(key, None)
         models.add_version(version)
         self._service.metrics.loads.labels(model, "loaded").inc()
@@ -443,22 +508,78 @@ class Loader:
         seconds = time.monotonic() - start
         logger.info("%s, version %d: ready after %.1f s", model, number, seconds)
 
+    async def _make_in_time(self, key: _Key) -> Version:
+        """Makes a version on a thread; logs a warning while this takes long.
+
+        Raises:
+          LoadTimeoutError: The version was not made in time. Its thread cannot be interrupted.
+        """
+        models = self._service.models
+        loaded = [version for name in models.names for version in models.loaded(name).values()]
+        self._threads.add(key)
+        making = asyncio.ensure_future(
+            self._run_on_thread(
+                self._make, *key, loaded, on_end=functools.partial(self._threads.discard, key)
+            )
+        )
+        start = time.monotonic()
+        try:
+            while True:
+                left = start + self._load_timeout - time.monotonic()
+                done, _ = await asyncio.wait({making}, timeout=min(_SLOW_SECONDS, max(left, 0.0)))
+                if done:
+                    return making.result()
+                waited = time.monotonic() - start
+                if waited >= self._load_timeout:
+                    raise LoadTimeoutError(
+                        f"it was not loaded within {self._load_timeout:g} s; --load_timeout is "
+                        "this limit"
+                    )
+                logger.warning("%s, version %d: still loading after %.0f s", *key[:2], waited)
+        finally:
+            making.cancel()
+
+    def _fail(self, key: _Key, error: Exception) -> None:
+        """Reports a version that could not be loaded, and sets the time of the next try."""
+        model, number, _ = key
+        del self._loads[key]
+        count = self._failures.get(key, (0, 0.0))[0] + 1
+        wait = min(_FIRST_RETRY * 2 ** (count - 1), _MAX_RETRY)
+        self._failures[key] = count, time.monotonic() + wait
+        self.problem = str(error) if isinstance(error, UserError) else repr(error)
+        self._service.models.set_state(model, number, END, _public_message(error))
+        self._service.metrics.loads.labels(model, "failed").inc()
+        logger.error(
+            "%s, version %d: not loaded; the loaded versions stay: %s; next try in %.0f s",
+            model,
+            number,
+            self.problem,
+            wait,
+        )
+
     def _make(self, model: str, number: int, digest_: str, loaded: Sequence[Version]) -> Version:
         bundle = self._source.open(model, number)
         pixels = self._service.limits.pixels
         return make_version(model, number, bundle, digest_, pixels, self._sizes, loaded)
 
-    async def _run_on_thread(self, function: Callable[..., T], *args: Any) -> T:
+    async def _run_on_thread(
+        self,
+        function: Callable[..., T],
+        *args: Any,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> T:
         """Runs a function on a new thread, because the function may wait for a disk or a compiler.
 
-        The thread is a daemon thread. Unlike a thread of an executor, it does not delay the end
-        of the process.
+        If this coroutine is cancelled, the thread continues. `on_end` is called in the event loop
+        when the thread ends. The thread is a daemon thread. Unlike a thread of an executor, it does
+        not delay the end of the process.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
         def finish(result: T | None, error: Exception | None) -> None:
             self._num_running -= 1
+            on_end()
             if future.cancelled():
                 return
             if error is None:

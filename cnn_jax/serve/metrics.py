@@ -1,7 +1,7 @@
 """The server's Prometheus metrics."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -64,6 +64,19 @@ class ServerMetrics:
             ("model", "version"),
             **options,
         )
+
+        self.loading = Gauge(
+            "version_loading_seconds",
+            "Seconds for which the version has been loading; absent otherwise.",
+            ("model", "version"),
+            **options,
+        )
+
+    def set_loading(self, seconds: Mapping[tuple[str, int], float]) -> None:
+        """Sets the seconds for which versions have been loading, by (model, number)."""
+        self.loading.clear()
+        for key, value in seconds.items():
+            self.loading.labels(*key).set(value)
 
     def count_batch(self, images: int, seconds: float) -> None:
         """Adds the size and the run time of a batch to the metrics."""

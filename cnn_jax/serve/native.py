@@ -86,6 +86,7 @@ class PredictOut(BaseModel):
 
     model: str
     version: int
+    request_id: str = Field(description="the id that POST /feedback needs")
     predictions: list[PredictionOut]
     milliseconds: Timings
 
@@ -156,7 +157,7 @@ def make_router(service: Service) -> APIRouter:
         start = time.monotonic()
         if query.version is not None and query.alias is not None:
             raise Refused(400, "parameter", "give either version or alias, not both")
-        version = service.models.find(query.model, query.version, query.alias)
+        version = service.select(request, query.model, query.version, query.alias)
         explain = query.explain is not None
         async with service.body(request, version) as body:
             parts = await _parts(service, request, body)
@@ -175,6 +176,7 @@ def make_router(service: Service) -> APIRouter:
             {
                 "model": version.model,
                 "version": version.number,
+                "request_id": request.state.request_id,
                 "predictions": predictions,
                 "milliseconds": _timings(answers, time.monotonic() - start),
             }

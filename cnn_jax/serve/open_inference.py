@@ -119,7 +119,7 @@ def make_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": _BODY},
     )
     async def infer_model(request: Request, model: str) -> JSONResponse:
-        return await infer(request, models.find(model))
+        return await infer(request, service.select(request, model))
 
     @router.post(
         "/models/{model}/versions/{version}/infer",
@@ -127,7 +127,7 @@ def make_router(service: Service) -> APIRouter:
         openapi_extra={"requestBody": _BODY},
     )
     async def infer_version(request: Request, model: str, version: VersionNumber) -> JSONResponse:
-        return await infer(request, models.find(model, version))
+        return await infer(request, service.select(request, model, version))
 
     return router
 

@@ -7,21 +7,24 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 
 from cnn_jax.data.scan import num_cores
 from cnn_jax.serve import http
-from cnn_jax.serve.app import make_app
+from cnn_jax.serve.app import make_app, make_health_app
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
 from cnn_jax.serve.loader import BundleSource, Loader, Source
 from cnn_jax.serve.metrics import ServerMetrics
-from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.service import Models, Service
 from cnn_jax.serve.tokens import Tokens
 from cnn_jax.system.errors import BundleError, ConfigError
+
+if TYPE_CHECKING:  # Importing pyarrow would delay the start of a server without a request log.
+    from cnn_jax.serve.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +38,33 @@ class Options:
     Attributes:
       host: The address to listen on.
       port: The port to listen on; 0 chooses a free port.
+      health_port: A second port, on which a separate thread answers health checks and metrics; 0
+        chooses a free port, and None opens no second port.
       limits: The limits of requests.
       queue: Maximum number of images in flight.
       max_batch: Maximum number of images in a batch.
       max_wait: Maximum seconds that an image waits for its batch to fill.
-      poll: Seconds between two reads of the registry.
+      poll: Mean seconds between two reads of the registry.
+      load_timeout: Maximum seconds that the loading of a version may take.
+      allowed_hosts: Further host names that the Host header of a request may have. The names are
+        checked if there are any, or if the server listens on a loopback address without tokens.
+      cors_origins: The origins whose web pages may use the server.
+      trusted_proxies: The addresses of proxies whose header X-Forwarded-For is believed.
       drain: Seconds for which the server reports that it is not ready before it shuts down.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
+    health_port: int | None = None
     limits: Limits = Limits()
     queue: int = 256
     max_batch: int = 32
     max_wait: float = 0.0
     poll: float = 2.0
+    load_timeout: float = 600.0
+    allowed_hosts: Sequence[str] = ()
+    cors_origins: Sequence[str] = ()
+    trusted_proxies: Sequence[str] = ()
     drain: float = 0.0
 
     @property
@@ -62,7 +77,7 @@ def run(
     source: Source,
     options: Options,
     tokens: Tokens | None = None,
-    request_log: RequestLog | None = None,
+    request_log: "RequestLog | None" = None,
 ) -> None:
     """Runs the server until SIGTERM or Ctrl-C, then answers the requests in flight and returns.
 
@@ -78,40 +93,66 @@ def run(
       BundleError: The bundle of a `BundleSource` cannot be served.
     """
     metrics = ServerMetrics()
-    engine = Engine(options.queue, options.max_wait, num_cores(), metrics.count_batch)
+    engine = Engine(
+        options.queue,
+        options.max_wait,
+        num_cores(),
+        options.limits.all_pixels,
+        options.limits.client_fraction,
+        metrics.count_batch,
+    )
     service = Service(Models(), engine, options.limits, metrics, request_log)
-    listener = _listen(options)
+    listener = _listen(options.host, options.port)
     host, port = listener.getsockname()[:2]
+    health_listener = None
+    if options.health_port is not None:
+        health_listener = _listen(options.host, options.health_port, "--health_port")
 
-    loader = Loader(service, source, options.sizes)
+    loader = Loader(service, source, options.sizes, options.poll, options.load_timeout)
     hangs = False
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
         app.state.loader = loader
+        stack = contextlib.ExitStack()
+        if health_listener is not None:
+            stack.enter_context(health_listener)
+            stack.enter_context(http.serving_in_thread(make_health_app(service), health_listener))
+            health = f"http://{_url_host(host)}:{health_listener.getsockname()[1]}"
+            logger.info("health checks on %s/healthz", health)
 
-        async def follow() -> None:
-            await loader.synchronize()
-            if service.models.is_ready():
-                print(f"ready on http://{_url_host(host)}:{port}/", flush=True)
-            elif isinstance(source, BundleSource):
-                server.should_exit = True  # A retry with the same bundle would fail too.
-                return
-            await loader.follow(options.poll)
+        async def announce() -> None:
+            while not (loader.is_settled and service.models.is_ready()):
+                if isinstance(source, BundleSource) and loader.problem:
+                    server.should_exit = True  # A retry with the same bundle would fail too.
+                    return
+                await asyncio.sleep(0.02)
+            print(f"ready on http://{_url_host(host)}:{port}/", flush=True)
 
-        following = asyncio.create_task(follow())
+        tasks = [asyncio.create_task(work) for work in (loader.follow(), announce())]
         try:
             yield
         finally:
-            following.cancel()
+            for task in tasks:
+                task.cancel()
             nonlocal hangs
             hangs = not await asyncio.to_thread(engine.close)
             if request_log is not None:
                 await asyncio.to_thread(request_log.close)
+            await asyncio.to_thread(stack.close)
 
-    app = make_app(service, tokens, lifespan)
-    server = http.make_server(app, options.drain, options.limits.seconds, service.begin_shutdown)
+    hosts = options.allowed_hosts
+    if hosts or (options.host in _LOOPBACK and tokens is None):
+        hosts = [*hosts, *_LOOPBACK, options.host]
+    app = make_app(service, tokens, lifespan, hosts, options.cors_origins)
+    server = http.make_server(
+        app,
+        options.drain,
+        options.limits.seconds,
+        service.begin_shutdown,
+        options.trusted_proxies,
+    )
     if options.host not in _LOOPBACK and tokens is None:
         logger.warning("without --tokens every client that reaches %s can predict", options.host)
     with listener:
@@ -128,17 +169,17 @@ def run(
         raise BundleError(loader.problem)
 
 
-def _listen(options: Options) -> socket.socket:
-    """Opens the listening socket.
+def _listen(host: str, port: int, flag: str = "--host and --port") -> socket.socket:
+    """Opens the listening socket on an address that a flag sets.
 
     The server calls this before any slow step, so that a port in use is reported at once.
     """
     try:
-        family = socket.getaddrinfo(options.host, options.port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((options.host, options.port), family=family, backlog=1024)
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=1024)
     except (OSError, UnicodeError) as error:
-        address = f"{_url_host(options.host)}:{options.port}"
-        raise ConfigError(f"--host and --port: cannot listen on {address}: {error}") from error
+        address = f"{_url_host(host)}:{port}"
+        raise ConfigError(f"{flag}: cannot listen on {address}: {error}") from error
 
 
 def _url_host(host: str) -> str:

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from fastapi import Path, Request
@@ -12,11 +13,14 @@ from fastapi import Path, Request
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
 from cnn_jax.serve.engine import Computed, Engine
-from cnn_jax.serve.limits import Bodies, Limits, Refused
+from cnn_jax.serve.image_size import count_pixels
+from cnn_jax.serve.limits import LARGE_PIXELS, Bodies, Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
-from cnn_jax.serve.request_log import RequestLog
-from cnn_jax.serve.versions import Version
+from cnn_jax.serve.versions import Output, Version
 from cnn_jax.system.errors import DataError
+
+if TYPE_CHECKING:  # Importing pyarrow would delay the start of a server without a request log.
+    from cnn_jax.serve.request_log import RequestLog
 
 # The type of a version number in the path of a URL.
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
@@ -60,6 +64,8 @@ class Models:
         # The (state, problem) of each version, by model and number. The problem says why a version
         # could not be loaded; "" means that there is no problem.
         self._states: dict[str, dict[int, tuple[str, str]]] = {}
+        # When the load of each version that is being loaded began, by (model, number).
+        self._load_starts: dict[tuple[str, int], float] = {}
         # The models that must be ready before the server counts as ready.
         self._required: set[str] = set()
 
@@ -72,8 +78,13 @@ class Models:
 
         A model is ready if its default version is loaded.
         """
-        names = self._required if model is None else {model}
+        names = set(self._required) if model is None else {model}
         return bool(names) and all(self.default(name) is not None for name in names)
+
+    def loading(self) -> dict[tuple[str, int], float]:
+        """Returns the seconds since the load began, by (model, number), of versions that load."""
+        now = time.monotonic()
+        return {key: now - start for key, start in dict(self._load_starts).items()}
 
     def states(self, model: str) -> dict[int, tuple[str, str]]:
         """Returns (state, problem) by version number, for loaded and recently unloaded versions.
@@ -134,6 +145,10 @@ class Models:
         numbers = list(self._aliases.get(model, {}).values())
         return self._versions.get(model, {}).get(numbers[0]) if numbers else None
 
+    def default_alias(self, model: str) -> str | None:
+        """Returns the alias whose version is the default version of a model."""
+        return next(iter(self._aliases.get(model, {})), None)
+
     def _check(self, model: str) -> None:
         if model not in self._states:
             raise Refused(404, "no_model", f"there is no model {model!r} here")
@@ -156,6 +171,9 @@ class Models:
         states = self._states.setdefault(model, {})
         states.pop(number, None)
         states[number] = state, problem
+        self._load_starts.pop((model, number), None)
+        if state == LOADING:
+            self._load_starts[model, number] = time.monotonic()
         ended = [number for number, (state, _) in states.items() if state == END]
         for oldest in ended[:-_MAX_ENDED]:
             del states[oldest]
@@ -165,6 +183,8 @@ class Models:
         for values in (self._versions, self._aliases, self._states):
             values.pop(model, None)
         self._required.discard(model)
+        for key in [key for key in self._load_starts if key[0] == model]:
+            del self._load_starts[key]
 
     def add_version(self, version: Version) -> None:
         """Makes a loaded version available to requests."""
@@ -190,6 +210,7 @@ class Service:
       limits: The limits of requests.
       metrics: The Prometheus metrics.
       is_shutting_down: Whether the server has received a signal to end.
+      request_log: The log that records answers and feedback; None if there is none.
     """
 
     def __init__(
@@ -198,18 +219,35 @@ class Service:
         engine: Engine,
         limits: Limits,
         metrics: ServerMetrics,
-        request_log: RequestLog | None = None,
+        request_log: "RequestLog | None" = None,
     ):
         self.models = models
         self.engine = engine
         self.limits = limits
         self.metrics = metrics
         self.is_shutting_down = False
-        self._request_log = request_log
+        self.request_log = request_log
         self._bodies = Bodies(limits)
 
+    def select(
+        self,
+        request: Request,
+        model: str | None = None,
+        version: int | None = None,
+        alias: str | None = None,
+    ) -> Version:
+        """Returns the version that a request selects; see `Models.find`.
+
+        Stores the alias that selected the version for the request log. The alias is None if the
+        request names a number.
+        """
+        found = self.models.find(model, version, alias)
+        is_default = version is None and alias is None
+        request.state.arm = self.models.default_alias(found.model) if is_default else alias
+        return found
+
     @contextlib.asynccontextmanager
-    async def body(self, request: Request, version: Version) -> AsyncIterator[bytes]:
+    async def body(self, request: Request, version: Version | None = None) -> AsyncIterator[bytes]:
         """Reads a request's body; keeps the body and the version in memory until the context ends.
 
         Raises:
@@ -222,8 +260,10 @@ class Service:
             raise Refused(415, "encoding", message, accept_encoding="identity")
         length = request.headers.get("content-length")
         deadline = request.state.deadline
-        with version.hold():
-            async with self._bodies.read(request.receive, length, deadline) as body:
+        with contextlib.nullcontext() if version is None else version.hold():
+            async with self._bodies.read(
+                request.receive, length, deadline, request.state.client
+            ) as body:
                 yield body
 
     @property
@@ -245,10 +285,11 @@ class Service:
 
     def expose(self) -> bytes:
         """Returns the metrics in Prometheus's text format."""
+        self.metrics.set_loading(self.models.loading())
         self.metrics.images_in_flight.set(self.engine.in_flight)
         self.metrics.body_bytes.set(self._bodies.num_bytes)
-        if self._request_log is not None:
-            self.metrics.lost_rows.set(self._request_log.lost_rows)
+        if self.request_log is not None:
+            self.metrics.lost_rows.set(self.request_log.lost_rows)
         return self.metrics.expose()
 
     async def answer(
@@ -285,30 +326,75 @@ class Service:
         program = version.explain_program if explain else version.predict_program
         fields = {"model": version.model, "version": version.number, "images": len(images)}
         request.state.log_fields.update(fields)
-        reads = [functools.partial(version.read, image) for image in images]
-        with self.engine.admit(len(images)):
-            results = await self.engine.compute(program, reads, request.state.deadline)
+        sizes = [self._count_large_pixels(image) for image in images]
+        large_pixels = sum(sizes)
+        if large_pixels > self.limits.all_pixels:
+            message = (
+                f"the images of a request that have more than {LARGE_PIXELS:,} pixels may have at "
+                f"most {self.limits.all_pixels:,} pixels together; send them in several requests"
+            )
+            raise Refused(413, "too_many_pixels", message)
+        large = {index for index, size in enumerate(sizes) if size}
+        reads = [
+            functools.partial(self._read, version, image, index in large)
+            for index, image in enumerate(images)
+        ]
+        with self.engine.admit(len(images), large_pixels, request.state.client):
+            results = await self.engine.compute(program, reads, request.state.deadline, large)
         return [
             result
             if isinstance(result, DataError)
-            else self._make_answer(version, result, request, explain)
-            for result in results
+            else self._make_answer(version, result, request, index)
+            for index, result in enumerate(results)
         ]
 
+    def _count_large_pixels(self, image: bytes | np.ndarray) -> int:
+        """Returns the number of pixels of a large image, or 0 if the image is not large.
+
+        An image whose size is unknown counts as an image of the maximum size.
+        """
+        if isinstance(image, np.ndarray):
+            return 0  # The image is decoded already.
+        pixels = count_pixels(image)
+        if pixels is None:
+            return self.limits.pixels
+        # An image of more than the maximum size counts as 0, because `_read` refuses it.
+        return pixels if LARGE_PIXELS < pixels <= self.limits.pixels else 0
+
+    def _read(self, version: Version, image: bytes | np.ndarray, is_large: bool) -> Pixels:
+        """Decodes and resizes an image on a decoder thread; see `Version.read`."""
+        if isinstance(image, np.ndarray) or is_large:
+            return version.read(image)
+        pixels = count_pixels(image) or 0
+        if pixels > self.limits.pixels:
+            limit = self.limits.pixels
+            raise decode.TooManyPixelsError(f"has {pixels} pixels, more than max_pixels = {limit}")
+        # A hostile file may have more pixels than its first bytes say.
+        return version.read(image, max_pixels=LARGE_PIXELS)
+
     def _make_answer(
-        self, version: Version, computed: Computed, request: Request, explain: bool
+        self, version: Version, computed: Computed, request: Request, index: int
     ) -> Answer:
         """Creates the answer for an image, and records the answer in the metrics and the log."""
-        probabilities, explanation = computed.result if explain else (computed.result, None)
-        predicted = version.class_names[int(np.argmax(probabilities))]
+        output: Output = computed.result
+        predicted = version.class_names[int(np.argmax(output.probabilities))]
         self.metrics.predictions.labels(version.model, version.number, predicted).inc()
-        if self._request_log is not None:
-            request_id = request.state.request_id
-            self._request_log.record(version, request_id, computed.pixels, probabilities)
+        if self.request_log is not None:
+            state = request.state
+            self.request_log.record(
+                request_id=state.request_id,
+                image_index=index,
+                unit=state.unit,
+                arm=state.arm,
+                version=version,
+                pixels=computed.pixels,
+                probabilities=output.probabilities,
+                embedding=output.embedding,
+            )
         return Answer(
-            probabilities=probabilities,
+            probabilities=output.probabilities,
             pixels=computed.pixels,
-            explanation=explanation,
+            explanation=output.explanation,
             decode_seconds=computed.decode_seconds,
             queue_seconds=computed.queue_seconds,
             compute_seconds=computed.compute_seconds,

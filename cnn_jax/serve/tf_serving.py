@@ -73,19 +73,19 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/{model}:predict", summary="Classify images with a model", **options)
     async def predict_model(request: Request, model: str) -> JSONResponse:
-        return await predict(request, models.find(model))
+        return await predict(request, service.select(request, model))
 
     @router.post(
         "/{model}/versions/{version}:predict", summary="Classify images with a version", **options
     )
     async def predict_version(request: Request, model: str, version: VersionNumber) -> JSONResponse:
-        return await predict(request, models.find(model, version))
+        return await predict(request, service.select(request, model, version))
 
     @router.post(
         "/{model}/labels/{alias}:predict", summary="Classify images with an alias", **options
     )
     async def predict_alias(request: Request, model: str, alias: str) -> JSONResponse:
-        return await predict(request, models.find(model, alias=alias))
+        return await predict(request, service.select(request, model, alias=alias))
 
     # Register the routes that end with a verb (":predict") first, because {model} in the routes
     # below would also match the verb.

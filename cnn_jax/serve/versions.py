@@ -7,9 +7,9 @@ of these requests, the old version is freed.
 
 import contextlib
 import dataclasses
-import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,21 @@ SIZES = (1, 2, 4, 8, 16, 32)
 _TOLERANCE = 1e-3
 
 
+class Output(NamedTuple):
+    """The result of a program for an image.
+
+    Attributes:
+      probabilities: float32 [classes].
+      embedding: The input of the network's last layer, float32 [features].
+      explanation: The explanation map of the most probable class, float32 [height, width]; None
+        if the program computes no map.
+    """
+
+    probabilities: np.ndarray
+    embedding: np.ndarray
+    explanation: np.ndarray | None = None
+
+
 @dataclasses.dataclass(eq=False)
 class Version:
     """A bundle that is compiled and ready to answer requests.
@@ -37,11 +52,11 @@ class Version:
       number: The number of the version, 1 or more.
       predictor: The bundle's predictor.
       preprocessing: The bundle's preprocessing, with the server's limit on the pixels of an image.
-      predict_program: The program that returns the probabilities of each image, float32 [classes].
-      explain_program: The program that returns (probabilities, map) of each image. The map
-        explains the most probable class, float32 [height, width].
+      predict_program: The program that returns an `Output` without a map for each image.
+      explain_program: The program that returns an `Output` with a map for each image.
       metrics: The bundle's metrics by split.
       digest: The bundle's digest.
+      sizes: The batch sizes that the programs may have.
       load_time: When the version was loaded, in seconds since the epoch.
       in_use: The number of requests in flight that use the version.
     """
@@ -54,27 +69,30 @@ class Version:
     explain_program: Program
     metrics: Mapping[str, Mapping[str, float]]
     digest: str
+    sizes: tuple[int, ...]
     load_time: float
     in_use: int = 0
+    _readers: dict[int, ImageReader] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
     def class_names(self) -> list[str]:
         return self.predictor.class_names
 
-    def read(self, image: bytes | np.ndarray) -> Pixels:
+    def read(self, image: bytes | np.ndarray, max_pixels: int | None = None) -> Pixels:
         """Decodes and resizes an image; returns the network's input, uint8 [height, width, 3].
 
         Args:
           image: The content of an image file, or pixels, uint8 [h, w, 3] or [h, w].
+          max_pixels: A lower limit on the pixels of an image file than that of `preprocessing`.
 
         Raises:
           DataError: The image cannot be used.
         """
-        return self._reader.read(image, f"an image for {self.model}, version {self.number}")
-
-    @functools.cached_property
-    def _reader(self) -> ImageReader:
-        return ImageReader(self.preprocessing)
+        limit = min(max_pixels or self.preprocessing.max_pixels, self.preprocessing.max_pixels)
+        if (reader := self._readers.get(limit)) is None:
+            preprocessing = dataclasses.replace(self.preprocessing, max_pixels=limit)
+            reader = self._readers[limit] = ImageReader(preprocessing)
+        return reader.read(image, f"an image for {self.model}, version {self.number}")
 
     @contextlib.contextmanager
     def hold(self) -> Iterator["Version"]:
@@ -120,18 +138,21 @@ def make_version(
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (*preprocessing.image_size, 3), np.uint8)
 
-    def explain(images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        probabilities = predictor(images)
-        class_maps = maps.grad_cam(predictor, images, probabilities.argmax(axis=1))
-        return list(zip(probabilities, class_maps, strict=True))
+    def predict(images: np.ndarray) -> Iterable[Output]:
+        return map(Output, *predictor.predict_with_embeddings(images))
 
-    _check_probabilities(predictor(image[None])[0])
+    def explain(images: np.ndarray) -> Iterable[Output]:
+        probabilities, embeddings = predictor.predict_with_embeddings(images)
+        class_maps = maps.grad_cam(predictor, images, probabilities.argmax(axis=1))
+        return map(Output, probabilities, embeddings, class_maps)
+
+    _check_probabilities(next(iter(predict(image[None]))).probabilities)
     equal = [other for other in loaded if _has_programs(other, predictor, preprocessing, sizes)]
     if equal:
-        predict_program = Program(predictor, equal[0].predict_program.seconds)
+        predict_program = Program(predict, equal[0].predict_program.seconds)
         explain_program = Program(explain, equal[0].explain_program.seconds)
     else:
-        predict_program = time_program(predictor, image, sizes)
+        predict_program = time_program(predict, image, sizes)
         explain_program = time_program(explain, image, (1,))
     return Version(
         model=model,
@@ -142,6 +163,7 @@ def make_version(
         explain_program=explain_program,
         metrics=bundle.metrics,
         digest=digest,
+        sizes=tuple(sizes),
         load_time=time.time(),
     )
 
@@ -154,7 +176,7 @@ def _has_programs(
         version.predictor.model == predictor.model
         and version.predictor.preprocessing == predictor.preprocessing
         and version.preprocessing == preprocessing
-        and version.predict_program.seconds.keys() == set(sizes)
+        and version.sizes == tuple(sizes)
     )
 
 

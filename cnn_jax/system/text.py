@@ -23,6 +23,15 @@ def terminal_width(file: Any) -> int | None:
     return shutil.get_terminal_size().columns if is_terminal or "COLUMNS" in os.environ else None
 
 
+def spreadsheet_cell(text: str) -> str:
+    """Returns a text for a CSV file that a spreadsheet program does not run as a formula.
+
+    A spreadsheet program runs a cell that starts with one of the characters =, +, -, @, tab and
+    carriage return. An apostrophe in front of the text prevents this.
+    """
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
 def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:
     """Breaks a line between words into parts that fit a width.
 

@@ -29,6 +29,7 @@ from cnn_jax.data.scan import Unreadable
 from cnn_jax.data.sources import listed_folder
 from cnn_jax.system.atomic import write_text
 from cnn_jax.system.errors import ConfigError, file_errors, printable
+from cnn_jax.system.text import spreadsheet_cell
 from cnn_jax.training import sharding
 
 logger = logging.getLogger(__name__)
@@ -427,7 +428,9 @@ def write_unreadable(workdir: pathlib.Path, unreadable: Sequence[Unreadable]) ->
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["id", "reason"])
-    writer.writerows((image.id, image.reason) for image in unreadable)
+    writer.writerows(
+        (spreadsheet_cell(image.id), spreadsheet_cell(image.reason)) for image in unreadable
+    )
     write_text(workdir / "report" / "unreadable.csv", text.getvalue())
 
 
@@ -456,5 +459,6 @@ def write_predictions(
         best = int(row.argmax())
         # `unique` gives the shortest decimal number that is parsed to the same float32.
         confidence = np.format_float_positional(row[best], unique=True)
-        writer.writerow([example_id, class_names[label], class_names[best], confidence])
+        texts = (example_id, class_names[int(label)], class_names[best])
+        writer.writerow([*map(spreadsheet_cell, texts), confidence])
     write_text(workdir / "report" / "predictions.csv", text.getvalue())

@@ -264,12 +264,13 @@ def load(
 
 _BARE = """
 import pathlib, statistics, sys, time
-from cnn_jax import runtime
+from cnn_jax.system import runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 runtime.keep_freed_memory()
 keep_compiled()
-from cnn_jax.predict import Predictor, preprocess_for_inference
-predictor = Predictor.load(sys.argv[1])
+from cnn_jax.inference.images import preprocess_for_inference
+from cnn_jax.inference.predictor import BundlePredictor
+predictor = BundlePredictor.load(sys.argv[1])
 images = [path.read_bytes() for path in sorted(pathlib.Path(sys.argv[2]).iterdir())]
 times = []
 end = time.perf_counter() + float(sys.argv[3])

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cnn_jax import predict
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.explain.features import embeddings
 from cnn_jax.inference import images as image_kinds
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.images import list_images, preprocess_for_inference
@@ -350,6 +351,7 @@ def test_a_server_warns_once_of_each_version(predictor, tmp_path, caplog):
             *[mock.Mock(spec=Program)] * 2,
             {},
             "",
+            (1,),
             0.0,
         )
         version.read(content)
@@ -525,3 +527,14 @@ def test_files_left_out_of_a_folder_are_counted(tmp_path, caplog):
     assert (
         "1 images (left out: 1 link out of the folder, 1 file that is not an image" in caplog.text
     )
+
+
+def test_one_pass_returns_probabilities_and_embeddings():
+    predictor = BundlePredictor(make_bundle())
+    images = np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), np.uint8)
+    probabilities, found = predictor.predict_with_embeddings(images)
+    assert probabilities.dtype == found.dtype == np.float32
+    np.testing.assert_allclose(probabilities, predictor(images), atol=1e-6)
+    np.testing.assert_allclose(found, embeddings(predictor, images), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="images must be"):
+        predictor.predict_with_embeddings(images[:, :8])

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 import requests
 from conftest import REPOSITORY
@@ -21,10 +22,16 @@ class Served:
       process: The server's process.
     """
 
-    def __init__(self, folder: pathlib.Path, *flags: str, wait: bool = True):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *flags: str,
+        wait: bool = True,
+        program: Sequence[str] = ("-m", "cnn_jax.serve"),
+    ):
         self._log = folder / "server.log"
         self._out = folder / "server.out"
-        command = [sys.executable, "-m", "cnn_jax.serve", "--port=0", *flags]
+        command = [sys.executable, *program, "--port=0", *flags]
         with self._log.open("w") as log, self._out.open("w") as out:
             self.process = subprocess.Popen(
                 command,

@@ -230,6 +230,31 @@ def test_a_failing_program_fails_only_its_requests():
     run_with(engine, test)
 
 
+@pytest.mark.parametrize(
+    ("milliseconds", "sizes"),
+    [
+        # An accelerator: a batch takes as long as an image, up to 16 images.
+        ({1: 4, 2: 4, 4: 4, 8: 4, 16: 4, 32: 8}, [1, 2, 4, 8, 16, 32]),
+        # A CPU: a batch takes as long as its images.
+        ({1: 4, 2: 8, 4: 16, 8: 32, 16: 64, 32: 128}, [1, 2, 4]),
+        # A CPU on which only batches of four are faster.
+        ({1: 4, 2: 9, 4: 10, 8: 20, 16: 40, 32: 80}, [1, 2, 4, 8, 16]),
+    ],
+)
+def test_sizes_without_gain_are_not_compiled(monkeypatch, milliseconds, sizes):
+    calls, now = [], [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def run(images):
+        calls.append(len(images))
+        now[0] += milliseconds[len(images)] / 1000
+
+    program = time_program(run, image(0), list(milliseconds))
+    assert sorted(program.seconds) == sizes
+    assert set(calls) == set(sizes)
+    assert max(calls.count(size) for size in sizes) <= 4
+
+
 def test_capacity_limits_images_in_flight():
     engine = Engine(capacity=5)
 
@@ -245,6 +270,59 @@ def test_capacity_limits_images_in_flight():
                 raise ZeroDivisionError
             assert engine.in_flight == 3
         assert engine.in_flight == 0
+
+    run_with(engine, test)
+
+
+def test_large_pixels_and_clients_have_limits():
+    engine = Engine(capacity=10, large_pixels=1_000, client_fraction=0.5)
+
+    def refused(*amount):
+        with pytest.raises(Overloaded) as caught, engine.admit(*amount):
+            pass
+        return str(caught.value).partition(" too many")[0]
+
+    async def test():
+        with contextlib.ExitStack() as stack:
+            # A client without images in flight may exceed its limit.
+            stack.enter_context(engine.admit(7, 900, "a"))
+            assert refused(1, 0, "a") == "this client has"
+            assert refused(1, 200, "b") == "there are"
+            assert refused(4, 0, "b") == "there are"
+            with engine.admit(2, 100, "b"):
+                assert engine.in_flight == 9
+            stack.enter_context(engine.admit(1, 50, "b"))
+            assert refused(1, 1, "a") == "this client has"
+        with engine.admit(1, 600, "a"):
+            # Images that are not large are admitted although the pixels are used up.
+            assert refused(1, 1, "a") == "this client has"
+            with engine.admit(4, 0, "a"):
+                assert engine.in_flight == 5
+        assert engine.in_flight == 0
+        assert not engine._clients
+
+    run_with(engine, test)
+
+
+def test_large_images_leave_threads_for_others():
+    engine, decoder = Engine(capacity=100, decoders=2), Decoder()
+
+    async def test():
+        program = Device().program()
+        held = [
+            asyncio.ensure_future(
+                engine.compute(program, [decoder.read(value)] * 2, later(), large={0, 1})
+            )
+            for value in (1, 2, 3)
+        ]
+        await until(lambda: decoder.started == [1])
+        small = [
+            asyncio.ensure_future(engine.compute(program, [decoder.read(value)], later()))
+            for value in (7, 8)
+        ]
+        await until(lambda: set(decoder.started) == {1, 7, 8})
+        decoder.gate.set()
+        await asyncio.gather(*held, *small)
 
     run_with(engine, test)
 
@@ -344,6 +422,7 @@ def test_queue_seconds_include_both_waits():
     async def test():
         reads = [decoder.read(1), decoder.read(2)]
         both = asyncio.ensure_future(engine.compute(Device().program(), reads, later()))
+        await until(lambda: decoder.started == [1])
         await asyncio.sleep(0.1)
         decoder.gate.set()
         one, other = await both

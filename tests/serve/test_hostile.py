@@ -10,6 +10,7 @@ import os
 import pathlib
 import random
 import re
+import threading
 import time
 
 import hypothesis
@@ -180,6 +181,15 @@ def test_forms_of_very_many_parts(server, filename, answered):
     assert time.monotonic() - start < 5
 
 
+def test_a_part_of_very_many_headers_is_refused(server):
+    body = b"--B\r\n" + b"a:b\r\n" * 3_000_000 + b"\r\n\r\n--B--\r\n"
+    start = time.monotonic()
+    headers = AS_ADMIN | {"Content-Type": "multipart/form-data; boundary=B"}
+    answer = post(f"{server.url}/predict", body, headers=headers, timeout=60)
+    assert (answer.status_code, answer.json()["reason"]) == (400, "form")
+    assert time.monotonic() - start < 1
+
+
 def test_many_large_images_do_not_block_small_requests(server):
     black = io.BytesIO()
     Image.new("RGB", (4_000, 4_000)).save(black, "PNG")
@@ -193,6 +203,39 @@ def test_many_large_images_do_not_block_small_requests(server):
         assert not slow.done()
         assert slow.result().status_code == 200
     assert took < 2
+
+
+@pytest.mark.parametrize("images", [64, 16])
+def test_small_requests_are_answered_beside_large_images(server, images):
+    """Four clients send forms of images of 25 megapixels, each a file of 24 kB, again and again."""
+    file = io.BytesIO()
+    Image.new("L", (5_000, 5_000)).save(file, "PNG")
+    files = [("file", (f"{n}.png", file.getvalue())) for n in range(images)]
+    is_over = threading.Event()
+    statuses = collections.Counter()
+
+    def attack():
+        while not is_over.is_set():
+            statuses[post(f"{server.url}/predict", files=files, timeout=60).status_code] += 1
+
+    times = []
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        attacks = [pool.submit(attack) for _ in range(4)]
+        time.sleep(1)
+        end = time.monotonic() + 6
+        while time.monotonic() < end:
+            start = time.monotonic()
+            answer = post(f"{server.url}/predict", encode("PNG"), timeout=30)
+            assert answer.status_code == 200, answer.text
+            times.append(time.monotonic() - start)
+        is_over.set()
+        for one in attacks:
+            one.result()
+    print(f"{len(times)} small requests, the slowest {max(times):.2f} s; attack: {dict(statuses)}")
+    assert max(times) < 5
+    assert len(times) > 10
+    # 64 such images are never allowed; of the requests with 16, one at a time is.
+    assert statuses.keys() == ({413} if images == 64 else {200, 429})
 
 
 CHECKS = [

@@ -47,8 +47,6 @@ def serve(monkeypatch):
                 monkeypatch.setattr(http, name, value)
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
             server = http.make_server(application, 0, 1, lambda: None)
-            # Signal handlers can be set only in the main thread.
-            server.capture_signals = contextlib.nullcontext
             thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
             thread.start()
 
@@ -167,6 +165,24 @@ def test_the_number_of_connections_is_limited(serve):
                 assert rest_of(one).startswith(b"HTTP/1.1 200")
 
 
+def test_stalled_requests_make_room_for_others(serve):
+    port = serve(_MAX_CONNECTIONS=3, _STALLED_SECONDS=0.3)
+    head = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 3\r\nConnection: close\r\n\r\n"
+    with contextlib.ExitStack() as stack:
+        stalled = [stack.enter_context(connect(port)) for _ in range(3)]
+        for one in stalled:
+            one.sendall(head)
+            time.sleep(0.2)
+        with connect(port) as another:
+            another.sendall(head)
+            assert rest_of(stalled[0]) == b""  # This client has paused longest.
+            another.sendall(b"abc")
+            assert rest_of(another).startswith(b"HTTP/1.1 200")
+        for one in stalled[1:]:
+            one.sendall(b"abc")
+            assert rest_of(one).startswith(b"HTTP/1.1 200")
+
+
 def send_until_closed(connection, piece, most):
     """Sends a piece repeatedly until the server closes the connection; returns the bytes sent."""
     sent = 0
@@ -234,17 +250,32 @@ def test_a_client_that_does_not_read_is_aborted(serve, monkeypatch):
         assert is_lost.wait(5)
 
 
-def test_an_upgrade_header_is_ignored(serve):
+_UPGRADE = (
+    b"POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: 3\r\n"
+    b"Host: a\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nUpgrade: h2c\r\n\r\nabc"
+)
+_PLAIN = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n12345"
+_LAST = b"POST / HTTP/1.1\r\nHost: a\r\nConnection: close\r\nContent-Length: 2\r\n\r\nxy"
+
+
+@pytest.mark.parametrize("step", [1, 7, 1_000])
+def test_upgrade_headers_are_ignored(serve, step):
+    """Requests with and without an Upgrade header follow each other, in packets of any size."""
+    sent = _UPGRADE + _PLAIN + _UPGRADE + _UPGRADE + _LAST
     with connect(serve()) as connection:
-        connection.sendall(
-            b"POST / HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: 3\r\n"
-            b"Host: a\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB\r\nUpgrade: h2c\r\n\r\nabc"
-        )
-        answer = connection.recv(65_536)
-        while b"bytes" not in answer:
-            answer += connection.recv(65_536)
-        assert answer.startswith(b"HTTP/1.1 200")
-        assert b"3 bytes" in answer
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for start in range(0, len(sent), step):
+            connection.sendall(sent[start : start + step])
+            time.sleep(0.001)
+        answer = rest_of(connection)
+    assert re.findall(rb"(\d) bytes", answer) == [b"3", b"5", b"3", b"3", b"2"]
+    assert answer.count(b"HTTP/1.1 200") == 5
+
+
+def test_connect_is_refused(serve):
+    with connect(serve()) as connection:
+        connection.sendall(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert rest_of(connection).startswith(b"HTTP/1.1 400")
 
 
 def test_pipelined_requests_are_not_long_headers(serve):

@@ -1,14 +1,27 @@
-"""Tests of the request log: its size limit, its sampling and its errors."""
+"""Tests of the request log: readers, feedback, deletion, several servers, and errors."""
 
-import sqlite3
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 from bundles import make_bundle
+from conftest import REPOSITORY
 
+from cnn_jax.data import request_log as files
+from cnn_jax.data.request_log import class_names, read_feedback, read_requests
+from cnn_jax.serve.limits import Refused
 from cnn_jax.serve.request_log import RequestLog
+from cnn_jax.serve.responses import new_request_id
 from cnn_jax.serve.versions import make_version
-from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.errors import ConfigError, DataError
 
 
 @pytest.fixture(scope="module")
@@ -17,88 +30,415 @@ def version():
 
 
 def offer(log, version, numbers):
+    """Records an image for each number, which is the `unit` of the row; returns the request ids."""
     rng = np.random.default_rng(0)
+    ids = []
     for number in numbers:
-        pixels = rng.integers(0, 256, (16, 16, 3), np.uint8)
-        log.record(version, str(number), pixels, np.array([0.2, 0.3, 0.5], np.float32))
+        while log._waiting.qsize() > 500:
+            time.sleep(0.001)
+        ids.append(new_request_id())
+        log.record(
+            request_id=ids[-1],
+            image_index=0,
+            unit=str(number),
+            arm="champion",
+            version=version,
+            pixels=rng.integers(0, 256, (16, 16, 3), np.uint8),
+            probabilities=np.array([0.2, 0.3, 0.5], np.float32),
+            embedding=np.arange(16, dtype=np.float32),
+        )
+    return ids
 
 
-def ids_of(path):
-    return [int(row[0]) for row in sqlite3.connect(path).execute("select request_id from requests")]
+def units(folder):
+    return [int(unit) for unit in read_requests(folder, ["unit"])["unit"].to_pylist()]
 
 
-def test_the_log_deletes_its_oldest_rows(version, tmp_path):
-    path = tmp_path / "requests.db"
-    most = 200_000
-    log = RequestLog(path, max_bytes=most, with_images=True)
-    for start in range(0, 800, 100):
-        offer(log, version, range(start, start + 100))
-        while log._waiting.qsize():
-            pass
+def bytes_of(folder):
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def give(log, request_id, label=None, reward=None, image_index=0, is_new_class=False):
+    fields = {"image_index": image_index, "label": label, "reward": reward}
+    asyncio.run(log.add_feedback(request_id=request_id, is_new_class=is_new_class, **fields))
+
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_row_has_named_columns(version, tmp_path):
+    log = RequestLog(tmp_path / "log", with_images=True)
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:, 8:] = 100
+    before = time.time()
+    log.record(
+        request_id="0" * 32,
+        image_index=3,
+        unit=None,
+        arm="champion",
+        version=version,
+        pixels=pixels,
+        probabilities=np.array([0.2, 0.5, 0.3], np.float32),
+        embedding=np.array([1.5, -2.0], np.float32),
+    )
     log.close()
-    assert log.lost_rows == 0
-    kept = ids_of(path)
-    assert kept == list(range(kept[0], 800))
-    assert 100 < len(kept) < 300  # A row takes about one kilobyte.
-    # One batch of rows and SQLite's write-ahead log may exceed the size limit.
-    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 1.5 * most
+    table = read_requests(tmp_path / "log")
+    assert table.schema.equals(files.REQUESTS)
+    (row,) = table.to_pylist()
+    assert before - 1 < row.pop("time").timestamp() < time.time() + 1
+    decoded = __import__("cv2").imdecode(np.frombuffer(row.pop("image"), np.uint8), 1)
+    np.testing.assert_array_equal(decoded, pixels)
+    sharpness = row.pop("sharpness")
+    assert row == {
+        "request_id": "0" * 32,
+        "image_index": 3,
+        "unit": None,
+        "arm": "champion",
+        "model": "shapes",
+        "version": 1,
+        "digest": "digest",
+        "class": "green",
+        "confidence": 0.5,
+        "probabilities": pytest.approx([0.2, 0.5, 0.3]),
+        "embedding": [1.5, -2.0],
+        "brightness": 50.0,
+        "contrast": 50.0,
+    }
+    # The Laplacian is 100 in column 7, -100 in column 8, and 0 elsewhere.
+    assert sharpness == pytest.approx(np.sqrt(2 * 100**2 / 16))
+    assert class_names(tmp_path / "log", "digest") == ["blue", "green", "red"]
+    metadata = {b"cnn_jax_request_log": b"1"}
+    for path in (tmp_path / "log" / "requests").iterdir():
+        assert pa.parquet.read_schema(path).metadata == metadata
+
+
+_READER = """
+import contextlib, sys
+from cnn_jax.data.request_log import list_files, read_requests
+import pathlib
+folder = pathlib.Path(sys.argv[1])
+held = []
+while True:
+    units = [int(unit) for unit in read_requests(folder, ["unit"])["unit"].to_pylist()]
+    assert units == list(range(units[0], units[0] + len(units))) if units else True, units
+    for path in list_files(folder / "requests"):
+        with contextlib.suppress(FileNotFoundError):
+            held.append(path.open("rb"))
+    del held[200:]
+    print(len(units), flush=True)
+"""
+
+
+def test_readers_do_not_disturb_the_writer(version, tmp_path):
+    """A reader that holds the files open loses no row, and sees no gap and no row twice."""
+    folder, most = tmp_path / "log", 200_000
+    log = RequestLog(folder, max_bytes=most, with_images=True)
+    offer(log, version, range(10))
+    until(lambda: len(units(folder)) == 10)
+    reader = subprocess.Popen(
+        [sys.executable, "-c", _READER, str(folder)],
+        stdout=subprocess.PIPE,
+        cwd=REPOSITORY,
+        text=True,
+    )
+    try:
+        assert int(reader.stdout.readline()) == 10
+        offer(log, version, range(10, 1_600))
+        log.close()
+        assert log.lost_rows == 0
+        assert reader.poll() is None, "the reader has failed"
+    finally:
+        reader.kill()
+        output = reader.communicate()[0]
+    assert output.count("\n") > 2
+    kept = units(folder)
+    assert kept == list(range(kept[0], 1_600))
+    assert 50 < len(kept) < 400
+    # One file may exceed the limit.
+    assert bytes_of(folder / "requests") < 1.2 * most
+
+
+def test_rows_are_visible_while_the_file_is_written(version, tmp_path):
+    log = RequestLog(tmp_path / "log")
+    offer(log, version, range(5))
+    until(lambda: units(tmp_path / "log") == [0, 1, 2, 3, 4])
+    assert [path.suffix for path in (tmp_path / "log" / "requests").iterdir()] == [".arrows"]
+    log.close()
+    assert [path.suffix for path in (tmp_path / "log" / "requests").iterdir()] == [".parquet"]
+    assert units(tmp_path / "log") == [0, 1, 2, 3, 4]
+
+
+def test_an_old_file_is_completed_without_new_rows(version, tmp_path, monkeypatch):
+    monkeypatch.setattr("cnn_jax.serve.request_log._IDLE_SECONDS", 0.1)
+    monkeypatch.setattr(files, "_SEGMENT_SECONDS", 0.5)
+    log = RequestLog(tmp_path / "log")
+    (request_id,) = offer(log, version, [0])
+    folder = tmp_path / "log" / "requests"
+    until(lambda: [path.suffix for path in folder.iterdir()] == [".parquet"])
+    give(log, request_id, label="red")
+    offer(log, version, [1])
+    log.close()
+    assert units(tmp_path / "log") == [0, 1]
 
 
 def test_a_fraction_is_sampled(version, tmp_path):
-    log = RequestLog(tmp_path / "requests.db", fraction=0.25)
-    for start in range(0, 800, 100):
-        offer(log, version, range(start, start + 100))
-        while log._waiting.qsize():
-            pass
+    log = RequestLog(tmp_path / "log", fraction=0.25)
+    offer(log, version, range(800))
     log.close()
-    assert 140 < len(ids_of(tmp_path / "requests.db")) < 260
-    rows = sqlite3.connect(tmp_path / "requests.db").execute("select image from requests")
-    assert {row[0] for row in rows} == {None}
+    table = read_requests(tmp_path / "log")
+    assert 140 < len(table) < 260
+    assert table["image"].null_count == len(table)
 
 
-def test_rows_lost_to_a_full_disk_are_counted(version, tmp_path, monkeypatch):
-    path = tmp_path / "requests.db"
-    log = RequestLog(path)
-    connect = log._connect
+def test_feedback_names_a_recorded_image(version, tmp_path):
+    log = RequestLog(tmp_path / "log")
+    first, second = offer(log, version, range(2))
+    give(log, first, label="blue")
+    give(log, second, reward=0.5)
+    give(log, first, label="violet", is_new_class=True)
+    for arguments, reason in (
+        ({"request_id": new_request_id(), "label": "blue"}, "no_request"),
+        ({"request_id": first, "image_index": 1, "label": "blue"}, "no_request"),
+        ({"request_id": first, "label": "Blu"}, "label"),
+    ):
+        with pytest.raises(Refused) as caught:
+            give(log, **arguments)
+        assert caught.value.reason == reason
+    assert "did you mean 'blue'?" in str(caught.value)
+    log.close()
+    found = read_feedback(tmp_path / "log").sort_by("time").to_pylist()
+    assert [(one["request_id"], one["label"], one["reward"]) for one in found] == [
+        (first, "blue", None),
+        (second, None, 0.5),
+        (first, "violet", None),
+    ]
 
-    def full():
-        raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(log, "_connect", full)
+def test_labelled_rows_are_not_deleted(version, tmp_path):
+    folder, most = tmp_path / "log", 200_000
+    log = RequestLog(folder, max_bytes=most, with_images=True)
+    ids = offer(log, version, range(50))
+    for number in (3, 40):
+        give(log, ids[number], label="red")
+    offer(log, version, range(50, 1_600))
+    log.close()
+    kept = units(folder)
+    assert sorted(kept)[:2] == [3, 40]
+    assert sorted(kept)[2:] == list(range(sorted(kept)[2], 1_600))
+    assert bytes_of(folder / "requests") < 1.2 * most
+    # The rows that were moved can still get feedback, and the rows that were deleted cannot.
+    log = RequestLog(folder)
+    give(log, ids[40], reward=1.0)
+    with pytest.raises(Refused, match="it was deleted"):
+        give(log, ids[4], label="red")
+    log.close()
+
+
+def test_servers_share_a_folder(version, tmp_path):
+    """Two servers fill a log beyond its limit while both accept feedback to rows of the other."""
+    folder = tmp_path / "log"
+    logs = [RequestLog(folder, max_bytes=400_000, with_images=True) for _ in range(2)]
+    labelled = []
+
+    def run(own, other, start):
+        for first in range(start, start + 500, 50):
+            ids = offer(own, version, range(first, first + 50))
+            give(own, ids[7], label="red")
+            give(other, ids[9], label="blue")
+            labelled.extend((first + 7, first + 9))
+
+    threads = [
+        threading.Thread(target=run, args=(*logs[::step], start))
+        for step, start in ((1, 0), (-1, 1_000))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for log in logs:
+        log.close()
+    assert [log.lost_rows for log in logs] == [0, 0]
+    kept = units(folder)
+    assert len(labelled) == 40
+    assert set(labelled) <= set(kept)
+    assert len(kept) == len(set(kept)) < 500
+    assert len(read_feedback(folder)) == 40
+
+
+def test_a_row_is_found_while_its_file_is_converted(version, tmp_path, monkeypatch):
+    """A server completes its file after another server has listed the file to search it."""
+    folder = tmp_path / "log"
+    one, two = RequestLog(folder), RequestLog(folder)
+    ids = offer(one, version, range(3))
+    until(lambda: len(units(folder)) == 3)
+    list_files = files.list_files
+
+    def list_and_close(path):
+        found = list_files(path)
+        if one._thread.is_alive():
+            one.close()
+        return found
+
+    monkeypatch.setattr(files, "list_files", list_and_close)
+    give(two, ids[0], label="red")
+    two.close()
+
+
+@pytest.mark.parametrize("is_complete", [False, True])
+def test_feedback_is_refused_while_its_row_is_deleted(version, tmp_path, monkeypatch, is_complete):
+    """Another server begins to delete a row before its label is written, or deletes it."""
+    folder = tmp_path / "log"
+    log = RequestLog(folder)
+    ids = offer(log, version, range(3))
+    log.close()
+    log = RequestLog(folder)
+    append = log._feedback.append
+    (path,) = (folder / "requests").iterdir()
+
+    def delete_and_append(columns):
+        if is_complete:
+            files.delete_oldest(folder, 0)
+        else:
+            path.rename(path.with_suffix(".claimed.parquet"))
+        append(columns)
+
+    monkeypatch.setattr(log._feedback, "append", delete_and_append)
+    with pytest.raises(Refused, match="was deleted"):
+        give(log, ids[0], label="red")
+    log.close()
+
+
+def test_an_interrupted_deletion_is_finished_later(version, tmp_path):
+    folder = tmp_path / "log"
+    log = RequestLog(folder)
+    ids = offer(log, version, range(3))
+    give(log, ids[1], label="red")
+    log.close()
+    (path,) = (folder / "requests").iterdir()
+    claimed = path.with_suffix(".claimed.parquet")
+    path.rename(claimed)
+    files.delete_oldest(folder, 0)
+    assert units(folder) == [0, 1, 2]  # The server that has claimed the file may still run.
+    now = time.time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(files.time, "time", lambda: now + 1_000)
+        files.delete_oldest(folder, 0)
+    assert units(folder) == [1]
+
+
+def test_a_killed_server_leaves_readable_rows(version, tmp_path):
+    """The end of the last batch is missing, as after a power failure."""
+    log = RequestLog(tmp_path / "log")
     offer(log, version, range(5))
-    while log.lost_rows < 5:
-        pass
-    monkeypatch.setattr(log, "_connect", connect)
-    offer(log, version, [5])
+    until(lambda: len(units(tmp_path / "log")) == 5)
+    offer(log, version, range(5, 9))
+    until(lambda: len(units(tmp_path / "log")) == 9)
+    (path,) = (tmp_path / "log" / "requests").iterdir()
+    os.truncate(path, path.stat().st_size - 100)
+    assert units(tmp_path / "log") == [0, 1, 2, 3, 4]
+    os.truncate(path, 10)
+    assert units(tmp_path / "log") == []
     log.close()
-    assert log.lost_rows == 5
-    assert ids_of(path) == [5]
 
 
-def test_record_never_waits(version, tmp_path):
-    log = RequestLog(tmp_path / "requests.db")
-    with sqlite3.connect(tmp_path / "requests.db") as other:
-        other.execute("begin exclusive")  # Now no other connection can write.
-        offer(log, version, range(1_100))
-        assert log.lost_rows >= 90
+def test_rows_lost_to_a_full_disk_are_counted(version, tmp_path):
+    folder = tmp_path / "log"
+    log = RequestLog(folder)
+    offer(log, version, range(5))
+    until(lambda: len(units(folder)) == 5)
+    segments = log._requests
+
+    class Full:
+        """A writer that writes a part of a batch and fails."""
+
+        def write_batch(self, batch):
+            os.write(segments._file.fileno(), b"\xff\xff\xff\xff\x10\x00\x00\x00part")
+            raise OSError("No space left on device")
+
+    segments._writer = Full()
+    offer(log, version, range(5, 8))
+    until(lambda: log.lost_rows == 3)
+    offer(log, version, range(8, 10))
     log.close()
-    assert len(ids_of(tmp_path / "requests.db")) + log.lost_rows == 1_100
+    assert log.lost_rows == 3
+    assert units(folder) == [0, 1, 2, 3, 4, 8, 9]
+    (path,) = (folder / "requests").glob("*.arrows")
+    with pa.OSFile(str(path)) as file:
+        assert pa.ipc.open_stream(file).read_all().num_rows == 5  # The part was removed.
+
+
+def test_a_failed_conversion_loses_no_row(version, tmp_path, monkeypatch, caplog):
+    def fail(table, path):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(files, "write_table", fail)
+    log = RequestLog(tmp_path / "log", max_bytes=100_000, with_images=True)
+    offer(log, version, range(100))
+    log.close()
+    assert log.lost_rows == 0
+    assert units(tmp_path / "log") == list(range(100))
+    assert "stays an Arrow stream: No space left" in caplog.text
+
+
+def test_record_never_waits(version, tmp_path, monkeypatch):
+    log = RequestLog(tmp_path / "log")
+    gate = threading.Event()
+    write = log._write
+    monkeypatch.setattr(log, "_write", lambda rows: (gate.wait(20), write(rows)))
+    fields = {"image_index": 0, "unit": None, "arm": None, "version": version}
+    fields |= {"pixels": np.zeros((16, 16, 3), np.uint8)}
+    fields |= {"probabilities": np.ones(3, np.float32), "embedding": np.ones(4, np.float32)}
+    for _ in range(1_300):
+        log.record(request_id=new_request_id(), **fields)
+    assert log.lost_rows > 100
+    gate.set()
+    log.close()
+    assert len(read_requests(tmp_path / "log")) + log.lost_rows == 1_300
 
 
 def test_an_existing_log_is_continued(version, tmp_path):
-    path = tmp_path / "requests.db"
     for number in range(2):
-        log = RequestLog(path)
+        log = RequestLog(tmp_path / "log")
         offer(log, version, [number])
         log.close()
-    assert ids_of(path) == [0, 1]
+    assert units(tmp_path / "log") == [0, 1]
 
 
-def test_another_file_is_not_changed(tmp_path):
-    (tmp_path / "note.txt").write_text("a text that is long enough to be no database" * 20)
+def test_old_files_are_not_read(version, tmp_path):
+    for number in range(2):
+        log = RequestLog(tmp_path / "log")
+        offer(log, version, [number])
+        log.close()
+    oldest = files.list_files(tmp_path / "log" / "requests")[0]
+    now = time.time()
+    os.utime(oldest, (now - 100, now - 100))
+    found = read_requests(tmp_path / "log", ["unit"], since=now - 50)
+    assert found["unit"].to_pylist() == ["1"]
+
+
+def test_a_later_version_of_the_columns_is_refused(version, tmp_path):
+    log = RequestLog(tmp_path / "log")
+    offer(log, version, [0])
+    log.close()
+    (path,) = (tmp_path / "log" / "requests").iterdir()
+    table = pa.parquet.read_table(path).replace_schema_metadata({"cnn_jax_request_log": "2"})
+    pa.parquet.write_table(table, path)
+    with pytest.raises(DataError, match="version 2 of the request log's columns"):
+        read_requests(tmp_path / "log")
+
+
+def test_a_folder_that_is_no_log_is_an_error(tmp_path):
+    (tmp_path / "requests.db").write_text("a file")
     with pytest.raises(ConfigError, match="--request_log: cannot use"):
-        RequestLog(tmp_path / "note.txt")
-    with sqlite3.connect(tmp_path / "other.db") as other:
-        other.execute("create table requests (a integer)")
-    with pytest.raises(ConfigError, match="no such column"):
-        RequestLog(tmp_path / "other.db")
+        RequestLog(tmp_path / "requests.db")
+    assert (tmp_path / "requests.db").read_text() == "a file"
+    with pytest.raises(ConfigError, match="--request_log: cannot use"):
+        RequestLog(tmp_path / "none" / "log")
+    with pytest.raises(DataError, match="is not a request log"):
+        read_requests(tmp_path)
+    with pytest.raises(DataError, match="cannot be read"):
+        class_names(tmp_path, json.dumps("x"))

@@ -158,6 +158,12 @@ def tensor(shape, datatype, data):
         ("/nothing", b"x", (404, "route")),
         ("/healthz", b"x", (405, "route")),
         ("/admin/refresh", b"x", (403, "token")),
+        ("/feedback", b"{}", (400, "json")),
+        ("/feedback", b'{"request_id": "0", "label": "a"}', (400, "json")),
+        ("/feedback", b'{"request_id": "%032d"}' % 0, (400, "json")),
+        ("/feedback", b'{"request_id": "%032d", "label": "a", "lable": "b"}' % 0, (400, "json")),
+        ("/feedback", b'{"request_id": "%032d", "reward": NaN}' % 0, (400, "json")),
+        ("/feedback", b'{"request_id": "%032d", "label": "a"}' % 0, (404, "no_log")),
         ("/v1/models/other:predict", b"{}", (404, "no_model")),
         ("/v1/models/shapes/versions/7:predict", b"{}", (404, "no_version")),
         ("/v1/models/shapes/versions/x:predict", b"{}", (400, "parameter")),
@@ -462,15 +468,50 @@ def test_the_number_of_maps_is_limited(server):
 
 
 def test_no_answer_redirects(server):
-    answer = server.get("/healthz/", headers={"Host": "elsewhere.example"}, allow_redirects=False)
+    answer = server.get("/healthz/", allow_redirects=False)
     assert error_of(answer) == (404, "route")
     for path in ("/", "/healthz", "/readyz"):
         answer = requests.head(server.url + path, timeout=10)
         assert (answer.status_code, answer.text) == (200, "")
 
 
+@pytest.mark.parametrize("host", ["elsewhere.example", "127.0.0.1.example:80", "[::2]:80", ""])
+def test_other_names_of_the_server_are_refused(server, host):
+    """Without tokens, a web page must not reach the server through a name of its own site."""
+    for path in ("/", "/models", "/nothing"):
+        answer = server.get(path, headers={"Host": host})
+        assert error_of(answer) == (421, "host")
+    for own in ("localhost", "LOCALHOST:80", "127.0.0.1", f"[::1]:{server.port}"):
+        assert server.get("/models", headers={"Host": own}).status_code == 200
+
+
+def test_web_pages_of_given_origins_may_send_requests(bundle, tmp_path):
+    own, proxy = "https://page.example", "server.example"
+    flags = (f"--cors_origins={own}", f"--allowed_hosts={proxy}", "--trusted_proxies=10.0.0.1")
+    (tmp_path / "tokens").write_text("predict token-of-a-client-01\n")
+    tokens = f"--tokens={tmp_path}/tokens"
+    with Served(tmp_path, f"--bundle={bundle}", "--max_batch=1", *flags, tokens) as server:
+        asked = {"Access-Control-Request-Method": "POST"}
+        asked |= {"Access-Control-Request-Headers": "authorization, x-unit-id"}
+        for origin, status, allowed in ((own, 200, own), ("https://other.example", 400, None)):
+            answer = requests.options(
+                f"{server.url}/predict", headers={"Origin": origin, **asked}, timeout=10
+            )
+            assert answer.status_code == status
+            assert answer.headers.get("access-control-allow-origin") == allowed
+        sent = {"Origin": own, "Authorization": "Bearer token-of-a-client-01", "Host": proxy}
+        answer = server.post("/predict", encode(picture()), headers=sent)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == own
+        assert "X-Request-Id" in answer.headers["access-control-expose-headers"]
+        answer = server.post("/predict", encode(picture()), headers={"Origin": own})
+        assert error_of(answer) == (401, "token")
+        assert server.get("/healthz", headers={"Host": "x"}).status_code == 421
+        assert server.end() == 0
+
+
 def test_a_refusal_before_the_body_is_the_only_answer(server):
-    head = b"POST /nothing HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+    head = b"POST /nothing HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(head)
         for _ in range(10):
@@ -484,9 +525,10 @@ def test_a_refusal_before_the_body_is_the_only_answer(server):
 
 def test_health_metrics_and_descriptions(server, bundle):
     assert server.get("/healthz").json() == {"status": "ok"}
-    assert server.get("/readyz").json() == {"status": "ready"}
+    assert server.get("/readyz").json() == {"status": "ready", "loading": []}
     before = server.measure('cnn_jax_refused_total{reason="format"}')
     server.post("/predict", b"text")
+    server.post("/predict", encode(picture()))
     assert server.measure('cnn_jax_refused_total{reason="format"}') == before + 1
     text = server.get("/metrics").text
     for name in (
@@ -533,13 +575,26 @@ def test_answers_have_security_headers(server):
     assert "unsafe-inline" not in policy.partition("script-src")[2].partition(";")[0]
 
 
-@pytest.mark.parametrize(
-    ("given", "is_kept"),
-    [("abc-1.2:3_Z", True), ("a b", False), ("x" * 101, False), ("<script>", False), ("", False)],
-)
-def test_a_harmless_request_id_is_kept(server, given, is_kept):
-    answer = server.get("/healthz", headers={"X-Request-Id": given})
-    assert (answer.headers["x-request-id"] == given) == is_kept
+def test_harmless_headers_of_clients_are_logged(server):
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    for number, (given, parent, is_kept) in enumerate(
+        [
+            ("abc-1.2:3_Z", trace, True),
+            ("a b", trace[:-1], False),
+            ("x" * 101, trace.upper(), False),
+            ("<script>", f"{trace}-{trace}", False),
+            ("", "", False),
+        ]
+    ):
+        headers = {"X-Request-Id": given, "traceparent": parent}
+        answer = server.get(f"/nothing/{number}", headers=headers)
+        # The server gives each request an id of its own, because clients may repeat theirs.
+        request_id = answer.headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f]{32}", request_id)
+        server.wait_for_log(request_id)
+        (line,) = [one for one in server.log() if one.get("request_id") == request_id]
+        assert line.get("client_request_id") == (given if is_kept else None)
+        assert line.get("traceparent") == (parent if is_kept else None)
 
 
 def test_the_log_has_requests_without_image_content(server):
@@ -548,7 +603,7 @@ def test_the_log_has_requests_without_image_content(server):
     assert answer.status_code == 415
     server.post("/predict?top=1", encode(picture()), headers={"X-Request-Id": "of-the-log-2"})
     server.wait_for_log("of-the-log-2")
-    lines = {line.get("request_id"): line for line in server.log()}
+    lines = {line.get("client_request_id"): line for line in server.log()}
     refused, answered = lines["of-the-log"], lines["of-the-log-2"]
     assert (refused["status"], refused["reason"], refused["path"]) == (415, "format", "/predict")
     assert (answered["status"], answered["model"], answered["version"]) == (200, "shapes", 1)
@@ -582,14 +637,16 @@ def speak(server, *parts, wait=0.0, seconds=20):
         b"\x00" * 100,
         b"GET / HTTP/9.9\r\n\r\n",
         b"GET /" + b"a" * 40_000,
-        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 40_000,
-        b"GET / HTTP/1.1\r\nHost: a\r\n" + b"".join(b"X%d: a\r\n" % n for n in range(5_000)),
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 1e3\r\n\r\n",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: " + b"9" * 400 + b"\r\n\r\n",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 999999999\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 40_000,
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n"
+        + b"".join(b"X%d: a\r\n" % n for n in range(5_000)),
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1e3\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: " + b"9" * 400 + b"\r\n\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n"
+        b"Content-Length: 6\r\n\r\nhello",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999999\r\n\r\n",
     ],
 )  # fmt: skip
 def test_invalid_http_is_refused(server, request_bytes):
@@ -599,7 +656,7 @@ def test_invalid_http_is_refused(server, request_bytes):
 
 
 def test_a_short_body_leaves_no_memory(server):
-    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n"
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100000\r\n\r\n"
     for _ in range(20):
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head + b"x" * 1000)
@@ -621,14 +678,14 @@ def test_one_connection_serves_many_requests(server):
         answer.read()
     connection.close()
     # The client sends several requests without waiting for answers (pipelining).
-    one = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
-    last = b"GET /healthz HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+    one = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    last = b"GET /healthz HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
     assert speak(server, one * 3 + last).count(b"HTTP/1.1 200") == 4
 
 
 def test_a_slow_request_does_not_delay_others(server):
     image = encode(picture())
-    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(image)
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(image)
     slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
     for connection in slow:
         connection.sendall(head + image[:10])
@@ -646,7 +703,9 @@ def test_a_slow_request_does_not_delay_others(server):
 def test_requests_in_flight_are_answered_after_a_signal(bundle, tmp_path):
     image = encode(picture())
     with Served(tmp_path, f"--bundle={bundle}", "--max_batch=1") as server:
-        head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(image)
+        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(
+            image
+        )
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
             connection.sendall(head + image[:10])
             time.sleep(0.3)
@@ -668,3 +727,33 @@ def test_readyz_fails_while_draining(bundle, tmp_path):
         assert error_of(server.get("/readyz")) == (503, "leaving")
         assert server.post("/predict", encode(picture())).status_code == 200
         assert server.process.wait(30) == 0
+
+
+def test_health_checks_are_answered_beside_stalled_bodies(bundle, tmp_path):
+    """1,200 clients send a part of a body and then nothing, and hold their connections open.
+
+    With `pytest -s`, the test prints the number of checks and the slowest check.
+    """
+    flags = (f"--bundle={bundle}", "--max_batch=1", "--health_port=0")
+    head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\nx"
+    times = {}
+    with Served(tmp_path, *flags) as server, contextlib.ExitStack() as stack:
+        health = server.wait_for_log(r"health checks on http://[\d.:]+/").split()[-1][:-1]
+        for _ in range(1_200):
+            address = ("127.0.0.1", server.port)
+            stack.enter_context(socket.create_connection(address)).sendall(head)
+        time.sleep(1.5)  # A client counts as stalled after a second.
+        end = time.monotonic() + 6
+        while time.monotonic() < end:
+            # On the port of the traffic, a stalled request is aborted for each new connection.
+            for url in (health, server.url):
+                for path in ("/healthz", "/readyz", "/metrics"):
+                    start = time.monotonic()
+                    assert requests.get(url + path, timeout=5).status_code == 200
+                    times.setdefault(url, []).append(time.monotonic() - start)
+        for url, name in ((health, "health"), (server.url, "traffic")):
+            print(f"port of {name}: {len(times[url])} checks, slowest {max(times[url]):.3f} s")
+            assert max(times[url]) < 2
+            assert len(times[url]) > 15
+        assert requests.get(f"{health}/models", timeout=5).status_code == 404
+        assert server.end() == 0

@@ -18,13 +18,15 @@ from conftest import TRAINING_MODULES, imported_modules
 from PIL import Image
 
 import cnn_jax.serve
+from cnn_jax.data.request_log import read_requests
 from cnn_jax.serve import http
-from cnn_jax.serve.app import make_app
+from cnn_jax.serve.app import make_app, make_health_app
 from cnn_jax.serve.engine import Engine, Program
 from cnn_jax.serve.limits import Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
+from cnn_jax.serve.request_log import RequestLog
 from cnn_jax.serve.service import END, LOADING, Models, Service
-from cnn_jax.serve.versions import make_version
+from cnn_jax.serve.versions import Output, make_version
 
 
 def encode(value=0):
@@ -40,18 +42,22 @@ class Gated:
       batches: The grey levels of the images of each batch.
     """
 
-    def __init__(self, version, limits, queue):
+    def __init__(self, version, limits, queue, request_log=None):
         self.gate = threading.Event()
         self.batches = []
 
         def run(images):
             assert self.gate.wait(20)
             self.batches.append([int(image[0, 0, 0]) for image in images])
-            return version.predictor(images)
+            # No network returns these embeddings, so a test can see where they are used.
+            return [
+                Output(row, np.full(2, index))
+                for index, row in enumerate(version.predictor(images))
+            ]
 
         version = dataclasses.replace(version, predict_program=Program(run, {1: 1.0}))
         self.engine = Engine(queue, decoders=2)
-        self.service = Service(Models(), self.engine, limits, ServerMetrics())
+        self.service = Service(Models(), self.engine, limits, ServerMetrics(), request_log)
         self.service.models.add_model("default", is_required=True)
         self.service.models.add_version(version)
         self.service.models.set_aliases("default", {"default": 1})
@@ -68,7 +74,6 @@ class Gated:
         self._server = http.make_server(
             make_app(self.service, None, lifespan), 0, 1, self.service.begin_shutdown
         )
-        self._server.capture_signals = contextlib.nullcontext
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._server.serve([self._listener]))
         )
@@ -106,8 +111,8 @@ def version():
 def serve(version):
     with contextlib.ExitStack() as stack:
 
-        def serve(queue=100, **limits):
-            gated = Gated(version, Limits(**limits), queue)
+        def serve(queue=100, request_log=None, **limits):
+            gated = Gated(version, Limits(**limits), queue, request_log)
             stack.callback(gated.end)
             return gated
 
@@ -199,7 +204,7 @@ def test_a_missing_body_times_out(serve):
 
 
 def test_the_total_size_of_bodies_is_limited(serve):
-    server = serve(body_bytes=2_000_000, all_bytes=5_000_000)
+    server = serve(body_bytes=2_000_000, all_bytes=5_000_000, client_fraction=1.0)
     head = b"POST /predict HTTP/1.1\r\nHost: a\r\nContent-Length: 2000000\r\n\r\n"
     with contextlib.ExitStack() as stack:
         for _ in range(2):
@@ -219,6 +224,46 @@ def test_the_total_size_of_bodies_is_limited(serve):
     until(lambda: server.service._bodies.num_bytes == 0)
 
 
+def test_a_client_has_a_limit_on_bodies(serve):
+    server = serve(body_bytes=2_000_000, all_bytes=5_000_000, client_fraction=0.5)
+
+    def post(client, size):
+        # The server trusts this header from a proxy on its own machine.
+        headers = {"X-Forwarded-For": client}
+        return requests.post(f"{server.url}/predict", b"x" * size, headers=headers, timeout=10)
+
+    head = b"POST /predict HTTP/1.1\r\nHost: a\r\nX-Forwarded-For: 10.0.0.1\r\n"
+    with socket.create_connection(("127.0.0.1", server.port)) as one:
+        one.sendall(head + b"Content-Length: 2000000\r\n\r\n" + b"x" * 1_999_999)
+        until(lambda: server.service._bodies.num_bytes == 1_999_999)
+        assert post("10.0.0.1", 1_500_000).status_code == 429
+        assert post("10.0.0.1", 900_000).status_code == 415
+        assert post("10.0.0.2", 2_000_000).status_code == 415
+    until(lambda: server.service._bodies.num_bytes == 0)
+    assert not server.service._bodies._client_bytes
+
+
+def test_a_client_has_a_limit_on_images(serve, pool):
+    server = serve(queue=4)
+    server.engine._client_fraction = 0.5
+
+    def post(client, value):
+        headers = {"X-Forwarded-For": client}
+        body = encode(value)
+        return requests.post(f"{server.url}/predict", body, headers=headers, timeout=30)
+
+    held = [pool.submit(post, "10.0.0.1", value) for value in range(2)]
+    until(lambda: server.engine.in_flight == 2)
+    answer = post("10.0.0.1", 9)
+    assert answer.status_code == 429
+    assert answer.json()["error"].startswith("this client has too many images in flight")
+    held.append(pool.submit(post, "10.0.0.2", 2))
+    until(lambda: server.engine.in_flight == 3)
+    server.gate.set()
+    assert [future.result().status_code for future in held] == [200] * 3
+    assert not server.engine._clients
+
+
 def test_internal_errors_have_no_details(serve, version, caplog):
     server = serve()
 
@@ -236,6 +281,21 @@ def test_internal_errors_have_no_details(serve, version, caplog):
     assert requests.get(f"{server.url}/healthz", timeout=10).status_code == 200
 
 
+def test_the_log_computes_nothing_again(serve, tmp_path):
+    """The recorded embedding is the one that the batch of the answer returned."""
+    log = RequestLog(tmp_path / "log")
+    server = serve(request_log=log)
+    server.gate.set()
+    for value in range(3):
+        answer = server.post(value)
+        assert answer.status_code == 200
+    log.close()
+    assert server.batches == [[0], [1], [2]]
+    rows = read_requests(tmp_path / "log").to_pylist()
+    assert [row["embedding"] for row in rows] == [[0.0, 0.0]] * 3
+    assert rows[-1]["request_id"] == answer.json()["request_id"]
+
+
 # Tests of the states of models and versions.
 
 
@@ -246,6 +306,7 @@ def test_open_inference_reports_readiness(serve):
         return requests.get(f"{server.url}/v2/{path}", timeout=10).status_code
 
     server.service.models.set_state("default", 2, LOADING)
+    assert requests.get(f"{server.url}/readyz", timeout=10).json()["loading"][0]["version"] == 2
     found = requests.get(f"{server.url}/v2/models/default", timeout=10).json()
     assert found["versions"] == ["1"]  # Only loaded versions are listed.
     own = "models/default/versions"
@@ -255,6 +316,40 @@ def test_open_inference_reports_readiness(serve):
     server.service.begin_shutdown()
     assert [status(path) for path in ready] == [503] * 3
     assert status("health/live") == 200
+
+
+def test_readyz_names_the_versions_that_load(serve):
+    server = serve()
+    server.service.models.set_aliases("default", {"default": 2})
+    server.service.models.set_state("default", 2, LOADING)
+    answer = requests.get(f"{server.url}/readyz", timeout=10)
+    assert answer.status_code == 503
+    assert "version 2 of default has been loading for 0 s" in answer.json()["error"]
+    server.service.models.set_state("default", 2, END)
+    answer = requests.get(f"{server.url}/readyz", timeout=10)
+    assert "no version is loading" in answer.json()["error"]
+
+
+def test_a_hanging_event_loop_fails_the_health_check(monkeypatch):
+    monkeypatch.setattr("cnn_jax.serve.engine._HANGING_SECONDS", 0.3)
+    monkeypatch.setattr("cnn_jax.serve.engine._BEAT_SECONDS", 0.05)
+    engine = Engine(9)
+    service = Service(Models(), engine, Limits(), ServerMetrics())
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/healthz"
+
+    async def run():
+        engine.start()
+        await asyncio.sleep(0.5)
+        assert await asyncio.to_thread(lambda: requests.get(url, timeout=10).status_code) == 200
+        time.sleep(0.6)  # The event loop hangs, while the thread of the health checks answers.
+        assert requests.get(url, timeout=10).json()["reason"] == "hanging"
+        await asyncio.sleep(0.2)
+        assert await asyncio.to_thread(lambda: requests.get(url, timeout=10).status_code) == 200
+        engine.close()
+
+    with listener, http.serving_in_thread(make_health_app(service), listener):
+        asyncio.run(run())
 
 
 def test_models_are_found_by_name_number_and_alias(version):
@@ -306,6 +401,8 @@ def test_models_are_found_by_name_number_and_alias(version):
 
 def test_serving_imports_no_training_code():
     folder = pathlib.Path(cnn_jax.serve.__file__).parent
-    modules = sorted(path.stem for path in folder.glob("*.py") if path.stem != "__main__")
+    # The request log is imported only with --request_log, because it needs more libraries.
+    left_out = ("__main__", "request_log")
+    modules = sorted(path.stem for path in folder.glob("*.py") if path.stem not in left_out)
     names = [f"cnn_jax.serve.{module}" for module in modules] + ["cnn_jax.registry.registry"]
-    assert not imported_modules(*names) & {*TRAINING_MODULES, "mlflow"}
+    assert not imported_modules(*names) & {*TRAINING_MODULES, "mlflow", "pyarrow"}

@@ -2,12 +2,12 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
 import dataclasses
 import io
 import json
+import os
+import pathlib
 import re
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -23,14 +23,18 @@ from registry_log import append_unknown_entry
 from s3 import BUCKET, s3_service
 from servers import Served
 
+from cnn_jax.data.request_log import class_names, read_feedback, read_requests
+from cnn_jax.explain.features import embeddings
 from cnn_jax.inference.bundle import write_bundle
+from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry.registry import Registry
+from cnn_jax.serve import loader as loader_module
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
-from cnn_jax.serve.loader import DesiredState, Loader, Source
+from cnn_jax.serve.loader import BundleSource, DesiredState, Loader, Source
 from cnn_jax.serve.metrics import ServerMetrics
-from cnn_jax.serve.service import AVAILABLE, END, Models, Service
+from cnn_jax.serve.service import AVAILABLE, END, LOADING, Models, Service
 from cnn_jax.serve.versions import make_version
 
 PREDICT, ADMIN = "token-of-a-client-01", "token-of-a-keeper-01"
@@ -65,9 +69,9 @@ def registry(tmp_path):
 def serve(tmp_path, registry):
     (tmp_path / "tokens").write_text(f"predict {PREDICT}\nadmin {ADMIN}\n")
 
-    def serve(*flags, **options):
+    def serve(*flags, folder=tmp_path, **options):
         common = [f"--registry={registry.url}", "--poll=0.1", "--max_batch=2"]
-        return Served(tmp_path, *common, f"--tokens={tmp_path}/tokens", *flags, **options)
+        return Served(folder, *common, f"--tokens={tmp_path}/tokens", *flags, **options)
 
     return serve
 
@@ -239,6 +243,134 @@ def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
     asyncio.run(run())
 
 
+def make_hanging(registry, number):
+    """Replaces the weights of a version with a pipe, so that reading the version never ends."""
+    folder = pathlib.Path(registry.url) / registry.resolve("shapes", number).bundle.path
+    folder.chmod(0o755)
+    (folder / "weights.safetensors").unlink()
+    os.mkfifo(folder / "weights.safetensors")
+
+
+def test_a_rollback_overtakes_a_load_that_hangs(serve, registry, tmp_path):
+    third = add(registry, tmp_path, 3)
+    registry.promote("shapes", 2)
+    registry.promote("shapes", 1)
+    make_hanging(registry, 2)
+    with serve() as server:
+        registry.rollback("shapes")  # The alias points to version 2.
+        server.wait_for_log("shapes, version 2: loading")
+        time.sleep(1)
+        ready = server.get("/readyz")
+        assert ready.status_code == 200
+        (loading,) = ready.json()["loading"]
+        assert (loading["model"], loading["version"]) == ("shapes", 2)
+        assert loading["seconds"] >= 0.9
+        name = 'cnn_jax_version_loading_seconds{model="shapes",version="2"} '
+        metrics = server.get("/metrics", headers=AS_CLIENT).text
+        assert float(metrics.partition(name)[2].split()[0]) >= 0.9
+        assert states_of(server)[2] == "LOADING"
+        assert version_of(server) == 1
+        start = time.monotonic()
+        registry.promote("shapes", third)
+        until(lambda: version_of(server) == third)
+        assert time.monotonic() - start < 10
+        server.wait_for_log("shapes, version 2: no longer wanted; not loaded")
+        assert server.get("/readyz").json()["loading"] == []
+        assert states_of(server)[2] == "END"
+        registry.rollback("shapes")
+        registry.promote("shapes", 1)
+        until(lambda: version_of(server) == 1)
+        assert server.end() == 0
+
+
+def test_a_load_that_hangs_times_out(serve, registry):
+    make_hanging(registry, 2)
+    with serve("--versions=2", "--load_timeout=8", wait=False) as server:
+        server.wait_for_log(
+            "version 2: not loaded; the loaded versions stay: it was not loaded within"
+        )
+        server.wait_until_ready()
+        assert version_of(server) == 1
+        assert states_of(server)[2] == "END"
+        failed = 'cnn_jax_loads_total{model="shapes",outcome="failed"} '
+        text = server.get("/metrics", headers=AS_CLIENT).text
+        assert float(text.partition(failed)[2].split()[0]) == 1
+        assert server.end() == 0
+
+
+def test_a_slow_load_delays_no_other_version(monkeypatch, caplog):
+    monkeypatch.setattr(loader_module, "_SLOW_SECONDS", 0.2)
+    gate = threading.Event()
+    desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
+    opened = []
+
+    class Slow(Source):
+        def desired(self):
+            return dict(desired)
+
+        def open(self, model, number):
+            opened.append(number)
+            assert number != 2 or gate.wait(20)
+            return make_bundle(number)
+
+        def set_extra(self, model, number, is_extra):
+            raise AssertionError
+
+    async def run():
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+        loader = Loader(service, Slow(), (1,), poll=0.05)
+        await loader.synchronize()
+        # Version 2 is loaded first, because it is the default version.
+        desired["shapes"] = DesiredState({2: "2", 1: "1", 3: "3"}, {"champion": 2})
+        following = asyncio.ensure_future(loader.follow())
+        while 3 not in service.models.loaded("shapes"):
+            await asyncio.sleep(0.01)
+        assert opened == [1, 2, 3]
+        assert service.models.states("shapes")[2] == (LOADING, "")
+        # The version is not loaded a second time while the abandoned thread runs.
+        desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})
+        await asyncio.sleep(0.3)
+        desired["shapes"] = DesiredState({2: "2", 1: "1"}, {"champion": 2})
+        await asyncio.sleep(0.3)
+        assert opened == [1, 2, 3]
+        gate.set()
+        while service.models.default("shapes").number != 2:
+            await asyncio.sleep(0.01)
+        assert opened == [1, 2, 3, 2]
+        following.cancel()
+
+    asyncio.run(run())
+    assert "shapes, version 2: still loading after" in caplog.text
+
+
+_SLOW_PROGRAM = """
+import sys, time
+from cnn_jax.serve import loader
+from cnn_jax.serve.__main__ import main
+loader._SLOW_SECONDS = 0.2
+open_ = loader.BundleSource.open
+loader.BundleSource.open = lambda *args: (time.sleep(2), open_(*args))[1]
+main(sys.argv[1:])
+"""
+
+
+def test_a_bundle_that_loads_slowly_is_served(tmp_path):
+    write_bundle(make_bundle(), tmp_path / "bundle")
+    flags = (f"--bundle={tmp_path}/bundle", "--max_batch=1")
+    with Served(tmp_path, *flags, program=("-c", _SLOW_PROGRAM)) as server:
+        server.wait_for_log("default, version 1: still loading after")
+        assert version_of(server) == 1
+        assert server.end() == 0
+
+
+def test_pauses_between_reads_are_random():
+    service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+    loader = Loader(service, BundleSource.__new__(BundleSource), (1,), poll=2.0)
+    pauses = [loader._pause() for _ in range(1_000)]
+    assert 1.0 <= min(pauses) < 1.1
+    assert 2.9 < max(pauses) <= 3.0
+
+
 def test_a_failing_source_is_read_again(caplog):
     answers = [RuntimeError("a fault"), {"shapes": DesiredState({1: "1"}, {"champion": 1})}]
 
@@ -257,8 +389,8 @@ def test_a_failing_source_is_read_again(caplog):
 
     async def run():
         service = Service(Models(), Engine(9), Limits(), ServerMetrics())
-        loader = Loader(service, Failing(), (1,))
-        following = asyncio.ensure_future(loader.follow(0.01))
+        loader = Loader(service, Failing(), (1,), poll=0.01)
+        following = asyncio.ensure_future(loader.follow())
         while not service.models.is_ready():
             await asyncio.sleep(0.01)
         assert not following.done()
@@ -389,9 +521,11 @@ def test_a_missing_registry_does_not_stop_the_server(serve, registry, tmp_path):
         (["--bundle={tmp}/bundle-shapes-1", "--host=256.0.0.1"], "cannot listen"),
         (["--bundle={tmp}/bundle-shapes-1", "--model=a,b"], "--bundle is one model"),
         (["--bundle={tmp}/bundle-shapes-1", "--tokens={tmp}/none"], "--tokens"),
-        (["--bundle={tmp}/bundle-shapes-1", "--request_log={tmp}/none/a.db"], "--request_log"),
+        (["--bundle={tmp}/bundle-shapes-1", "--request_log={tmp}/none/log"], "--request_log"),
         (["--bundle={tmp}/bundle-shapes-1", "--max_batch=0"], "--max_batch"),
         (["--bundle={tmp}/bundle-shapes-1", "--port=70000"], "--port"),
+        (["--bundle={tmp}/bundle-shapes-1", "--cors_origins=example.com"], "--cors_origins"),
+        (["--bundle={tmp}/bundle-shapes-1", "--queue_pixels=9"], "--queue_pixels"),
     ],
 )
 def test_a_wrong_start_is_one_error_line(registry, tmp_path, flags, message):
@@ -412,35 +546,78 @@ def test_a_bundle_that_cannot_answer_ends_the_server(tmp_path):
         assert "not probabilities" in (tmp_path / "server.log").read_text().splitlines()[-1]
 
 
-def test_the_request_log_records_answers(tmp_path):
-    import sqlite3
+def test_the_request_log_records_answers(serve, registry, tmp_path):
+    """Two servers record answers in one folder, and each takes feedback to answers of the other."""
+    folder = tmp_path / "log"
+    flags = (f"--request_log={folder}", "--request_log_images", "--versions=2")
+    ids = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
 
-    from cnn_jax.explain.features import embeddings
-    from cnn_jax.inference.images import preprocess_for_inference
+    def post(server, path, body):
+        headers = AS_CLIENT | {"X-Unit-Id": "user-7"}
+        return server.post(path, body, headers=headers)
 
-    (tmp_path / "my run").mkdir()
-    write_bundle(make_bundle(), tmp_path / "my run" / "bundle")
-    predictor = BundlePredictor.load(tmp_path / "my run" / "bundle")
-    file = tmp_path / "requests.db"
-    flags = (f"--bundle={tmp_path}/my run", f"--request_log={file}", "--request_log_images")
-    with Served(tmp_path, *flags, "--max_batch=2") as server:
-        for seed in range(5):
-            server.post("/predict", encode(seed), headers={"X-Request-Id": f"number-{seed}"})
-        server.post("/predict", b"no image")
-        assert server.end() == 0
-    rows = sqlite3.connect(file).execute("select * from requests order by time").fetchall()
-    assert [row[1] for row in rows] == [f"number-{seed}" for seed in range(5)]
-    for seed, row in enumerate(rows):
+    def feedback(server, request_id, **fields):
+        body = json.dumps({"request_id": request_id, **fields})
+        return server.post("/feedback", body, headers=AS_CLIENT)
+
+    with (
+        serve(*flags, folder=tmp_path / "one") as one,
+        serve(*flags, folder=tmp_path / "two") as two,
+    ):
+        for seed, (server, query) in enumerate(
+            [(one, ""), (two, ""), (one, "?version=2"), (two, "?alias=champion")]
+        ):
+            ids.append(post(server, f"/predict{query}", encode(seed)).json()["request_id"])
+        post(one, "/predict", b"no image")
+        files = {f"{seed}.png": encode(seed) for seed in (7, 8)} | {"a.png": b"no image"}
+        form = [("file", item) for item in files.items()]
+        form.reverse()
+        answer = one.post("/predict", files=form, headers=AS_CLIENT)
+        ids += [answer.headers["x-request-id"]] * 2
+        assert feedback(one, ids[0], label="red").status_code == 200
+        until(lambda: len(read_requests(folder)) == 6)
+        assert feedback(one, ids[1], label="red", reward=0.5).json()["request_id"] == ids[1]
+        assert feedback(two, ids[4], label="blue", image_index=2).status_code == 200
+        for request_id, fields, status, reason in (
+            (ids[4], {"label": "blue", "image_index": 0}, 404, "no_request"),
+            (ids[0], {"label": "rde"}, 400, "label"),
+            ("f" * 32, {"reward": 1}, 404, "no_request"),
+        ):
+            answer = feedback(two, request_id, **fields)
+            assert (answer.status_code, answer.json()["reason"]) == (status, reason)
+        assert server.post("/feedback", "{}").status_code == 401
+        assert one.end() == two.end() == 0
+    rows = read_requests(folder).sort_by([("time", "ascending")]).to_pylist()
+    assert [row["request_id"] for row in rows] == ids
+    assert [row["image_index"] for row in rows] == [0, 0, 0, 0, 1, 2]
+    assert [row["arm"] for row in rows] == ["champion", "champion", None, *["champion"] * 3]
+    assert [row["unit"] for row in rows] == ["user-7"] * 4 + [None] * 2
+    assert [row["version"] for row in rows] == [1, 1, 2, 1, 1, 1]
+    for row, seed in zip(rows, (0, 1, 2, 3, 8, 7), strict=True):
+        bundle = make_bundle(row["version"])
+        predictor = BundlePredictor(bundle)
         pixels = preprocess_for_inference(encode(seed), predictor.preprocessing)[None]
         expected = predictor(pixels)[0]
-        assert abs(row[0] - time.time()) < 600
-        assert row[2:4] == ("default", 1)
-        assert row[4] == predictor.class_names[int(expected.argmax())]
-        assert row[5] == pytest.approx(expected.max(), abs=1e-6)
-        np.testing.assert_allclose(np.frombuffer(row[6], "<f4"), expected, atol=1e-6)
+        assert abs(row["time"].timestamp() - time.time()) < 600
+        assert row["model"] == "shapes"
+        assert row["digest"] == registry.resolve("shapes", row["version"]).bundle.digest
+        assert class_names(folder, row["digest"]) == predictor.class_names
+        assert row["class"] == predictor.class_names[int(expected.argmax())]
+        assert row["confidence"] == pytest.approx(expected.max(), abs=1e-6)
+        np.testing.assert_allclose(row["probabilities"], expected, atol=1e-6)
         own = embeddings(predictor, pixels)[0]
-        np.testing.assert_allclose(np.frombuffer(row[7], "<f4"), own, rtol=1e-4, atol=1e-6)
-        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(row[8]))), pixels[0])
+        np.testing.assert_allclose(row["embedding"], own, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(Image.open(io.BytesIO(row["image"])), pixels[0])
+    found = read_feedback(folder).sort_by("time").to_pylist()
+    assert [
+        (one["request_id"], one["image_index"], one["label"], one["reward"]) for one in found
+    ] == [
+        (ids[0], 0, "red", None),
+        (ids[1], 0, "red", 0.5),
+        (ids[4], 2, "blue", None),
+    ]
 
 
 def test_a_known_network_is_not_timed_again():
@@ -451,10 +628,9 @@ def test_a_known_network_is_not_timed_again():
     second = make(2, make_bundle(2), [first])
     assert second.predict_program.seconds is first.predict_program.seconds
     image = np.zeros((2, 16, 16, 3), np.uint8)
-    np.testing.assert_array_equal(
-        second.predict_program.run(image), BundlePredictor(make_bundle(2))(image)
-    )
-    ((_, own),), ((_, other),) = (
+    rows = [output.probabilities for output in second.predict_program.run(image)]
+    np.testing.assert_allclose(rows, BundlePredictor(make_bundle(2))(image), atol=1e-6)
+    ((*_, own),), ((*_, other),) = (
         second.explain_program.run(image[:1]),
         first.explain_program.run(image[:1]),
     )
@@ -482,18 +658,25 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             "alias": "stable",
             "versions": "2",
             "poll": "0.2",
+            "load_timeout": "100",
+            "health_port": "0",
             "host": "127.0.0.1",
             "tokens": tmp_path / "tokens",
             "max_batch": "4",
             "max_wait_ms": "50",
             "queue": "16",
+            "queue_pixels": "20000",
+            "client_fraction": "0.9",
             "timeout": "20",
             "max_body_mb": "0.5",
             "max_bodies_mb": "1",
             "max_pixels": "10000",
             "max_images": "4",
             "drain": "0.1",
-            "request_log": tmp_path / "answers.sqlite",
+            "allowed_hosts": "server.example",
+            "cors_origins": "https://page.example",
+            "trusted_proxies": "10.0.0.1",
+            "request_log": tmp_path / "answers",
             "request_log_share": "0.5",
             "request_log_mb": "5",
             "log_level": "debug",
@@ -520,8 +703,7 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             every = set(re.findall(r"^  --(\w+)", help_, re.MULTILINE))
             assert every - flags.keys() <= {"help", "bundle", "port", "request_log_images"}
             assert server.end() == 0
-        with contextlib.closing(sqlite3.connect(flags["request_log"])) as log:
-            assert log.execute("select count(image) from requests").fetchone()[0] > 0
+        assert len(read_requests(flags["request_log"], ["image"]).drop_null()) > 0
 
 
 def test_the_log_is_json(serve):

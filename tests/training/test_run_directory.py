@@ -1,3 +1,4 @@
+import csv
 import datetime
 import json
 import os
@@ -177,6 +178,17 @@ def test_confidences_round_trip(tmp_path):
     assert lines[0] == "id,label,predicted,confidence"
     confidences = np.array([line.split(",")[3] for line in lines[1:]], np.float32)
     np.testing.assert_array_equal(confidences, probabilities.max(axis=1))
+
+
+def test_cells_are_no_formulas(tmp_path):
+    ids = ["=HYPERLINK(A1)", "+1", "-1", "@a", "\tb", "a=b", "x/-1.png"]
+    labels = np.zeros(len(ids), int)
+    probabilities = np.tile(np.float32([1, 0]), (len(ids), 1))
+    run_directory.write_predictions(tmp_path, ids, labels, probabilities, ["=1+1", "b"])
+    with (tmp_path / "report" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    assert [row[0] for row in rows] == [*(f"'{id_}" for id_ in ids[:5]), *ids[5:]]
+    assert {tuple(row[1:]) for row in rows} == {("'=1+1", "'=1+1", "1.")}
 
 
 @pytest.fixture

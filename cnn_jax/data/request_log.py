@@ -1,0 +1,424 @@
+"""The files of a request log: the columns, and the functions that write and read them.
+
+A request log is a folder. One or several servers append to it, and other processes may read it at
+the same time:
+
+    requests/    one row for each recorded image, with its prediction
+    feedback/    one row for each label or reward that a client has sent
+    labelled/    rows of deleted request files to which there is feedback
+    models/      the class names of each bundle, in a JSON file that the digest names
+
+A server writes to files of its own only, so servers need no lock, and the folder may be on a
+network file system. A file that is still written is an Arrow stream (`.arrows`): it grows by whole
+batches of rows, and a reader sees all complete batches. A file that is complete is a Parquet file
+(`.parquet`).
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import re
+import secrets
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cnn_jax.system.atomic import replacing, write_text
+from cnn_jax.system.errors import DataError
+
+# The version of the columns. It is stored in the metadata of each file. A change of the meaning or
+# of the type of a column needs a new version; a new column does not.
+SCHEMA_VERSION = 1
+_VERSION_KEY = b"cnn_jax_request_log"
+_METADATA = {_VERSION_KEY: str(SCHEMA_VERSION).encode()}
+_TIME = pa.timestamp("us", tz="UTC")
+
+REQUESTS = pa.schema(
+    [
+        ("time", _TIME),
+        ("request_id", pa.string()),
+        ("image_index", pa.int32()),  # Index of the image in its request.
+        ("unit", pa.string()),  # The client's X-Unit-Id, such as a user; null without this header.
+        ("arm", pa.string()),  # The alias that selected the version; null if a number did.
+        ("model", pa.string()),
+        ("version", pa.int32()),
+        ("digest", pa.string()),  # The digest of the bundle.
+        ("class", pa.string()),  # The predicted class.
+        ("confidence", pa.float32()),  # The probability of the predicted class.
+        ("probabilities", pa.list_(pa.float32())),  # In the order of `class_names`.
+        ("embedding", pa.list_(pa.float32())),  # The input of the network's last layer.
+        ("brightness", pa.float32()),  # Mean grey level, 0 to 255.
+        ("sharpness", pa.float32()),  # Standard deviation of the Laplacian of the grey levels.
+        ("contrast", pa.float32()),  # Standard deviation of the grey levels.
+        ("image", pa.binary()),  # PNG in the size of the network's input; null if not enabled.
+    ],
+    metadata=_METADATA,
+)
+FEEDBACK = pa.schema(
+    [
+        ("time", _TIME),
+        ("request_id", pa.string()),
+        ("image_index", pa.int32()),
+        ("label", pa.string()),  # The true class; null if there is only a reward.
+        ("reward", pa.float64()),  # null if there is only a label.
+    ],
+    metadata=_METADATA,
+)
+
+# A file is complete after this number of bytes, batches or seconds. `find_row` reads only the files
+# in which a row can be, according to these seconds.
+_SEGMENT_BYTES, _SEGMENT_BATCHES, _SEGMENT_SECONDS = 16_000_000, 2_000, 3600.0
+# A request is recorded at most this number of seconds after its id was created. This includes the
+# difference between the clocks of the servers.
+_MAX_DELAY = 900.0
+_FOLDERS = ("requests", "feedback", "labelled", "models")
+# The name of a file: when it was created, in milliseconds since the epoch, and its server.
+_FILE_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}(\.claimed)?\.(arrows|parquet)")
+# The middle part of the name of a file that a server is deleting.
+_CLAIMED = ".claimed"
+# A claimed file of this age, in seconds, was left by a server that ended while deleting the file.
+_ABANDONED_SECONDS = 600.0
+
+
+def _milliseconds() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def make_folders(folder: pathlib.Path) -> None:
+    """Creates the folders of a request log; only the owner may read new folders.
+
+    Raises:
+      OSError: A folder cannot be created.
+    """
+    for path in (folder, *(folder / name for name in _FOLDERS)):
+        path.mkdir(mode=0o700, exist_ok=True)
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Raises OSError if files cannot be written to the folders of a request log."""
+    for name in _FOLDERS:
+        with tempfile.TemporaryFile(dir=folder / name):
+            pass
+
+
+class Segments:
+    """Appends rows to a file, and starts a new file after `close`.
+
+    Attributes:
+      path: The present file; None before the first row of a file.
+    """
+
+    def __init__(self, folder: pathlib.Path, schema: pa.Schema, max_bytes: int = _SEGMENT_BYTES):
+        """Creates the object without creating a file.
+
+        Args:
+          folder: The folder of the files.
+          schema: The columns.
+          max_bytes: A file is complete after this number of bytes.
+        """
+        self._folder = folder
+        self._schema = schema
+        self._max_bytes = min(max_bytes, _SEGMENT_BYTES)
+        # Part of the names of all files, so that servers that share the folder use other names.
+        self._name = secrets.token_hex(4)
+        self.path: pathlib.Path | None = None
+
+    def append(self, columns: Mapping[str, Sequence[object]]) -> None:
+        """Appends rows to the present file, or to a new file.
+
+        Args:
+          columns: The values of each column.
+
+        Raises:
+          OSError: The rows cannot be written. The earlier rows are not affected.
+        """
+        arrays = [pa.array(columns[field.name], field.type) for field in self._schema]
+        if self.path is None:
+            self._open()
+        good = self._file.tell()
+        try:
+            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+        except BaseException:
+            # Remove the part of the batch that was written, because a reader could not read
+            # beyond it.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), good)
+            self._forget()
+            raise
+        self._batches += 1
+
+    @property
+    def is_complete(self) -> bool:
+        """Returns whether the present file is so large or old that the caller should close it."""
+        return self.path is not None and (
+            self._file.tell() >= self._max_bytes
+            or self._batches >= _SEGMENT_BATCHES
+            or time.monotonic() - self._start >= _SEGMENT_SECONDS
+        )
+
+    def close(self) -> None:
+        """Completes the present file: converts the Arrow stream to a Parquet file.
+
+        Raises:
+          OSError: The Parquet file cannot be written. The Arrow stream then remains.
+        """
+        if (path := self.path) is None:
+            return
+        with contextlib.suppress(OSError):
+            self._writer.close()
+        self._forget()
+        with contextlib.suppress(FileNotFoundError):  # Another server has deleted the file.
+            write_table(read_file(path), path.with_suffix(".parquet"))
+            path.unlink()
+
+    def _open(self) -> None:
+        path = self._folder / f"{_milliseconds():012x}-{self._name}.arrows"
+        # An unbuffered file, so that a batch is visible to readers as soon as it is written.
+        self._file = path.open("xb", buffering=0)
+        self._writer = pa.ipc.new_stream(self._file, self._schema)
+        self._batches, self._start = 0, time.monotonic()
+        self.path = path
+
+    def _forget(self) -> None:
+        self._file.close()
+        self.path = None
+
+
+def write_table(table: pa.Table, path: pathlib.Path) -> None:
+    """Writes a Parquet file, which replaces an existing file at once.
+
+    Raises:
+      OSError: The file cannot be written.
+    """
+    with replacing(path, shared=True) as file:
+        pq.write_table(table.combine_chunks(), file, compression="zstd")
+
+
+def read_file(path: pathlib.Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Reads a file of the log; reads an Arrow stream up to its last complete batch.
+
+    Args:
+      path: The file.
+      columns: The columns to read; by default all columns.
+
+    Raises:
+      FileNotFoundError: The file does not exist.
+      DataError: A later version of this package wrote the file, or the file is damaged.
+    """
+    try:
+        if path.suffix == ".parquet":
+            schema = pq.read_schema(path)
+            _check_version(path, schema)
+            return pq.read_table(path, columns=None if columns is None else list(columns))
+        with pa.OSFile(str(path)) as file:
+            table = _read_stream(path, file)
+        known = table.column_names
+        return table.select(known if columns is None else [c for c in columns if c in known])
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _read_stream(path: pathlib.Path, file: pa.OSFile) -> pa.Table:
+    """Reads an Arrow stream whose end may be missing: its server is writing it, or was killed."""
+    schema = FEEDBACK if path.parent.name == "feedback" else REQUESTS
+    batches = []
+    try:
+        stream = pa.ipc.open_stream(file)
+        _check_version(path, stream.schema)
+        schema = stream.schema
+        for batch in stream:
+            batches.append(batch)
+    except (pa.ArrowInvalid, OSError) as error:
+        if getattr(error, "errno", None):  # Arrow's errors about a missing end have no number.
+            raise
+    return pa.Table.from_batches(batches, schema)
+
+
+def _check_version(path: pathlib.Path, schema: pa.Schema) -> None:
+    version = int((schema.metadata or {}).get(_VERSION_KEY, b"0"))
+    if not 0 < version <= SCHEMA_VERSION:
+        raise DataError(
+            f"{path} has version {version} of the request log's columns, and this version of "
+            f"cnn_jax reads versions up to {SCHEMA_VERSION}; upgrade cnn_jax"
+        )
+
+
+def read_requests(
+    folder: str | os.PathLike[str], columns: Sequence[str] | None = None, since: float = 0.0
+) -> pa.Table:
+    """Returns the recorded images of all servers, while the servers may be writing.
+
+    Args:
+      folder: The folder of the request log.
+      columns: The columns of `REQUESTS` to read; by default all columns.
+      since: In seconds since the epoch; files without later rows are not read.
+
+    Raises:
+      DataError: The folder is not a request log, or a file cannot be read.
+    """
+    folder = _checked(folder)
+    tables, read = [], set()
+    # A deleted file's rows that have feedback move from the first folder to the second, so this
+    # order misses none of them.
+    for name in ("requests", "labelled"):
+        for path in list_files(folder / name):
+            stem = path.name.partition(".")[0]
+            with contextlib.suppress(OSError):
+                if path.stat().st_mtime < since:
+                    continue
+            if stem not in read and (table := _read_moving(path, columns)) is not None:
+                read.add(stem)
+                tables.append(table)
+    return _join(tables, REQUESTS, columns)
+
+
+def read_feedback(folder: str | os.PathLike[str]) -> pa.Table:
+    """Returns all labels and rewards, with the columns of `FEEDBACK`, in no particular order.
+
+    If there are several labels of an image, the latest by `time` is valid.
+
+    Raises:
+      DataError: The folder is not a request log, or a file cannot be read.
+    """
+    tables = [_read_moving(path, None) for path in list_files(_checked(folder) / "feedback")]
+    return _join([table for table in tables if table is not None], FEEDBACK, None)
+
+
+def class_names(folder: str | os.PathLike[str], digest: str) -> list[str]:
+    """Returns the classes of a bundle in the order of its probabilities; `digest` names it.
+
+    Raises:
+      DataError: The log has no bundle with this digest.
+    """
+    path = pathlib.Path(folder) / "models" / f"{digest}.json"
+    try:
+        return json.loads(path.read_text("utf-8"))["class_names"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def list_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files with rows in a folder, the oldest first."""
+    return sorted(path for path in folder.iterdir() if _FILE_NAME.fullmatch(path.name))
+
+
+def is_claimed(path: pathlib.Path) -> bool:
+    """Returns whether a server has begun to delete a file."""
+    return _CLAIMED in path.suffixes
+
+
+def _read_moving(path: pathlib.Path, columns: Sequence[str] | None) -> pa.Table | None:
+    """Reads a file that its server may be converting; returns None if the file was deleted."""
+    stem = path.name.partition(".")[0]
+    names = (path.name, f"{stem}.parquet", f"{stem}{_CLAIMED}.parquet", f"{stem}{_CLAIMED}.arrows")
+    for name in names:
+        with contextlib.suppress(FileNotFoundError):
+            return read_file(path.with_name(name), columns)
+    return None
+
+
+def _join(tables: Sequence[pa.Table], schema: pa.Schema, columns: Sequence[str] | None) -> pa.Table:
+    if columns is not None:
+        schema = pa.schema([schema.field(name) for name in columns], metadata=_METADATA)
+    return pa.concat_tables([schema.empty_table(), *tables], promote_options="default")
+
+
+def _checked(folder: str | os.PathLike[str]) -> pathlib.Path:
+    folder = pathlib.Path(folder)
+    if not (folder / "requests").is_dir():
+        raise DataError(f"{folder} is not a request log: it has no folder requests/")
+    return folder
+
+
+def find_row(folder: pathlib.Path, key: tuple[str, int]) -> str | None:
+    """Returns the digest of the bundle that predicted a recorded image; None without such an image.
+
+    Files that are being deleted are not searched.
+
+    Args:
+      folder: The folder of the request log.
+      key: The id of the request and the index of the image. The first 12 hexadecimal digits of
+        the id are the time at which the id was created, in milliseconds since the epoch.
+    """
+    created = int(key[0][:12], 16) / 1000
+    for name in ("requests", "labelled"):
+        for path in reversed(list_files(folder / name)):
+            start = int(path.name[:12], 16) / 1000
+            end = start + _SEGMENT_SECONDS
+            if is_claimed(path) or not start - _MAX_DELAY <= created <= end + _MAX_DELAY:
+                continue
+            # The server of a stream may convert it to a Parquet file at any moment.
+            for file in (path, path.with_suffix(".parquet")):
+                with contextlib.suppress(FileNotFoundError):
+                    rows = read_file(file, ("request_id", "image_index", "digest"))
+                    if (index := _keys(rows).get(key)) is not None:
+                        return rows["digest"][index].as_py()
+                    break
+    return None
+
+
+def _keys(rows: pa.Table) -> dict[tuple[str, int], int]:
+    """Returns the positions of rows by request id and image index."""
+    ids, indices = rows["request_id"].to_pylist(), rows["image_index"].to_pylist()
+    return {key: position for position, key in enumerate(zip(ids, indices, strict=True))}
+
+
+def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
+    """Deletes the oldest request files while all request files have more than `max_bytes` bytes.
+
+    Rows to which there is feedback are first copied to `labelled/`. Several servers may call this
+    function at the same time.
+
+    Raises:
+      OSError: A file cannot be read or written.
+      DataError: A file cannot be read.
+    """
+    now = time.time()
+    files = []
+    for path in list_files(folder / "requests"):
+        with contextlib.suppress(FileNotFoundError):
+            files.append((path, path.stat()))
+    total = sum(status.st_size for path, status in files if not is_claimed(path))
+    for path, status in files:
+        if is_claimed(path):
+            if now - status.st_ctime > _ABANDONED_SECONDS:
+                _delete(folder, path)
+        elif path.suffix == ".arrows" and now - status.st_mtime < 2 * _SEGMENT_SECONDS:
+            continue  # A server may still append to this file.
+        elif total > max_bytes:
+            # The new name tells `find_row` to ignore the file. Feedback that is accepted before
+            # this moment is already in a file, so `_delete` reads it.
+            claimed = path.with_suffix(_CLAIMED + path.suffix)
+            with contextlib.suppress(FileNotFoundError):  # Another server was faster.
+                path.rename(claimed)
+                os.utime(claimed)
+                _delete(folder, claimed)
+            total -= status.st_size
+
+
+def _delete(folder: pathlib.Path, claimed: pathlib.Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        labelled = _keys(read_feedback(folder)).keys()
+        positions = [n for key, n in _keys(read_file(claimed)).items() if key in labelled]
+        if positions:
+            stem = claimed.name.partition(".")[0]
+            kept = read_file(claimed).take(positions)
+            write_table(kept, folder / "labelled" / f"{stem}.parquet")
+        claimed.unlink()
+
+
+def write_class_names(folder: pathlib.Path, digest: str, names: Sequence[str]) -> None:
+    """Writes the class names of a bundle, unless the log has them already.
+
+    Raises:
+      OSError: The file cannot be written.
+    """
+    path = folder / "models" / f"{digest}.json"
+    if not path.exists():
+        write_text(path, json.dumps({"class_names": list(names)}) + "\n", shared=True)
