@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cnn_jax.inference.bundle import Bundle, digest, read_bundle
+from cnn_jax.inference.bundle import Bundle, digest
+from cnn_jax.inference.exported import OnnxPredictor, read_model
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import CHAMPION, RegistryError
 from cnn_jax.registry.registry import Registry
@@ -65,8 +66,8 @@ class Source(abc.ABC):
         """
 
     @abc.abstractmethod
-    def open(self, model: str, number: int) -> Bundle:
-        """Reads and verifies the bundle of a version.
+    def open(self, model: str, number: int) -> Bundle | OnnxPredictor:
+        """Reads and verifies the bundle or the ONNX export of a version.
 
         Raises:
           UserError: The bundle cannot be read or is damaged.
@@ -97,13 +98,13 @@ class BundleSource(Source):
           BundleError: The folder has no bundle, or the bundle is damaged.
         """
         self._model = model
-        self._bundle = read_bundle(path)
+        self._bundle = read_model(path)
         self._digest = digest(path)
 
     def desired(self) -> dict[str, DesiredState]:
         return {self._model: DesiredState({1: self._digest}, {"default": 1})}
 
-    def open(self, model: str, number: int) -> Bundle:
+    def open(self, model: str, number: int) -> Bundle | OnnxPredictor:
         return self._bundle
 
     def set_extra(self, model: str, number: int, is_extra: bool) -> None:
@@ -201,10 +202,10 @@ class RegistrySource(Source):
             {alias: number for alias, number in aliases.items() if number in numbers},
         )
 
-    def open(self, model: str, number: int) -> Bundle:
+    def open(self, model: str, number: int) -> Bundle | OnnxPredictor:
         version = self._registry.resolve(model, number)
         with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
-            return read_bundle(self._registry.fetch(version, folder))
+            return read_model(self._registry.fetch(version, folder))
 
     def set_extra(self, model: str, number: int, is_extra: bool) -> None:
         if model not in self.desired():

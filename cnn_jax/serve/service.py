@@ -324,6 +324,9 @@ class Service:
             message = f"a request may have at most {limit} {kind}, not {len(images)}"
             raise Refused(413, "too_many", message)
         program = version.explain_program if explain else version.predict_program
+        if program is None:
+            message = f"{version.model}, version {version.number} is an exported model without maps"
+            raise Refused(400, "explain", f"{message}; maps need the bundle")
         fields = {"model": version.model, "version": version.number, "images": len(images)}
         request.state.log_fields.update(fields)
         sizes = [self._count_large_pixels(image) for image in images]

@@ -17,8 +17,9 @@ from cnn_jax.data.decode import Pixels
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import maps
 from cnn_jax.inference.bundle import Bundle
+from cnn_jax.inference.exported import OnnxPredictor
 from cnn_jax.inference.images import ImageReader
-from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor
 from cnn_jax.serve.engine import Program, time_program
 from cnn_jax.system.errors import BundleError
 
@@ -33,7 +34,8 @@ class Output(NamedTuple):
 
     Attributes:
       probabilities: float32 [classes].
-      embedding: The input of the network's last layer, float32 [features].
+      embedding: The input of the network's last layer, float32 [features]; an exported model has
+        0 features.
       explanation: The explanation map of the most probable class, float32 [height, width]; None
         if the program computes no map.
     """
@@ -53,7 +55,8 @@ class Version:
       predictor: The bundle's predictor.
       preprocessing: The bundle's preprocessing, with the server's limit on the pixels of an image.
       predict_program: The program that returns an `Output` without a map for each image.
-      explain_program: The program that returns an `Output` with a map for each image.
+      explain_program: The program that returns an `Output` with a map for each image; None for an
+        exported model, which has no gradients.
       metrics: The bundle's metrics by split.
       digest: The bundle's digest.
       sizes: The batch sizes that the programs may have.
@@ -63,10 +66,10 @@ class Version:
 
     model: str
     number: int
-    predictor: BundlePredictor
+    predictor: TrainedPredictor
     preprocessing: Preprocessing
     predict_program: Program
-    explain_program: Program
+    explain_program: Program | None
     metrics: Mapping[str, Mapping[str, float]]
     digest: str
     sizes: tuple[int, ...]
@@ -107,7 +110,7 @@ class Version:
 def make_version(
     model: str,
     number: int,
-    bundle: Bundle,
+    bundle: Bundle | OnnxPredictor,
     digest: str,
     max_pixels: int,
     sizes: Sequence[int] = SIZES,
@@ -123,7 +126,7 @@ def make_version(
     Args:
       model: The name of the model.
       number: The number of the version.
-      bundle: The bundle.
+      bundle: The bundle or the exported model.
       digest: The bundle's digest.
       max_pixels: The server's limit on the pixels of an image. The bundle's limit applies too.
       sizes: The batch sizes to compile.
@@ -132,16 +135,19 @@ def make_version(
     Raises:
       BundleError: The weights do not fit the network, or its outputs are not probabilities.
     """
-    predictor = BundlePredictor(bundle)
+    predictor = BundlePredictor(bundle) if isinstance(bundle, Bundle) else bundle
     allowed = min(max_pixels, bundle.preprocessing.max_pixels)
     preprocessing = dataclasses.replace(bundle.preprocessing, max_pixels=allowed)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (*preprocessing.image_size, 3), np.uint8)
 
     def predict(images: np.ndarray) -> Iterable[Output]:
-        return map(Output, *predictor.predict_with_embeddings(images))
+        if isinstance(predictor, BundlePredictor):
+            return map(Output, *predictor.predict_with_embeddings(images))
+        return (Output(row, np.empty(0, np.float32)) for row in predictor(images))
 
     def explain(images: np.ndarray) -> Iterable[Output]:
+        assert isinstance(predictor, BundlePredictor)
         probabilities, embeddings = predictor.predict_with_embeddings(images)
         class_maps = maps.grad_cam(predictor, images, probabilities.argmax(axis=1))
         return map(Output, probabilities, embeddings, class_maps)
@@ -150,10 +156,13 @@ def make_version(
     equal = [other for other in loaded if _has_programs(other, predictor, preprocessing, sizes)]
     if equal:
         predict_program = Program(predict, equal[0].predict_program.seconds)
-        explain_program = Program(explain, equal[0].explain_program.seconds)
+        explain_program = equal[0].explain_program and Program(
+            explain, equal[0].explain_program.seconds
+        )
     else:
         predict_program = time_program(predict, image, sizes)
-        explain_program = time_program(explain, image, (1,))
+        has_gradients = isinstance(predictor, BundlePredictor)
+        explain_program = time_program(explain, image, (1,)) if has_gradients else None
     return Version(
         model=model,
         number=number,
@@ -169,11 +178,16 @@ def make_version(
 
 
 def _has_programs(
-    version: Version, predictor: BundlePredictor, preprocessing: Preprocessing, sizes: Sequence[int]
+    version: Version,
+    predictor: TrainedPredictor,
+    preprocessing: Preprocessing,
+    sizes: Sequence[int],
 ) -> bool:
     """Returns whether a predictor can reuse the compiled programs of a version."""
     return (
-        version.predictor.model == predictor.model
+        isinstance(predictor, BundlePredictor)
+        and isinstance(version.predictor, BundlePredictor)
+        and version.predictor.model == predictor.model
         and version.predictor.preprocessing == predictor.preprocessing
         and version.preprocessing == preprocessing
         and version.sizes == tuple(sizes)

@@ -1,0 +1,49 @@
+"""Tests of ONNX exports in the server."""
+
+import pytest
+from exports import write_test_bundle
+from servers import Served
+
+from cnn_jax.export import exporter
+from cnn_jax.inference.exported import load_predictor
+from cnn_jax.inference.images import preprocess_for_inference
+from cnn_jax.registry.registry import Registry
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def exported(image_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    bundle = write_test_bundle(folder / "bundle", image_folder)
+    exporter.export(bundle, folder / "onnx")
+    return folder / "onnx"
+
+
+@pytest.fixture
+def registry(exported, tmp_path):
+    registry = Registry(tmp_path / "registry")
+    registry.add("shapes", exported)
+    return registry
+
+
+@pytest.mark.parametrize("source", ["bundle", "registry"])
+def test_the_server_answers_with_an_export(exported, registry, tmp_path, source):
+    image = exported / "golden" / "0.png"
+    predictor = load_predictor(exported)
+    (expected,) = predictor(preprocess_for_inference(image, predictor.preprocessing)[None])
+    flag = f"--bundle={exported}"
+    if source == "registry":
+        registry.promote("shapes", 1)
+        flag = f"--registry={registry.url}"
+    with Served(tmp_path, flag, "--max_batch=2") as server:
+        answer = server.post("/predict", image.read_bytes())
+        assert answer.status_code == 200
+        (prediction,) = answer.json()["predictions"]
+        top = {one["class"]: one["probability"] for one in prediction["top"]}
+        named = dict(zip(predictor.class_names, expected.tolist(), strict=True))
+        assert top == pytest.approx(named, abs=1e-5)
+        answer = server.post("/predict?explain=grad_cam", image.read_bytes())
+        assert answer.status_code == 400
+        assert "maps need the bundle" in answer.json()["error"]
+        assert server.end() == 0
