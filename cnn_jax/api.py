@@ -5,6 +5,7 @@ import datetime
 import functools
 import html
 import json
+import logging
 import os
 import pathlib
 import re
@@ -24,11 +25,13 @@ from cnn_jax.registry.mlflow import log_run, tracking_uri
 from cnn_jax.report.run_report import report_after_training
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console, default_console
-from cnn_jax.system.errors import ConfigError, Interrupted
+from cnn_jax.system.errors import ConfigError, Interrupted, UserError
 from cnn_jax.system.runtime import keep_freed_memory
 from cnn_jax.training import summary
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.metrics import HEADLINE
+
+logger = logging.getLogger(__name__)
 
 # The largest number of predictions that a table shows.
 _ROWS_SHOWN = 20
@@ -58,7 +61,7 @@ def train(
       workdir: The run's folder; by default a new folder below `runs`, whose path is shown.
       console: The place where progress is shown; by default the notebook, or stderr.
       mlflow: The MLflow server or database to which the finished run is logged; by default the
-        variable MLFLOW_TRACKING_URI.
+        variable MLFLOW_TRACKING_URI. If MLflow reports an error, a warning is logged instead.
       **changes: New values of configuration keys: by the full key
         (`**{"data.image_size": 64}`), only by the name if it is unique (`image_size=64`), or
         by section (`data={"image_size": 64}`).
@@ -89,8 +92,12 @@ def train(
         # message.
         raise Interrupted(message) from None
     run = Run(folder, folder / "bundle")
-    lines = _results(run, page_or_command)
-    console.facts(lines | {"mlflow": log_run(folder, uri)} if uri else lines)
+    console.facts(_results(run, page_or_command))
+    if uri is not None:
+        try:
+            console.facts({"mlflow": log_run(folder, uri)})
+        except UserError as error:
+            logger.warning("the run is not logged: %s; the same call tries it again", error)
     return run
 
 

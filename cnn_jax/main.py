@@ -1,11 +1,14 @@
 """Trains and evaluates a classifier, and writes its bundle and its report."""
 
+import logging
 import pathlib
 from collections.abc import Sequence
 
 from cnn_jax.config import files
 from cnn_jax.system import cli
-from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.errors import ConfigError, UserError
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -60,7 +63,14 @@ def main(argv: Sequence[str]) -> None:
     if is_primary():
         print(f"report      {page_or_command}")
         if uri is not None:
-            print(f"mlflow      {mlflow.log_run(flags.workdir, uri)}")
+            try:
+                print(f"mlflow      {mlflow.log_run(flags.workdir, uri)}")
+            except UserError as error:
+                # The variable may be meant for other programs.
+                message = f"the run is not logged: {error}; the same command tries it again"
+                if flags.mlflow:
+                    raise type(error)(message) from error
+                logger.warning(message)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import cnn_jax
 from cnn_jax import api
 from cnn_jax.config import schema
 from cnn_jax.inference.predictor import Prediction
+from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, NotebookConsole
 from cnn_jax.system.errors import BundleError, ConfigError, DataError, Interrupted
@@ -154,6 +155,18 @@ def test_a_run_is_logged_to_mlflow_on_request(trained, image_folder, monkeypatch
         cnn_jax.train(image_folder, workdir=trained.workdir, console=console, mlflow=uri, **options)
     assert logged == [(trained.workdir, "sqlite:///mlflow.db")]
     assert console.shown["mlflow"] == "run 1"
+
+
+def test_a_run_is_returned_although_mlflow_fails(trained, image_folder, monkeypatch, caplog):
+    def fail(workdir, uri):
+        raise RegistryError(f"MLflow at {uri}: no answer")
+
+    monkeypatch.setattr(api, "tracking_uri", lambda uri: uri)
+    monkeypatch.setattr(api, "log_run", fail)
+    options = {"epochs": 3, "report": {"detail": "figures"}, **_TINY}
+    run = cnn_jax.train(image_folder, workdir=trained.workdir, mlflow="http://x", **options)
+    assert run.workdir == trained.workdir
+    assert "the run is not logged: MLflow at http://x: no answer" in caplog.text
 
 
 def test_a_run_or_a_bundle_is_loaded(trained, tmp_path):

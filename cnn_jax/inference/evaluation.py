@@ -188,12 +188,14 @@ def _warn_of_training_images(predictor: TrainedPredictor, dataset: Dataset, spli
             source.name,
         )
     elif split != "all" and not is_same_data:
+        # If the images are only more than in training, most of them are training images.
+        is_new = source.name != predictor.data["source"]
         logger.warning(
             "%s is not the data that the bundle was trained on: the network may have been "
-            "trained on images of its %s split if the two share images; --split=all measures "
-            "all images",
+            "trained on images of its %s split if the two share images%s",
             source.name,
             split,
+            "; --split=all measures all images" * is_new,
         )
 
 

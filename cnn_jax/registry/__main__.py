@@ -171,7 +171,8 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
         type=_margin,
         default=0.01,
         metavar="FRACTION",
-        help="the difference in accuracy that --not_worse_than accepts, above 0 and below 1 (0.01)",
+        help="the difference in accuracy that --not_worse_than accepts, at least 0.0001 and below "
+        "1 (0.01)",
     )
 
 
@@ -202,8 +203,8 @@ def _argparse_type(parse: Callable[[str], Any], kind: str = "") -> Callable[[str
 def _margin(text: str) -> float:
     """Parses the margin of --not_worse_than; an argparse type."""
     margin = cli.fraction(text)
-    if not 0 < margin < 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and below 1, got {text!r}")
+    if not 1e-4 <= margin < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0.0001 and below 1, got {text!r}")
     return margin
 
 
@@ -233,7 +234,8 @@ def _promote(registry: Registry, flags: argparse.Namespace) -> None:
     limits = ("min_accuracy", "min_precision", "min_recall", "min_f1", "max_loss")
     gates = Gates(**{name: getattr(flags, name) for name in limits})
     if flags.not_worse_than is not None:
-        gates = dataclasses.replace(gates, evidence=_evidence(registry, flags, gates))
+        found = _evidence(registry, flags, gates)
+        gates = dataclasses.replace(gates, not_worse_than=flags.not_worse_than, evidence=found)
     entry = registry.promote(flags.model, flags.version, flags.alias, gates, flags.note)
     if entry is None:
         version = registry.resolve(flags.model, flags.alias)
@@ -247,6 +249,10 @@ def _evidence(registry: Registry, flags: argparse.Namespace, gates: Gates) -> Ev
     version = registry.resolve(flags.model, flags.version)
     target = registry.models[flags.model].alias_target(flags.not_worse_than)
     if flags.not_worse_than == flags.alias and target in (None, version.number):
+        if target is None:
+            missing = f"{flags.model}@{flags.alias}"
+            line = f"nothing is compared, because {missing} does not exist yet"
+            print(cli.fit(line, sys.stderr), file=sys.stderr)
         return None
     gates.check(registry.models, version, flags.alias)  # The other gates need no predictions.
     from cnn_jax.registry.evidence import compare_versions

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Bool
 
 from cnn_jax.data import Track, no_track
+from cnn_jax.data.sources import absolute
 from cnn_jax.inference.evaluation import labelled_split, open_as_trained, predict_split
 from cnn_jax.inference.exported import load_predictor
 from cnn_jax.inference.predictor import TrainedPredictor
@@ -43,8 +44,8 @@ def compare_versions(
       BundleError: A version is damaged.
       RegistryError: The alias does not exist.
       ConfigError: The name has none of the forms of a source.
-      DataError: The data cannot be used, has a class that a version does not know, or has no
-        image in the test splits of both versions.
+      DataError: The data cannot be used, has a class that a version does not know, has no image
+        in the test splits of both versions, or is training data although the split is "all".
     """
     reference = registry.resolve(candidate.model, alias)
     measured = []
@@ -56,7 +57,7 @@ def compare_versions(
     ids = [one for one in new_correct if one in old_correct]
     if not ids:
         raise DataError(f"{source} has no image that is in the {split} split of both versions")
-    class_names = sorted(set(labels.values()))
+    class_names = sorted({labels[one] for one in ids})
     result = compare(
         np.array([new_correct[one] for one in ids]),
         np.array([old_correct[one] for one in ids]),
@@ -68,7 +69,7 @@ def compare_versions(
         candidate=candidate.number,
         alias=alias,
         reference=reference.number,
-        source=source,
+        source=absolute(source),
         split=split,
         **dataclasses.asdict(result),
     )
@@ -79,6 +80,14 @@ def _measure(
 ) -> tuple[dict[str, bool], dict[str, str]]:
     """Returns whether each image of a split is classified correctly, and its class, by image id."""
     dataset = open_as_trained(predictor, source, track, grouped=split != "all")
+    trained_on = predictor.data["fingerprint"], predictor.data["source"]
+    if split == "all" and (
+        dataset.fingerprint == trained_on[0] or dataset.source.name == trained_on[1]
+    ):
+        raise DataError(
+            f"{source} is the data that a version was trained on: compare with --split=test, or on "
+            "images that are new to both versions"
+        )
     indices, labels = labelled_split(predictor, dataset, split)
     probabilities = predict_split(predictor, dataset.loader, indices, track, description)
     correct: Bool[np.ndarray, " n"] = probabilities.argmax(axis=1) == labels

@@ -144,7 +144,7 @@ class Evidence:
         )
         if self.worse_classes:
             return f"{text}; worse in {', '.join(map(printable, self.worse_classes))}"
-        if not self.is_not_worse:
+        if not self.is_not_worse and self.images < self.images_needed:
             needed = f"{self.images_needed:,}"
             return f"{text}; an equal version would pass 80 % of the time with {needed} images"
         return text
@@ -343,8 +343,10 @@ class Gates:
       min_accuracy, min_precision, min_recall, min_f1: The least allowed value, 0 to 1; None for
         no condition.
       max_loss: The largest allowed loss, 0 or more; None for no condition.
+      not_worse_than: An alias. Unless the alias is missing, or points to the version, `evidence`
+        must be a comparison with the alias's version. None for no condition.
       evidence: A comparison in which the version must not be worse; see
-        `evidence.compare_versions`. None for no condition.
+        `evidence.compare_versions`.
     """
 
     min_accuracy: float | None = None
@@ -352,6 +354,7 @@ class Gates:
     min_recall: float | None = None
     min_f1: float | None = None
     max_loss: float | None = None
+    not_worse_than: str | None = None
     evidence: Evidence | None = None
 
     def check(self, models: Models, version: Version, alias: str) -> tuple[str, ...]:
@@ -380,14 +383,20 @@ class Gates:
                 )
                 text = f"{name}={limit:g}: test {metric} is {_metric_text(value)}"
                 (passed if passes else failed).append(text)
-        if self.evidence is not None:
-            current = resolve(models, version.model, self.evidence.alias).number
-            if (version.number, current) != (self.evidence.candidate, self.evidence.reference):
+        reference = self.evidence.alias if self.evidence else self.not_worse_than
+        if reference is not None:
+            current = models[version.model].alias_target(reference)
+            if self.evidence is None:
+                is_compared = current in (None, version.number)  # There is nothing to compare.
+            else:
+                pair = (self.evidence.candidate, self.evidence.reference)
+                is_compared = pair == (version.number, current)
+            if not is_compared:
                 raise RegistryError(
-                    f"{version.model}@{self.evidence.alias} is now version {current}, but "
-                    f"{version} was compared with version {self.evidence.reference}: run the "
-                    "command again"
+                    f"{version} was not compared with version {current}, which is now "
+                    f"{version.model}@{reference}: run the command again"
                 )
+        if self.evidence is not None:
             (passed if self.evidence.is_not_worse else failed).append(str(self.evidence))
         if failed:
             raise RegistryError(f"{version} does not become {alias}: {'; '.join(failed)}")

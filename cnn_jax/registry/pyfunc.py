@@ -35,11 +35,17 @@ class PyfuncModel:
           A pandas.DataFrame with one column for each class: probabilities, 0 to 1.
 
         Raises:
-          DataError: An image cannot be read.
+          DataError: An image cannot be read, or is not given as bytes.
         """
         import pandas  # pyright: ignore[reportMissingImports]
 
-        predictions = predict_batch(self._predictor, list(model_input[COLUMN]))
+        images = list(model_input[COLUMN])
+        for row, image in enumerate(images):
+            # `predict_batch` opens a text as a path. A client must not choose files of the server.
+            if not isinstance(image, bytes):
+                kind = type(image).__name__
+                raise DataError(f"row {row} must be the bytes of an image file, got {kind}")
+        predictions = predict_batch(self._predictor, images)
         for row, prediction in enumerate(predictions):
             if prediction.error is not None:
                 raise DataError(f"the image in row {row} {prediction.error}")

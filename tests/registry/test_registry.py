@@ -873,7 +873,9 @@ def test_gates_use_the_latest_state(registry, bundles):
     slow = on(store)
     _meanwhile(store, LOG, lambda: registry.promote("flowers", 3))
     gates = Gates(evidence=make_evidence(candidate=1, reference=2))
-    with pytest.raises(RegistryError, match="flowers@champion is now version 3, but flowers/1 was"):
+    with pytest.raises(
+        RegistryError, match="flowers/1 was not compared with version 3, which is now flowers@"
+    ):
         slow.promote("flowers", 1, "next", gates)
     assert aliases(registry) == {"champion": 3, "mine": 3}
 

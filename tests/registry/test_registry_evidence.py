@@ -84,10 +84,11 @@ def test_a_worse_version_is_refused(registry, image_folder):
     assert len(registry.log) == entries
 
 
-def add_divided(registry, folder, seed, fractions):
-    """Adds a version whose training data was divided in this way."""
+def add_divided(registry, folder, seed, fractions, **data):
+    """Adds a version whose training data was divided in this way; `data` changes its facts."""
     bundle = make_bundle(seed)
     bundle.data["division"] |= {"seed": seed, "fractions": fractions}
+    bundle.data.update(data)
     write_bundle(bundle, folder / f"divided-{seed}")
     return registry.add("divided", folder / f"divided-{seed}").version
 
@@ -114,14 +115,23 @@ def test_versions_without_common_test_images_are_not_compared(registry, image_fo
         compare_versions(registry, version, "champion", f"folder:{image_folder}", 0.1)
 
 
-def test_the_first_version_of_an_alias_needs_no_evidence(registry, image_folder):
+def test_the_first_version_of_an_alias_needs_no_evidence(registry, image_folder, capsys):
     flags = ["--alias=mine", "--not_worse_than=mine", "--on=folder:/nowhere"]
     promote(registry, 1, *flags)
+    assert "because colours@mine does not exist yet" in capsys.readouterr().err
     promote(registry, 1, *flags)
     registry.refresh()
     assert registry.resolve("colours", "mine").number == 1
     with pytest.raises(RegistryError, match="has no alias nobody"):
         promote(registry, 2, "--not_worse_than=nobody", "--on=folder:/nowhere")
+
+
+def test_training_images_are_no_evidence(registry, image_folder, tmp_path):
+    source = f"folder:{image_folder}"
+    version = add_divided(registry, tmp_path, 0, [0.5, 0.2, 0.3], source=source)
+    registry.promote("divided", 1)
+    with pytest.raises(DataError, match="is the data that a version was trained on: compare with"):
+        compare_versions(registry, version, "champion", source, 0.1, "all")
 
 
 def test_other_gates_are_checked_before_predictions(registry):
@@ -134,8 +144,8 @@ def test_other_gates_are_checked_before_predictions(registry):
     [
         (["--not_worse_than=champion"], "--not_worse_than and --on must be given together"),
         (["--on=folder:/data"], "--not_worse_than and --on must be given together"),
-        (["--margin=0"], "--margin: must be above 0 and below 1, got '0'"),
-        (["--margin=1"], "--margin: must be above 0 and below 1, got '1'"),
+        (["--margin=0"], "--margin: must be at least 0.0001 and below 1, got '0'"),
+        (["--margin=1"], "--margin: must be at least 0.0001 and below 1, got '1'"),
         (["--split=train"], "--split: "),
     ],
 )

@@ -23,6 +23,7 @@ from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry import __main__ as command
 from cnn_jax.registry import mlflow
 from cnn_jax.registry.ledger import RegistryError
+from cnn_jax.registry.pyfunc import PyfuncModel
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import BundleError, ConfigError, DataError
 
@@ -151,6 +152,17 @@ def test_mlflow_loads_a_registered_version(registry, uri, tmp_path, monkeypatch,
     np.testing.assert_allclose(table.to_numpy(), expected_probabilities(registry), atol=1e-6)
     with pytest.raises(DataError, match=r"^the image in row 1 "):
         model.predict(pandas.DataFrame({"image": [images()[0], b"no image"]}))
+
+
+@needs_mlflow
+def test_a_client_cannot_name_a_file_of_the_server(registry, tmp_path):
+    """MLflow passes the cells of a CSV body as texts, which `predict_batch` would open as paths."""
+    path = tmp_path / "a.png"
+    path.write_bytes(images()[0])
+    model = PyfuncModel(BundlePredictor.load(registry.fetch(registry.resolve("flowers"), "unused")))
+    for image, kind in [(str(path), "str"), (path, "PosixPath"), (None, "NoneType")]:
+        with pytest.raises(DataError, match=f"^row 1 must be the bytes of an .* got {kind}$"):
+            model.predict({"image": [images()[0], image]})
 
 
 @needs_mlflow
