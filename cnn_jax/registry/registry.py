@@ -594,6 +594,7 @@ class Registry:
                     fields = decide(self._models)
                     if fields is None:
                         return None
+                    self._check_last_entry()
                     self._check_create()
                     is_sent = True
                     self._create_entry(entry_id, note, fields)
@@ -609,6 +610,27 @@ class Registry:
             f"{self.url} does not report whether the change was made ({problem}): check with "
             "`registry show` before you repeat it"
         )
+
+    def _check_last_entry(self) -> None:
+        """Checks that the last entry that this process has read is still in the log, unchanged.
+
+        Otherwise the new entry would follow an entry that no other process can read, and the whole
+        log would become unreadable.
+        """
+        if not self._entries:
+            return
+        name = _log_name(len(self._entries))
+        try:
+            data = self._store.read(name)
+        except FileNotFoundError:
+            raise RegistryError(
+                f"{self.url} is damaged: {name}, which this process has read before, is missing; "
+                "restore this file from a copy of the registry"
+            ) from None
+        if hashlib.sha256(data).hexdigest() != self._last_digest:
+            raise RegistryError(
+                f"{self.url} is damaged: {name} has changed since this process read it before"
+            )
 
     def _find_entry(self, entry_id: str) -> Entry | None:
         return next((entry for entry in reversed(self._entries) if entry.id == entry_id), None)

@@ -445,6 +445,39 @@ def test_only_a_lost_add_at_the_end_is_detected(registry):
         registry.refresh()
 
 
+def _promote_and_lose_the_last_entry(place, bundles):
+    """Returns a registry that has read entry 4 of its log, which is then deleted."""
+    registry = Registry(*place)
+    for path in bundles[:2]:
+        registry.add("flowers", path)
+    registry.promote("flowers", 1)
+    registry.promote("flowers", 2)
+    registry._store.remove("log/00000004.json")
+    return registry
+
+
+@pytest.mark.parametrize("action", ["add", "promote", "remove"])
+def test_no_change_follows_a_lost_last_entry(place, bundles, action):
+    registry = _promote_and_lose_the_last_entry(place, bundles)
+    for _ in range(2):
+        with pytest.raises(
+            RegistryError, match=r" is damaged: log/00000004\.json, which this .* is mi"
+        ):
+            CHANGES[action](registry, bundles)
+    assert len(Store(*place).names("bundles")) == 2
+    reader = Registry(*place)
+    assert aliases(reader) == {"champion": 1}
+    assert reader.promote("flowers", 2).number == 4
+
+
+def test_no_change_follows_a_replaced_last_entry(place, bundles):
+    registry = _promote_and_lose_the_last_entry(place, bundles)
+    Registry(*place).promote("flowers", 2, "mine")
+    with pytest.raises(RegistryError, match=r" is damaged: log/00000004\.json has changed since"):
+        registry.promote("flowers", 1, "yours")
+    assert aliases(Registry(*place)) == {"champion": 1, "mine": 2}
+
+
 def marks(store):
     """Returns a dict from entry number to bundle folder, read from the markers in `added/`."""
     return {int(name[:8]): f"bundles/{name[9:]}" for name in store.names("added")}
