@@ -573,11 +573,14 @@ class Registry:
           The entry, or None if `decide` returned None.
 
         Raises:
-          NoAnswerError: The store does not answer. The entry may have been written. After any
-            other error, the entry has not been written.
+          NoAnswerError: The entry may have been written, because the store gave no clear answer,
+            or because the log cannot be read since the entry was sent.
+          UserError: The entry has not been written.
         """
-        entry_id, failures, is_sent, is_unclear = uuid.uuid4().hex, 0, False, False
-        problem = "it reports a file as existing, but does not return it"
+        entry_id, failures, problem = uuid.uuid4().hex, 0, ""
+        # The number under which an attempt may have written the entry. The outcome is unclear until
+        # the entry with this number has been read.
+        sent_number = 0
         # Read registry.json again. If another registry has replaced this registry, the entry would
         # damage the log of the other registry.
         self._identity_read_at = -math.inf
@@ -596,15 +599,26 @@ class Registry:
                         return None
                     self._check_last_entry()
                     self._check_create()
-                    is_sent = True
-                    self._create_entry(entry_id, note, fields)
+                    number = len(self._entries) + 1
+                    try:
+                        self._create_entry(entry_id, note, fields)
+                    except (FileExistsError, NoAnswerError):
+                        # A retry inside obstore raises FileExistsError if the first request has
+                        # written the entry.
+                        sent_number = number
+                        raise
             except FileExistsError:
-                pass
-            except StoreError as error:
-                is_unclear = is_unclear or (is_sent and isinstance(error, NoAnswerError))
+                name = _log_name(sent_number)
+                problem = f"{name} exists according to the store, but the store cannot find it"
+            except UserError as error:
+                is_unclear = len(self._entries) < sent_number
+                if (written := self._find_entry(entry_id)) is not None:
+                    return written
                 if not is_unclear:
                     raise
                 problem = str(error)
+                if not isinstance(error, StoreError):  # The next attempt would fail as well.
+                    break
             failures += 1
         raise NoAnswerError(
             f"{self.url} does not report whether the change was made ({problem}): check with "

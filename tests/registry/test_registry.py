@@ -1105,7 +1105,9 @@ def test_a_store_that_hides_files_ends_the_retries(registry, fast):
             raise FileNotFoundError(name)
 
     store.before = hide
-    with pytest.raises(NoAnswerError, match="reports a file as existing, but does not return it"):
+    with pytest.raises(
+        NoAnswerError, match="exists according to the store, but the store cannot find"
+    ):
         blind.rollback("flowers")
 
 
@@ -1246,6 +1248,47 @@ def test_an_unclear_outcome_stays_unclear_after_an_error(registry, bundles, fast
         on(store).add("flowers", bundles[3])
     after = Registry(registry.url)
     after.fetch(after.resolve("flowers", 4), "unused")
+
+
+def test_a_file_that_exists_may_be_the_entry(registry, bundles, fast):
+    """If an answer is lost, obstore sends the request again, and then finds its own file."""
+    store = wrapped(pathlib.Path(registry.url))
+
+    def refuse(call, name):
+        raise StoreError("Permission denied")
+
+    def repeat(call, name):
+        if (call, name.partition("/")[0]) == LOG:
+            store.before = refuse
+            raise FileExistsError(name)
+
+    store.after = repeat
+    with pytest.raises(NoAnswerError, match=r"whether the change was made \(Permission denied\)"):
+        on(store).add("flowers", bundles[3])
+    after = Registry(registry.url)
+    after.fetch(after.resolve("flowers", 4), "unused")
+
+
+@pytest.mark.parametrize("happens", [True, False])
+@pytest.mark.parametrize("error", [NoAnswerError("no answer"), FileExistsError("log/7")])
+def test_an_unreadable_entry_after_add_keeps_the_bundle(registry, bundles, happens, error):
+    """While the outcome of `add` is unclear, a later version of cnn_jax changes the log."""
+    store = wrapped(pathlib.Path(registry.url))
+
+    def append_and_lose(call, name):
+        if (call, name.partition("/")[0]) == LOG:
+            append_unknown_entry(registry, skippable=False)
+            raise error
+
+    setattr(store, "after" if happens else "before", append_and_lose)
+    if happens:
+        version = on(store).add("flowers", bundles[3]).version
+        assert (version.number, marks(registry._store)[7]) == (4, version.bundle.path)
+        registry.fetch(version, "unused")
+    else:
+        with pytest.raises(NoAnswerError, match=r"was made \(\S+7\.json has the action quarantine"):
+            on(store).add("flowers", bundles[3])
+    assert len(leftovers(registry)) == 1, "the bundle, which `registry` has not read in the log"
 
 
 def test_files_that_cannot_be_removed_are_a_warning(registry, caplog):
