@@ -6,6 +6,7 @@ a registry are safe because two writers cannot both create the same file.
 
 import contextlib
 import datetime
+import itertools
 import os
 import pathlib
 import re
@@ -153,16 +154,26 @@ class Store:
         """Writes a file; in a local folder, makes the file read-only and flushes its content."""
         unclear = NoAnswerError if self._root is None else StoreError
         with self._one_line_errors(name, unclear=unclear):
+            self._create_root()
             self._call(lambda: obstore.put(self._files, self._prefix + name, data))
             if self._root is not None:
                 (self._root / name).chmod(0o444)
                 sync(self._root / name)
 
+    def _create_root(self) -> None:
+        """Creates the folder of a local registry, and flushes the new folders to the disk."""
+        if self._root is not None:
+            folders = (self._root, *self._root.parents)
+            new = list(itertools.takewhile(lambda folder: not folder.exists(), folders))
+            for folder in reversed(new):
+                folder.mkdir(exist_ok=True)
+                _sync_folder(folder.parent)
+
     def _sync_folders(self, name: str) -> None:
-        """Flushes the folders of a local file, from its parent up to the registry's folder."""
+        """Flushes the folders of a local file, from the registry's folder to the file's parent."""
         if self._root is not None:
             for folder in reversed(pathlib.PurePath(name).parents):
-                sync(self._root / folder)
+                _sync_folder(self._root / folder)
 
     def read(self, name: str) -> bytes:
         """Returns the current content of a file.
@@ -247,6 +258,16 @@ class Store:
         except Exception as error:
             kind = StoreError if isinstance(error, _REFUSED) else unclear
             raise kind(f"{self.url}/{name}: {error_line(error)}") from error
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Flushes the entries of a folder to the disk, unless this process may not read the folder.
+
+    A user may be allowed to create files in `log/`, but not to read the folder above. An error
+    would then report a failure after the change was made.
+    """
+    with contextlib.suppress(PermissionError):
+        sync(folder)
 
 
 def _aws_profile() -> Any:

@@ -195,20 +195,60 @@ def test_a_file_instead_of_a_folder_is_reported(tmp_path):
         Store(tmp_path).create("log/1", b"")
 
 
+@contextlib.contextmanager
+def _ordinary_user():
+    """Runs as another user if the user is root, because root may open and write every folder."""
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+
+
 def test_a_folder_without_permission_is_one_error_line():
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder).chmod(0o555)
-        was_root = os.geteuid() == 0
-        # Root may write to every folder, so the test runs as another user.
-        if was_root:
-            os.seteuid(65534)
-        try:
-            with pytest.raises(StoreError, match=rf"^{folder}/\S+: .*Permission denied") as raised:
-                Store(folder).create("log/1", b"")
-        finally:
-            if was_root:
-                os.seteuid(0)
+        with (
+            _ordinary_user(),
+            pytest.raises(StoreError, match=rf"^{folder}/\S+: .*Permission denied") as raised,
+        ):
+            Store(folder).create("log/1", b"")
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("call", ["create", "write"])
+def test_a_root_folder_that_cannot_be_opened_is_enough(call):
+    """With mode 0o311 a user may open the files in a folder, but not the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        for name in ("log", "tmp"):
+            (root / name).mkdir()
+            (root / name).chmod(0o777)
+        root.chmod(0o311)
+        try:
+            with _ordinary_user():
+                getattr(Store(root), call)("log/1", b"x")
+                assert Store(root).read("log/1") == b"x"
+        finally:
+            root.chmod(0o700)
+
+
+def test_new_parent_folders_are_synchronized_to_disk(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        path = pathlib.Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.is_dir():
+            synced.append((path, [child.name for child in path.iterdir()]))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Store(tmp_path / "a" / "registry").create("registry.json", b"x")
+    assert synced[:2] == [(tmp_path, ["a"]), (tmp_path / "a", ["registry"])]
+    Store(tmp_path / "a" / "registry").create("log/1", b"x")
+    assert [path for path, _ in synced].count(tmp_path / "a") == 1
 
 
 @pytest.mark.parametrize("url", ["{}", "file://{}", "local://{}"])
