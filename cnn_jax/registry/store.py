@@ -4,6 +4,7 @@ A file is created once, either completely or not at all, and is never changed. C
 a registry are safe because two writers cannot both create the same file.
 """
 
+import collections
 import contextlib
 import datetime
 import itertools
@@ -14,7 +15,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import obstore
@@ -217,25 +218,30 @@ class Store:
             except FileNotFoundError:
                 return None
 
-        if len(names) == 1:
-            return [read(names[0])]
-        with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(read, names))
+        contents: list[bytes | None] = [None] * len(names)
+        waiting = collections.deque(enumerate(names))
+
+        def read_waiting() -> None:
+            while True:
+                try:
+                    number, name = waiting.popleft()
+                except IndexError:  # No name is left.
+                    return
+                contents[number] = read(name)
+
+        try:
+            threads = [_start_thread(read_waiting) for _ in range(min(_READERS, len(names)))]
+            for thread in threads:
+                thread.result()
+        finally:
+            waiting.clear()  # After an error or Ctrl-C, the threads start no other read.
+        return contents
 
     def _call(self, function: Callable[[], _Result]) -> _Result:
         """Calls a function; for a remote store in a thread, because Ctrl-C cannot end the call."""
         if self._root is not None:
             return function()
-        future: Future[_Result] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        return future.result()
+        return _start_thread(function).result()
 
     @contextlib.contextmanager
     def _one_line_errors(
@@ -258,6 +264,20 @@ class Store:
         except Exception as error:
             kind = StoreError if isinstance(error, _REFUSED) else unclear
             raise kind(f"{self.url}/{name}: {error_line(error)}") from error
+
+
+def _start_thread(function: Callable[[], _Result]) -> Future[_Result]:
+    """Calls a function in a new daemon thread, for which a process does not wait when it ends."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

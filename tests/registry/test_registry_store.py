@@ -375,6 +375,51 @@ def test_ctrl_c_ends_a_command_on_a_hanging_store(silent):
     assert process.returncode == 130
 
 
+def test_ctrl_c_ends_parallel_reads():
+    """The process ends although the reads in its threads do not end."""
+    program = """if True:
+        import time
+        from cnn_jax.registry.store import Store
+
+        def read(name):
+            print(name, flush=True)
+            time.sleep(60)
+
+        store = Store("unused")
+        store.read = read
+        store.read_all([str(number) for number in range(100)])
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip().isdecimal()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_an_error_ends_parallel_reads(monkeypatch):
+    names, started = [str(number) for number in range(1000)], []
+
+    def fail_first(name):
+        started.append(name)
+        time.sleep(0.01)
+        if name == "0":
+            raise StoreError("no")
+
+    store = Store("unused")
+    monkeypatch.setattr(store, "read", fail_first)
+    with pytest.raises(StoreError, match=r"^no$"):
+        store.read_all(names)
+    count = len(started)
+    time.sleep(0.2)
+    assert len(started) <= count + stores._READERS < len(names)
+
+
 def test_an_unknown_profile_is_a_usage_error(monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.setenv("AWS_PROFILE", "nobody")
