@@ -46,7 +46,7 @@ from cnn_jax.registry.ledger import (
     Version,
 )
 from cnn_jax.registry.store import NoAnswerError, Store, StoreError, unique_name
-from cnn_jax.system.errors import BundleError, UserError
+from cnn_jax.system.errors import BundleError, UserError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Registry:
     `StoreError` if files cannot be read or written.
 
     Attributes:
-      url: The location of the registry, without passwords.
+      url: The location of the registry for messages: without passwords, and in one line.
     """
 
     def __init__(
@@ -519,7 +519,9 @@ class Registry:
         except FileNotFoundError as error:
             raise BundleError(f"{version} is no longer in {self.url}: {error}") from error
         except OSError as error:
-            raise StoreError(f"{directory}: cannot write {version} there: {error}") from error
+            raise StoreError(
+                f"{printable(str(directory))}: cannot write {version} there: {error}"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target
@@ -768,6 +770,7 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
     Raises:
       BundleError: The files do not have this digest.
     """
+    origin = origin or printable(str(folder))
     try:
         description = (folder / _DESCRIPTION).read_bytes()
         is_changed = hashlib.sha256(description).hexdigest() != digest
@@ -776,10 +779,10 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
             with (folder / name).open("rb") as file:
                 is_changed |= hashlib.file_digest(file, "sha256").hexdigest() != expected
     except OSError as error:
-        raise BundleError(f"{origin or folder} is damaged: {error}") from error
+        raise BundleError(f"{origin} is damaged: {error}") from error
     if is_changed:
         raise BundleError(
-            f"{origin or folder} is damaged: its digest differs from that in the registry's log"
+            f"{origin} is damaged: its digest differs from that in the registry's log"
         )
 
 

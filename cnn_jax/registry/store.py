@@ -78,7 +78,7 @@ class Store:
     every new file is read-only and is flushed to the disk.
 
     Attributes:
-      url: The location of the registry, without passwords.
+      url: The location of the registry for messages: without passwords, and in one line.
     """
 
     def __init__(
@@ -98,15 +98,17 @@ class Store:
         self._root: pathlib.Path | None = None
         if url and (not separator or protocol in _LOCAL):
             path = pathlib.Path(rest if separator else url).expanduser().absolute()
-            self.url, self._root = str(path), path.resolve()
+            self.url, self._root = printable(str(path)), path.resolve()
             self._prefix, self._files = f"{self._root}/", LocalStore()
             return
-        self.url, self._prefix = hide_passwords(url), ""
+        self.url, self._prefix = printable(hide_passwords(url)), ""
         if protocol not in _REMOTE:
             raise ConfigError(
                 "--registry: must be a folder, or a URL that begins with s3://, gs:// or az://, "
-                f"got {self.url!r}"
+                f"got '{self.url}'"
             )
+        if "?" in rest or "#" in rest:
+            raise ConfigError(f"--registry: {self.url}: must not contain ? or #")
         names = {*(options or {}), *os.environ}
         needs_profile = protocol.startswith("s3") and not names & _KEYS
         try:
@@ -247,12 +249,14 @@ class Store:
     def _one_line_errors(
         self, name: str, *expected: type[OSError], unclear: type[StoreError] = NoAnswerError
     ) -> Iterator[None]:
-        """Converts unexpected errors to StoreErrors of one line, and obstore's AlreadyExistsError.
+        """Converts exceptions of obstore and of the operating system to StoreErrors of one line.
+
+        Obstore's AlreadyExistsError is first converted to FileExistsError.
 
         Args:
           name: The name of the file, for the message.
-          expected: Errors that are raised as they are.
-          unclear: The class of an error that does not say whether the operation was performed.
+          expected: The types of exceptions that are not converted to StoreErrors.
+          unclear: The type of the StoreError if the operation may have been performed.
         """
         try:
             try:
@@ -263,7 +267,7 @@ class Store:
             raise
         except Exception as error:
             kind = StoreError if isinstance(error, _REFUSED) else unclear
-            raise kind(f"{self.url}/{name}: {error_line(error)}") from error
+            raise kind(f"{self.url}/{printable(name)}: {error_line(error)}") from error
 
 
 def _start_thread(function: Callable[[], _Result]) -> Future[_Result]:
@@ -304,8 +308,15 @@ def _aws_profile() -> Any:
 
 
 def hide_passwords(text: str) -> str:
-    """Replaces PASSWORD in texts such as NAME:PASSWORD@HOST with ***."""
-    return re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
+    """Replaces the passwords of URLs in a text with ***.
+
+    In NAME:PASSWORD@HOST the password is replaced. A name without a password, and a query after ?,
+    are replaced as a whole, because they may contain a password or a token. The part before @ in an
+    abfs:// URL is the name of a container.
+    """
+    text = re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
+    text = re.sub(r"(?<!abfs)(?<!abfss)://[^/@:\s]+@", "://***@", text)
+    return re.sub(r"(://[^\s?]*\?)\S+", r"\1***", text)
 
 
 def error_line(error: BaseException) -> str:

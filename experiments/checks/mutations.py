@@ -289,6 +289,7 @@ MUTATIONS = [
     ("registry/store.py", "overwrite=False", "overwrite=True", "registry/test_registry_store.py"),
     ("registry/store.py", "sync(self._root / name)", "pass", "registry/test_registry_store.py"),
     ("registry/store.py", "_sync_folder(folder.parent)", "pass", "registry/test_registry_store.py"),
+    ("registry/store.py", "if \"?\" in rest or", "if", "registry/test_registry_store.py"),
     ("registry/store.py", "waiting.clear()", "pass", "registry/test_registry_store.py"),
     ("registry/store.py", "daemon=True", "daemon=False", "registry/test_registry_store.py"),
     ("registry/registry.py", "len(self._entries) < self._last_marked", "False", "registry/test_registry.py"),

@@ -1291,6 +1291,22 @@ def test_an_unreadable_entry_after_add_keeps_the_bundle(registry, bundles, happe
     assert len(leftovers(registry)) == 1, "the bundle, which `registry` has not read in the log"
 
 
+def test_errors_with_an_unprintable_path_are_one_line(prepared, tmp_path):
+    root = shutil.copytree(prepared, tmp_path / "a\u2028b")
+    registry = Registry(root)
+    damage(registry)
+    with pytest.raises(
+        BundleError, match=rf"^{tmp_path}/a\\u2028b/bundles/\S+ is damaged"
+    ) as damaged:
+        registry.promote("flowers", 1)
+    shutil.rmtree(root)
+    with pytest.raises(
+        RegistryError, match=rf"^there is no registry at {tmp_path}/a\\u2028b;"
+    ) as missing:
+        Registry(root).refresh()
+    assert len(f"{damaged.value}{missing.value}".splitlines()) == 1
+
+
 def test_files_that_cannot_be_removed_are_a_warning(registry, caplog):
     store = wrapped(pathlib.Path(registry.url))
     failing(store, ("remove", "bundles"), happens=False)

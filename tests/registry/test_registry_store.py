@@ -278,6 +278,23 @@ def test_an_invalid_url_is_a_usage_error(url):
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize("end", ["?region=s3cret", "#s3cret", "/?", "#"])
+def test_a_url_with_a_query_is_a_usage_error(end):
+    with pytest.raises(
+        ConfigError, match=r"^--registry: s3://bucket/a\S*: must not contain \? or #"
+    ):
+        Store(f"s3://bucket/a{end}")
+
+
+def test_an_unprintable_folder_is_one_error_line(tmp_path):
+    store = Store(tmp_path / "a\nb")  # Obstore refuses all control characters.
+    assert store.url == rf"{tmp_path}/a\nb"
+    for call in (lambda: store.create("log/1", b""), lambda: store.read("log/1")):
+        with pytest.raises(StoreError, match=rf"^{tmp_path}/a\\nb/(log|tmp)/\S+: ") as raised:
+            call()
+        assert "\n" not in str(raised.value)
+
+
 def test_invalid_options_are_a_usage_error():
     with pytest.raises(ConfigError, match=r"^--registry: s3://ann:\*\*\*@bucket/a: ") as raised:
         Store(f"s3://ann:{SECRET}@bucket/a", {"colour": "green"})
@@ -437,6 +454,11 @@ def test_an_unknown_profile_is_a_usage_error(monkeypatch):
         ("http://host:80/a@b, ann@desk: no", "http://host:80/a@b, ann@desk: no"),
         ("at 12:30:45 by ann@desk", "at 12:30:45 by ann@desk"),
         ("a://b:s3cret@c and d:s3cret@e", "a://b:***@c and d:***@e"),
+        ("https://s3cret@host/a and http://b:80", "https://***@host/a and http://b:80"),
+        ("postgresql://host/db?password=s3cret no", "postgresql://host/db?*** no"),
+        ("a://b:s3?cret@host/db?user=c:d@e&key=s3cret", "a://b:***@host/db?***"),
+        ("abfs://files@host/a abfss://files@host", "abfs://files@host/a abfss://files@host"),
+        ("why? ann@desk?no", "why? ann@desk?no"),
     ],
 )
 def test_passwords_in_urls_are_hidden(text, expected):
