@@ -157,7 +157,8 @@ class Registry:
         whole log is read again.
 
         The first call detects that the log has lost its last entries if one of the lost entries
-        is an `add`. Otherwise the loss cannot be detected.
+        is an `add`. Otherwise only a process that has read the lost entries detects the loss,
+        before it makes a change.
         """
         with self._lock:
             last_digest = self._last_digest
