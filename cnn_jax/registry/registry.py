@@ -46,7 +46,7 @@ from cnn_jax.registry.ledger import (
     Version,
 )
 from cnn_jax.registry.store import NoAnswerError, Store, StoreError, unique_name
-from cnn_jax.system.errors import BundleError, UserError
+from cnn_jax.system.errors import BundleError, UserError, printable
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Registry:
     `StoreError` if files cannot be read or written.
 
     Attributes:
-      url: The location of the registry, without passwords.
+      url: The location of the registry for messages: without passwords, and in one line.
     """
 
     def __init__(
@@ -157,7 +157,8 @@ class Registry:
         whole log is read again.
 
         The first call detects that the log has lost its last entries if one of the lost entries
-        is an `add`. Otherwise the loss cannot be detected.
+        is an `add`. Otherwise only a process that has read the lost entries detects the loss,
+        before it makes a change.
         """
         with self._lock:
             last_digest = self._last_digest
@@ -519,7 +520,9 @@ class Registry:
         except FileNotFoundError as error:
             raise BundleError(f"{version} is no longer in {self.url}: {error}") from error
         except OSError as error:
-            raise StoreError(f"{directory}: cannot write {version} there: {error}") from error
+            raise StoreError(
+                f"{printable(str(directory))}: cannot write {version} there: {error}"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return target
@@ -573,11 +576,14 @@ class Registry:
           The entry, or None if `decide` returned None.
 
         Raises:
-          NoAnswerError: The store does not answer. The entry may have been written. After any
-            other error, the entry has not been written.
+          NoAnswerError: The entry may have been written, because the store gave no clear answer,
+            or because the log cannot be read since the entry was sent.
+          UserError: The entry has not been written.
         """
-        entry_id, failures, is_sent, is_unclear = uuid.uuid4().hex, 0, False, False
-        problem = "it reports a file as existing, but does not return it"
+        entry_id, failures, problem = uuid.uuid4().hex, 0, ""
+        # The number under which an attempt may have written the entry. The outcome is unclear until
+        # the entry with this number has been read.
+        sent_number = 0
         # Read registry.json again. If another registry has replaced this registry, the entry would
         # damage the log of the other registry.
         self._identity_read_at = -math.inf
@@ -594,21 +600,54 @@ class Registry:
                     fields = decide(self._models)
                     if fields is None:
                         return None
+                    self._check_last_entry()
                     self._check_create()
-                    is_sent = True
-                    self._create_entry(entry_id, note, fields)
+                    number = len(self._entries) + 1
+                    try:
+                        self._create_entry(entry_id, note, fields)
+                    except (FileExistsError, NoAnswerError):
+                        # A retry inside obstore raises FileExistsError if the first request has
+                        # written the entry.
+                        sent_number = number
+                        raise
             except FileExistsError:
-                pass
-            except StoreError as error:
-                is_unclear = is_unclear or (is_sent and isinstance(error, NoAnswerError))
+                name = _log_name(sent_number)
+                problem = f"{name} exists according to the store, but the store cannot find it"
+            except UserError as error:
+                is_unclear = len(self._entries) < sent_number
+                if (written := self._find_entry(entry_id)) is not None:
+                    return written
                 if not is_unclear:
                     raise
                 problem = str(error)
+                if not isinstance(error, StoreError):  # The next attempt would fail as well.
+                    break
             failures += 1
         raise NoAnswerError(
             f"{self.url} does not report whether the change was made ({problem}): check with "
             "`registry show` before you repeat it"
         )
+
+    def _check_last_entry(self) -> None:
+        """Checks that the last entry that this process has read is still in the log, unchanged.
+
+        Otherwise the new entry would follow an entry that no other process can read, and the whole
+        log would become unreadable.
+        """
+        if not self._entries:
+            return
+        name = _log_name(len(self._entries))
+        try:
+            data = self._store.read(name)
+        except FileNotFoundError:
+            raise RegistryError(
+                f"{self.url} is damaged: {name}, which this process has read before, is missing; "
+                "restore this file from a copy of the registry"
+            ) from None
+        if hashlib.sha256(data).hexdigest() != self._last_digest:
+            raise RegistryError(
+                f"{self.url} is damaged: {name} has changed since this process read it before"
+            )
 
     def _find_entry(self, entry_id: str) -> Entry | None:
         return next((entry for entry in reversed(self._entries) if entry.id == entry_id), None)
@@ -732,6 +771,7 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
     Raises:
       BundleError: The files do not have this digest.
     """
+    origin = origin or printable(str(folder))
     try:
         description = (folder / _DESCRIPTION).read_bytes()
         is_changed = hashlib.sha256(description).hexdigest() != digest
@@ -740,10 +780,10 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
             with (folder / name).open("rb") as file:
                 is_changed |= hashlib.file_digest(file, "sha256").hexdigest() != expected
     except OSError as error:
-        raise BundleError(f"{origin or folder} is damaged: {error}") from error
+        raise BundleError(f"{origin} is damaged: {error}") from error
     if is_changed:
         raise BundleError(
-            f"{origin or folder} is damaged: its digest differs from that in the registry's log"
+            f"{origin} is damaged: its digest differs from that in the registry's log"
         )
 
 

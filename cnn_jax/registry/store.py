@@ -4,8 +4,10 @@ A file is created once, either completely or not at all, and is never changed. C
 a registry are safe because two writers cannot both create the same file.
 """
 
+import collections
 import contextlib
 import datetime
+import itertools
 import os
 import pathlib
 import re
@@ -13,7 +15,7 @@ import shutil
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import obstore
@@ -76,7 +78,7 @@ class Store:
     every new file is read-only and is flushed to the disk.
 
     Attributes:
-      url: The location of the registry, without passwords.
+      url: The location of the registry for messages: without passwords, and in one line.
     """
 
     def __init__(
@@ -96,15 +98,17 @@ class Store:
         self._root: pathlib.Path | None = None
         if url and (not separator or protocol in _LOCAL):
             path = pathlib.Path(rest if separator else url).expanduser().absolute()
-            self.url, self._root = str(path), path.resolve()
+            self.url, self._root = printable(str(path)), path.resolve()
             self._prefix, self._files = f"{self._root}/", LocalStore()
             return
-        self.url, self._prefix = hide_passwords(url), ""
+        self.url, self._prefix = printable(hide_passwords(url)), ""
         if protocol not in _REMOTE:
             raise ConfigError(
                 "--registry: must be a folder, or a URL that begins with s3://, gs:// or az://, "
-                f"got {self.url!r}"
+                f"got '{self.url}'"
             )
+        if "?" in rest or "#" in rest:
+            raise ConfigError(f"--registry: {self.url}: must not contain ? or #")
         names = {*(options or {}), *os.environ}
         needs_profile = protocol.startswith("s3") and not names & _KEYS
         try:
@@ -153,16 +157,26 @@ class Store:
         """Writes a file; in a local folder, makes the file read-only and flushes its content."""
         unclear = NoAnswerError if self._root is None else StoreError
         with self._one_line_errors(name, unclear=unclear):
+            self._create_root()
             self._call(lambda: obstore.put(self._files, self._prefix + name, data))
             if self._root is not None:
                 (self._root / name).chmod(0o444)
                 sync(self._root / name)
 
+    def _create_root(self) -> None:
+        """Creates the folder of a local registry, and flushes the new folders to the disk."""
+        if self._root is not None:
+            folders = (self._root, *self._root.parents)
+            new = list(itertools.takewhile(lambda folder: not folder.exists(), folders))
+            for folder in reversed(new):
+                folder.mkdir(exist_ok=True)
+                _sync_folder(folder.parent)
+
     def _sync_folders(self, name: str) -> None:
-        """Flushes the folders of a local file, from its parent up to the registry's folder."""
+        """Flushes the folders of a local file, from the registry's folder to the file's parent."""
         if self._root is not None:
             for folder in reversed(pathlib.PurePath(name).parents):
-                sync(self._root / folder)
+                _sync_folder(self._root / folder)
 
     def read(self, name: str) -> bytes:
         """Returns the current content of a file.
@@ -206,36 +220,43 @@ class Store:
             except FileNotFoundError:
                 return None
 
-        if len(names) == 1:
-            return [read(names[0])]
-        with ThreadPoolExecutor(_READERS) as pool:
-            return list(pool.map(read, names))
+        contents: list[bytes | None] = [None] * len(names)
+        waiting = collections.deque(enumerate(names))
+
+        def read_waiting() -> None:
+            while True:
+                try:
+                    number, name = waiting.popleft()
+                except IndexError:  # No name is left.
+                    return
+                contents[number] = read(name)
+
+        try:
+            threads = [_start_thread(read_waiting) for _ in range(min(_READERS, len(names)))]
+            for thread in threads:
+                thread.result()
+        finally:
+            waiting.clear()  # After an error or Ctrl-C, the threads start no other read.
+        return contents
 
     def _call(self, function: Callable[[], _Result]) -> _Result:
         """Calls a function; for a remote store in a thread, because Ctrl-C cannot end the call."""
         if self._root is not None:
             return function()
-        future: Future[_Result] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=run, daemon=True).start()
-        return future.result()
+        return _start_thread(function).result()
 
     @contextlib.contextmanager
     def _one_line_errors(
         self, name: str, *expected: type[OSError], unclear: type[StoreError] = NoAnswerError
     ) -> Iterator[None]:
-        """Converts unexpected errors to StoreErrors of one line, and obstore's AlreadyExistsError.
+        """Converts exceptions of obstore and of the operating system to StoreErrors of one line.
+
+        Obstore's AlreadyExistsError is first converted to FileExistsError.
 
         Args:
           name: The name of the file, for the message.
-          expected: Errors that are raised as they are.
-          unclear: The class of an error that does not say whether the operation was performed.
+          expected: The types of exceptions that are not converted to StoreErrors.
+          unclear: The type of the StoreError if the operation may have been performed.
         """
         try:
             try:
@@ -246,7 +267,31 @@ class Store:
             raise
         except Exception as error:
             kind = StoreError if isinstance(error, _REFUSED) else unclear
-            raise kind(f"{self.url}/{name}: {error_line(error)}") from error
+            raise kind(f"{self.url}/{printable(name)}: {error_line(error)}") from error
+
+
+def _start_thread(function: Callable[[], _Result]) -> Future[_Result]:
+    """Calls a function in a new daemon thread, for which a process does not wait when it ends."""
+    future: Future[_Result] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Flushes the entries of a folder to the disk, unless this process may not read the folder.
+
+    A user may be allowed to create files in `log/`, but not to read the folder above. An error
+    would then report a failure after the change was made.
+    """
+    with contextlib.suppress(PermissionError):
+        sync(folder)
 
 
 def _aws_profile() -> Any:
@@ -263,8 +308,15 @@ def _aws_profile() -> Any:
 
 
 def hide_passwords(text: str) -> str:
-    """Replaces PASSWORD in texts such as NAME:PASSWORD@HOST with ***."""
-    return re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
+    """Replaces the passwords of URLs in a text with ***.
+
+    In NAME:PASSWORD@HOST the password is replaced. A name without a password, and a query after ?,
+    are replaced as a whole, because they may contain a password or a token. The part before @ in an
+    abfs:// URL is the name of a container.
+    """
+    text = re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
+    text = re.sub(r"(?<!abfs)(?<!abfss)://[^/@:\s]+@", "://***@", text)
+    return re.sub(r"(://[^\s?]*\?)\S+", r"\1***", text)
 
 
 def error_line(error: BaseException) -> str:

@@ -195,20 +195,60 @@ def test_a_file_instead_of_a_folder_is_reported(tmp_path):
         Store(tmp_path).create("log/1", b"")
 
 
+@contextlib.contextmanager
+def _ordinary_user():
+    """Runs as another user if the user is root, because root may open and write every folder."""
+    was_root = os.geteuid() == 0
+    if was_root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if was_root:
+            os.seteuid(0)
+
+
 def test_a_folder_without_permission_is_one_error_line():
     with tempfile.TemporaryDirectory() as folder:
         pathlib.Path(folder).chmod(0o555)
-        was_root = os.geteuid() == 0
-        # Root may write to every folder, so the test runs as another user.
-        if was_root:
-            os.seteuid(65534)
-        try:
-            with pytest.raises(StoreError, match=rf"^{folder}/\S+: .*Permission denied") as raised:
-                Store(folder).create("log/1", b"")
-        finally:
-            if was_root:
-                os.seteuid(0)
+        with (
+            _ordinary_user(),
+            pytest.raises(StoreError, match=rf"^{folder}/\S+: .*Permission denied") as raised,
+        ):
+            Store(folder).create("log/1", b"")
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("call", ["create", "write"])
+def test_a_root_folder_that_cannot_be_opened_is_enough(call):
+    """With mode 0o311 a user may open the files in a folder, but not the folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = pathlib.Path(folder)
+        for name in ("log", "tmp"):
+            (root / name).mkdir()
+            (root / name).chmod(0o777)
+        root.chmod(0o311)
+        try:
+            with _ordinary_user():
+                getattr(Store(root), call)("log/1", b"x")
+                assert Store(root).read("log/1") == b"x"
+        finally:
+            root.chmod(0o700)
+
+
+def test_new_parent_folders_are_synchronized_to_disk(tmp_path, monkeypatch):
+    synced = []
+
+    def fsync(descriptor):
+        path = pathlib.Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path.is_dir():
+            synced.append((path, [child.name for child in path.iterdir()]))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    Store(tmp_path / "a" / "registry").create("registry.json", b"x")
+    assert synced[:2] == [(tmp_path, ["a"]), (tmp_path / "a", ["registry"])]
+    Store(tmp_path / "a" / "registry").create("log/1", b"x")
+    assert [path for path, _ in synced].count(tmp_path / "a") == 1
 
 
 @pytest.mark.parametrize("url", ["{}", "file://{}", "local://{}"])
@@ -236,6 +276,23 @@ def test_an_invalid_url_is_a_usage_error(url):
     ) as raised:
         Store(url)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("end", ["?region=s3cret", "#s3cret", "/?", "#"])
+def test_a_url_with_a_query_is_a_usage_error(end):
+    with pytest.raises(
+        ConfigError, match=r"^--registry: s3://bucket/a\S*: must not contain \? or #"
+    ):
+        Store(f"s3://bucket/a{end}")
+
+
+def test_an_unprintable_folder_is_one_error_line(tmp_path):
+    store = Store(tmp_path / "a\nb")  # Obstore refuses all control characters.
+    assert store.url == rf"{tmp_path}/a\nb"
+    for call in (lambda: store.create("log/1", b""), lambda: store.read("log/1")):
+        with pytest.raises(StoreError, match=rf"^{tmp_path}/a\\nb/(log|tmp)/\S+: ") as raised:
+            call()
+        assert "\n" not in str(raised.value)
 
 
 def test_invalid_options_are_a_usage_error():
@@ -335,6 +392,51 @@ def test_ctrl_c_ends_a_command_on_a_hanging_store(silent):
     assert process.returncode == 130
 
 
+def test_ctrl_c_ends_parallel_reads():
+    """The process ends although the reads in its threads do not end."""
+    program = """if True:
+        import time
+        from cnn_jax.registry.store import Store
+
+        def read(name):
+            print(name, flush=True)
+            time.sleep(60)
+
+        store = Store("unused")
+        store.read = read
+        store.read_all([str(number) for number in range(100)])
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().strip().isdecimal()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    finally:
+        process.kill()
+    assert errors.rstrip().endswith("KeyboardInterrupt")
+
+
+def test_an_error_ends_parallel_reads(monkeypatch):
+    names, started = [str(number) for number in range(1000)], []
+
+    def fail_first(name):
+        started.append(name)
+        time.sleep(0.01)
+        if name == "0":
+            raise StoreError("no")
+
+    store = Store("unused")
+    monkeypatch.setattr(store, "read", fail_first)
+    with pytest.raises(StoreError, match=r"^no$"):
+        store.read_all(names)
+    count = len(started)
+    time.sleep(0.2)
+    assert len(started) <= count + stores._READERS < len(names)
+
+
 def test_an_unknown_profile_is_a_usage_error(monkeypatch):
     monkeypatch.delenv("AWS_ACCESS_KEY_ID", raising=False)
     monkeypatch.setenv("AWS_PROFILE", "nobody")
@@ -352,6 +454,11 @@ def test_an_unknown_profile_is_a_usage_error(monkeypatch):
         ("http://host:80/a@b, ann@desk: no", "http://host:80/a@b, ann@desk: no"),
         ("at 12:30:45 by ann@desk", "at 12:30:45 by ann@desk"),
         ("a://b:s3cret@c and d:s3cret@e", "a://b:***@c and d:***@e"),
+        ("https://s3cret@host/a and http://b:80", "https://***@host/a and http://b:80"),
+        ("postgresql://host/db?password=s3cret no", "postgresql://host/db?*** no"),
+        ("a://b:s3?cret@host/db?user=c:d@e&key=s3cret", "a://b:***@host/db?***"),
+        ("abfs://files@host/a abfss://files@host", "abfs://files@host/a abfss://files@host"),
+        ("why? ann@desk?no", "why? ann@desk?no"),
     ],
 )
 def test_passwords_in_urls_are_hidden(text, expected):
