@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 import cnn_jax
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.inference.bundle_files import file_sha256, listed_files
 from cnn_jax.models import NETWORKS
 from cnn_jax.system.atomic import sync
 from cnn_jax.system.errors import BundleError, MissingBundleError, file_errors
@@ -171,20 +172,6 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
         return description
 
 
-def listed_files(description: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the sha256 of each file that the content of a bundle.json lists, by name.
-
-    Raises:
-      ValueError: A file is outside the folder.
-    """
-    files = description["files"]
-    for name in files:
-        parts = pathlib.PurePosixPath(name)
-        if parts.is_absolute() or ".." in parts.parts:
-            raise ValueError(f"its files include {name}, which is outside the folder")
-    return {name: record["sha256"] for name, record in files.items()}
-
-
 def read_preprocessing(description: Mapping[str, Any]) -> Preprocessing:
     """Returns the preprocessing in the content of a bundle.json."""
     preprocessing = description["preprocessing"]
@@ -314,9 +301,3 @@ def weights_sha256(path: str | os.PathLike[str]) -> str:
         return file_sha256(path / _WEIGHTS)
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error}") from error
-
-
-def file_sha256(path: pathlib.Path) -> str:
-    """Returns the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from cnn_jax.inference.bundle import file_sha256
+from cnn_jax.inference.bundle_files import file_sha256
 from cnn_jax.models import NETWORKS
 from cnn_jax.system.errors import ConfigError, UserError, WeightsError, closest, did_you_mean
 

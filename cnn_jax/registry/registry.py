@@ -35,6 +35,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from cnn_jax.inference.bundle_files import listed_files
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import (
     CHAMPION,
@@ -752,8 +753,6 @@ def _read(path: pathlib.Path, digest: str) -> tuple[BundleFacts, dict[str, bytes
 
 def _listed_files(description: bytes) -> dict[str, str]:
     """Returns the sha256 of each file that a bundle.json lists, by name."""
-    from cnn_jax.inference.bundle import listed_files
-
     try:
         return listed_files(json.loads(description))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
