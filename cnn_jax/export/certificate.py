@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from cnn_jax.data.decode import decode_any
 from cnn_jax.export.function import ExportError
 from cnn_jax.inference.calibration import log_probabilities
 from cnn_jax.inference.evaluation import labelled_split, predict_split, score
+from cnn_jax.inference.exported import open_session
 from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.inference.predictor import Predictor, predict_pixels
 from cnn_jax.training.metrics import HEADLINE
@@ -29,6 +30,8 @@ from cnn_jax.training.metrics import HEADLINE
 SPLITS = ("validation", "test")
 # An exported float32 model may differ from the bundle by at most this probability.
 MAX_DIFFERENCE = 1e-4
+# The model that resizes images itself may differ from Pillow's resizing by this probability.
+_PIXELS_LIMIT = 0.05
 NUM_GOLDEN = 8
 # The longest side of a golden image, in pixels. A larger image is reduced before it is stored.
 _MAX_SIDE = 512
@@ -102,6 +105,11 @@ def check(comparison: Mapping[str, Any], max_loss: float, is_exact: bool) -> Non
     Raises:
       ExportError: The model fails the check.
     """
+    if not comparison:
+        raise ExportError(
+            "the data has no validation images and no test images, so the exported model cannot be "
+            "compared with the bundle; nothing was written"
+        )
     for split, values in comparison.items():
         lost = values["accuracy_lost"]["mean"]
         if not lost <= max_loss:
@@ -152,6 +160,36 @@ def golden_records(files: Mapping[str, bytes], exported: Predictor) -> list[dict
         }
         for name, row in zip(files, probabilities, strict=True)
     ]
+
+
+def check_pixels(
+    model: bytes, files: Mapping[str, bytes], records: Sequence[Mapping[str, Any]]
+) -> float:
+    """Checks the ONNX model that resizes images itself, with the golden images.
+
+    Args:
+      model: The ONNX model with the input "pixels".
+      files: The golden images; see `golden_images`.
+      records: The probabilities that the images have with Pillow's resizing; see `golden_records`.
+
+    Returns:
+      The largest difference of a probability.
+
+    Raises:
+      ExportError: The largest difference is above 0.05.
+    """
+    session = open_session(model)
+    largest = 0.0
+    for record in records:
+        pixels = np.asarray(Image.open(io.BytesIO(files[record["file"]])))
+        probabilities = session.run(None, {"pixels": pixels})[0][0]
+        largest = max(largest, float(np.abs(probabilities - record["probabilities"]).max()))
+    if not largest <= _PIXELS_LIMIT:
+        raise ExportError(
+            "the model that resizes images itself has other probabilities for the golden images: "
+            f"they differ by up to {largest:.2g}, more than {_PIXELS_LIMIT}; nothing was written"
+        )
+    return largest
 
 
 def measure(

@@ -26,13 +26,13 @@ from cnn_jax.inference.bundle import (
     find_bundle,
     library_versions,
     read_bundle,
-    read_description,
     write_folder,
 )
+from cnn_jax.inference.bundle_files import listed_files
 from cnn_jax.inference.evaluation import image_batches, open_as_trained
 from cnn_jax.inference.exported import ONNX_MODEL, open_session
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, check_images
-from cnn_jax.system.errors import BundleError, ConfigError
+from cnn_jax.system.errors import ConfigError, printable
 
 FORMATS = ("onnx", "litert", "stablehlo", "web")
 _STABLEHLO_MODEL = "model.stablehlo"
@@ -141,6 +141,10 @@ def export(
         comparison = certificate.compare(predictor, model.predictor, dataset, track)
         certificate.check(comparison, max_loss, is_exact=not int8)
         golden_records = certificate.golden_records(golden, model.predictor)
+    facts = dict(model.facts)
+    if (pixels_model := model.files.get(_PIXELS_MODEL)) is not None:
+        largest = certificate.check_pixels(pixels_model, golden, golden_records)
+        facts["pixels_largest_difference"] = largest
     main_file = next(iter(model.files))
     statement = {
         "format": file_format,
@@ -149,7 +153,7 @@ def export(
         "model": main_file,
         "sha256": {name: _sha256(content) for name, content in model.files.items()},
         "bytes": {name: len(content) for name, content in model.files.items()},
-        **model.facts,
+        **facts,
         "data": dataset.source.name,
         "comparison": comparison,
         "max_loss": max_loss,
@@ -177,6 +181,8 @@ def export(
 def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]:
     """Yields images of the training split, spread evenly over it."""
     indices = dataset.splits["train"]
+    if not len(indices):
+        raise ConfigError("--int8: the data has no training images to measure the ranges with")
     count = min(len(indices), _CALIBRATION_IMAGES)
     chosen = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
     return image_batches(dataset.loader, chosen, track, "measuring ranges")
@@ -260,14 +266,16 @@ def _check_output(output: pathlib.Path) -> None:
         raise ConfigError(f"--output: {output} is a file; name a folder")
     if not any(output.iterdir()):
         return
-    is_export = False
+    present = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
     try:
-        is_export = "export" in read_description(output)
-    except BundleError:
-        is_export = (output / "certificate.json").exists()
-    if not is_export:
+        description = json.loads((output / "bundle.json").read_text("utf-8"))
+        known = {*listed_files(description), "bundle.json"} if "export" in description else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        known = set()
+    if foreign := sorted(present - known):
         raise ConfigError(
-            f"--output: {output} has files that are not an exported model; name another folder"
+            f"--output: {output} has files that are not of an exported model, such as "
+            f"{printable(foreign[0])}; name another folder"
         )
 
 

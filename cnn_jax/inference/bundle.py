@@ -123,8 +123,10 @@ def write_folder(
       files: The content of each file, by its path in the folder, with "/" between folders.
       description: The content of bundle.json, without the sha256 of the files.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).absolute()  # The path "." has no name.
     partial, replaced = (path.with_name(f".{path.name}.{name}") for name in ("partial", "replaced"))
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)  # A process was killed between the two renames below.
     for remains_of_a_crash in (partial, replaced):
         shutil.rmtree(remains_of_a_crash, ignore_errors=True)
     sums = {name: {"sha256": hashlib.sha256(files[name]).hexdigest()} for name in files}
@@ -146,6 +148,8 @@ def write_folder(
             path.rename(replaced)
         partial.rename(path)
     finally:
+        if replaced.exists() and not path.exists():
+            replaced.rename(path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 

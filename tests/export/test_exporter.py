@@ -15,7 +15,7 @@ from PIL import Image
 
 from cnn_jax import evaluate, predict, robustness
 from cnn_jax.export import __main__ as command
-from cnn_jax.export import certificate, exporter
+from cnn_jax.export import certificate, exporter, onnx_model
 from cnn_jax.export.function import ExportError
 from cnn_jax.inference.bundle import digest, read_bundle
 from cnn_jax.inference.exported import OnnxPredictor, load_predictor
@@ -221,6 +221,47 @@ def test_nothing_is_written_if_a_probability_differs(bundle, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_nothing_is_written_if_the_graph_resizes_wrongly(bundle, tmp_path, monkeypatch):
+    right = onnx_model.pixels_model
+    monkeypatch.setattr(certificate, "_PIXELS_LIMIT", 1e-3)
+
+    def wrong(*arguments):
+        model = right(*arguments)
+        for node in model.graph.node:
+            if node.op_type == "Resize":
+                kept = [
+                    one for one in node.attribute if one.name == "coordinate_transformation_mode"
+                ]
+                del node.attribute[:]
+                node.attribute.extend(kept)
+        return model
+
+    monkeypatch.setattr(onnx_model, "pixels_model", wrong)
+    with pytest.raises(ExportError, match="the model that resizes images itself has other prob"):
+        exporter.export(bundle, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_without_images_to_compare_is_refused():
+    with pytest.raises(ExportError, match="no validation images and no test images"):
+        certificate.check({}, 0.005, is_exact=False)
+
+
+def test_an_earlier_export_survives_a_failed_replacement(bundle, copied, monkeypatch):
+    rename = pathlib.Path.rename
+
+    def fail(path, target):
+        if path.name.endswith(".partial"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(pathlib.Path, "rename", fail)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        exporter.export(bundle, copied)
+    assert load_predictor(copied).class_names == ["blue", "green", "red"]
+    assert [path.name for path in copied.parent.iterdir()] == ["copy"]
+
+
 def test_the_interval_of_the_loss_is_that_of_paired_differences():
     labels = np.array([0, 0, 0, 0])
     before = np.array([[0.9, 0.1]] * 4, np.float32)
@@ -270,13 +311,17 @@ def test_a_wrong_flag_is_one_line(bundle, tmp_path, flags, message):
 
 
 def test_other_files_are_not_replaced(bundle, exported, tmp_path, copied):
-    with pytest.raises(ConfigError, match="has files that are not an exported model"):
+    with pytest.raises(ConfigError, match="has files that are not of an exported model, such as "):
         exporter.export(bundle, image_output := bundle.parent)
     assert image_output.exists()
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="is a file; name a folder"):
         exporter.export(bundle, tmp_path / "file")
     (copied / "model.onnx").write_bytes(b"")
+    (copied / "golden" / "notes.txt").touch()
+    with pytest.raises(ConfigError, match=r"such as golden/notes\.txt; name another folder"):
+        exporter.export(bundle, copied)
+    (copied / "golden" / "notes.txt").unlink()
     exporter.export(bundle, copied)
     assert load_predictor(copied).class_names == ["blue", "green", "red"]
 
