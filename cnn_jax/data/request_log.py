@@ -22,7 +22,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -263,19 +263,10 @@ def read_requests(
       DataError: The folder is not a request log, or a file cannot be read.
     """
     folder = _checked(folder)
-    tables, read = [], set()
     # A deleted file's rows that have feedback move from the first folder to the second, so this
     # order misses none of them.
-    for name in ("requests", "labelled"):
-        for path in list_files(folder / name):
-            stem = path.name.partition(".")[0]
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < since:
-                    continue
-            if stem not in read and (table := _read_moving(path, columns)) is not None:
-                read.add(stem)
-                tables.append(table)
-    return _join(tables, REQUESTS, columns)
+    paths = (path for name in ("requests", "labelled") for path in list_files(folder / name))
+    return _join(_read_all(paths, columns, since), REQUESTS, columns)
 
 
 def read_feedback(folder: str | os.PathLike[str]) -> pa.Table:
@@ -286,8 +277,8 @@ def read_feedback(folder: str | os.PathLike[str]) -> pa.Table:
     Raises:
       DataError: The folder is not a request log, or a file cannot be read.
     """
-    tables = [_read_moving(path, None) for path in list_files(_checked(folder) / "feedback")]
-    return _join([table for table in tables if table is not None], FEEDBACK, None)
+    tables = _read_all(list_files(_checked(folder) / "feedback"))
+    return _join(tables, FEEDBACK, None)
 
 
 def class_names(folder: str | os.PathLike[str], digest: str) -> list[str]:
@@ -311,6 +302,24 @@ def list_files(folder: pathlib.Path) -> list[pathlib.Path]:
 def is_claimed(path: pathlib.Path) -> bool:
     """Returns whether a server has begun to delete a file."""
     return _CLAIMED in path.suffixes
+
+
+def _read_all(
+    paths: Iterable[pathlib.Path], columns: Sequence[str] | None = None, since: float = 0.0
+) -> list[pa.Table]:
+    """Reads files; of the stream and the Parquet file with the same rows, only one.
+
+    Both exist for a moment during the conversion, and for good if the server is killed in it.
+    """
+    tables: dict[str, pa.Table] = {}
+    for path in paths:
+        stem = path.name.partition(".")[0]
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < since:
+                continue
+        if stem not in tables and (table := _read_moving(path, columns)) is not None:
+            tables[stem] = table
+    return list(tables.values())
 
 
 def _read_moving(path: pathlib.Path, columns: Sequence[str] | None) -> pa.Table | None:
@@ -372,23 +381,30 @@ def _keys(rows: pa.Table) -> dict[tuple[str, int], int]:
 def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
     """Deletes the oldest request files while all request files have more than `max_bytes` bytes.
 
-    Rows to which there is feedback are first copied to `labelled/`. Several servers may call this
-    function at the same time.
+    Rows to which there is feedback are first copied to `labelled/`. A file that cannot be read is
+    kept. Several servers may call this function at the same time.
 
     Raises:
       OSError: A file cannot be read or written.
-      DataError: A file cannot be read.
+      DataError: A file with requests cannot be read, and the readable files were deleted; or a file
+        with feedback cannot be read, and nothing was deleted.
     """
     now = time.time()
+    problem: DataError | None = None
     files = []
     for path in list_files(folder / "requests"):
         with contextlib.suppress(FileNotFoundError):
             files.append((path, path.stat()))
     total = sum(status.st_size for path, status in files if not is_claimed(path))
+    if total > max_bytes:
+        read_feedback(folder)  # If this fails, no file is claimed.
     for path, status in files:
         if is_claimed(path):
             if now - status.st_ctime > _ABANDONED_SECONDS:
-                _delete(folder, path)
+                try:
+                    _delete(folder, path)
+                except DataError as error:
+                    problem = error
         elif path.suffix == ".arrows" and now - status.st_mtime < 2 * _SEGMENT_SECONDS:
             continue  # A server may still append to this file.
         elif total > max_bytes:
@@ -396,10 +412,17 @@ def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
             # this moment is already in a file, so `_delete` reads it.
             claimed = path.with_suffix(_CLAIMED + path.suffix)
             with contextlib.suppress(FileNotFoundError):  # Another server was faster.
+                try:
+                    read_file(path, ("request_id",))
+                except DataError as error:
+                    problem = error
+                    continue
                 path.rename(claimed)
                 os.utime(claimed)
                 _delete(folder, claimed)
             total -= status.st_size
+    if problem is not None:
+        raise problem
 
 
 def _delete(folder: pathlib.Path, claimed: pathlib.Path) -> None:

@@ -214,7 +214,7 @@ class _Guard:
         self._app = app
         self._service = service
         self._tokens = tokens
-        self._hosts = frozenset(hosts)
+        self._hosts = frozenset(host.lower().strip("[]") for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -276,7 +276,7 @@ class _Guard:
     def _client(self, scope: Scope, headers: Mapping[bytes, bytes]) -> str:
         """Returns the key of a client for the limits: its token, or without tokens its address."""
         if self._tokens is not None:
-            return headers.get(b"authorization", b"").decode("latin-1")
+            return self._tokens.client(headers.get(b"authorization", b"").decode("latin-1"))
         return (scope.get("client") or [""])[0]
 
     def _refuse_host(self, header: bytes | None) -> Refused | None:

@@ -5,7 +5,6 @@
 
 import asyncio
 import concurrent.futures
-import contextlib
 import dataclasses
 import logging
 import pathlib
@@ -29,6 +28,10 @@ logger = logging.getLogger(__name__)
 
 # Maximum number of rows that wait to be written. Further rows are dropped and counted.
 _MAX_WAITING = 1_000
+# Maximum number of clients that wait until their feedback is written.
+_MAX_FEEDBACK = 100
+# The number of seconds after which the end of the server no longer waits for the files.
+_CLOSE_SECONDS = 10.0
 # Rows are written in batches, which take less time per row and less space than single rows: a batch
 # has the rows of this number of seconds, and at most this number of rows.
 _BATCH_SECONDS, _BATCH_ROWS = 0.2, 128
@@ -113,6 +116,7 @@ class RequestLog:
         # Only one thread changes each counter: `record` changes the first counter, and the thread
         # of the log changes the second counter.
         self._num_dropped, self._num_failed = 0, 0
+        self._num_feedback = 0
         self._random = random.Random()
         # A new row is refused if too many rows wait. Feedback and the end of the log always wait.
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -150,22 +154,35 @@ class RequestLog:
           **fields: The fields of `_Feedback`.
 
         Raises:
-          Refused: The log does not have the image, the label is not one of the classes, or the log
-            cannot be written.
+          Refused: The log does not have the image, the label is not one of the classes, the log
+            cannot be written, or too many clients wait.
         """
+        if self._num_feedback >= _MAX_FEEDBACK:
+            raise Refused(429, "feedback", "too much feedback waits to be written", retry_after="1")
         future: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._waiting.put((_Feedback(**fields), future))
-        await asyncio.wrap_future(future)
+        self._num_feedback += 1
+        try:
+            self._waiting.put((_Feedback(**fields), future))
+            await asyncio.wrap_future(future)
+        finally:
+            self._num_feedback -= 1
 
     @property
     def lost_rows(self) -> int:
         """The number of rows that could not be written."""
         return self._num_dropped + self._num_failed
 
-    def close(self) -> None:
-        """Writes what waits to be written, completes the files, and ends the thread."""
+    def close(self) -> bool:
+        """Writes what waits to be written, completes the files, and ends the thread.
+
+        Returns:
+          Whether the thread has ended; False if, for example, a network folder does not answer.
+        """
         self._waiting.put(None)
-        self._thread.join()
+        self._thread.join(_CLOSE_SECONDS)
+        if self._thread.is_alive():
+            logger.error("the folder of the request log does not answer; rows may be lost")
+        return not self._thread.is_alive()
 
     # The methods below run on the thread of the log.
 
@@ -256,6 +273,8 @@ class RequestLog:
     def _answer_feedback(
         self, feedback: _Feedback, future: "concurrent.futures.Future[None]"
     ) -> None:
+        if not future.set_running_or_notify_cancel():
+            return  # The client has left.
         error: Refused | None = None
         try:
             self._store(feedback)
@@ -264,8 +283,7 @@ class RequestLog:
         except Exception as caught:  # Catch every error, because the client must get a response.
             logger.error("feedback to request %s is lost: %s", feedback.request_id, caught)
             error = Refused(503, "log", "the request log cannot be written; the log says why")
-        with contextlib.suppress(concurrent.futures.InvalidStateError):  # The client has left.
-            future.set_exception(error) if error else future.set_result(None)
+        future.set_exception(error) if error else future.set_result(None)
 
     def _store(self, feedback: _Feedback) -> None:
         key = feedback.request_id, feedback.image_index

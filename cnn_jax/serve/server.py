@@ -137,9 +137,10 @@ def run(
             for task in tasks:
                 task.cancel()
             nonlocal hangs
-            hangs = not await asyncio.to_thread(engine.close)
-            if request_log is not None:
-                await asyncio.to_thread(request_log.close)
+            if hangs := not await asyncio.to_thread(engine.close):
+                logger.error("the device does not answer")
+            if request_log is not None and not await asyncio.to_thread(request_log.close):
+                hangs = True
             await asyncio.to_thread(stack.close)
 
     hosts = options.allowed_hosts
@@ -157,8 +158,6 @@ def run(
         logger.warning("without --tokens every client that reaches %s can predict", options.host)
     with listener:
         server.run([listener])
-    if hangs:
-        logger.error("the device does not answer")
     if hangs or loader.is_busy:
         # End the process at once, because a normal exit of Python would crash, or would wait for a
         # thread that hangs in a network call or in a compiler.

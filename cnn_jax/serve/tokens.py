@@ -52,8 +52,7 @@ class Tokens:
           Whether the token has the role; None if the header has no token of this file.
         """
         self._reload_if_changed()
-        scheme, _, token = (header or "").partition(" ")
-        digest = _digest(token.strip())
+        scheme, digest = _parse(header)
         found = set()
         # Always compare all tokens, so that the response time does not reveal which token matches.
         for token_role, token_digest in self._digests:
@@ -62,6 +61,10 @@ class Tokens:
         if scheme.lower() != "bearer" or not found:
             return None
         return role in found or "admin" in found
+
+    def client(self, header: str | None) -> str:
+        """Returns a key of the token in an Authorization header, however the header writes it."""
+        return _parse(header)[1].hex()
 
     def _reload_if_changed(self) -> None:
         if time.monotonic() - self._checked_at < _CHECK_SECONDS:
@@ -84,6 +87,12 @@ def _version(path: pathlib.Path) -> tuple[int, int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+def _parse(header: str | None) -> tuple[str, bytes]:
+    """Returns the scheme of an Authorization header, and the digest of its token."""
+    scheme, _, token = (header or "").partition(" ")
+    return scheme, _digest(token.strip())
 
 
 def _digest(token: str) -> bytes:

@@ -265,7 +265,7 @@ MUTATIONS = [
     ("data/request_log.py", "os.ftruncate(self._file.fileno(), good)", "pass", "serve/test_request_log.py"),
     ("data/request_log.py", "if key in labelled]", "if key not in labelled]", "serve/test_request_log.py"),
     ("data/request_log.py", "if is_claimed(path) or not start", "if not start", "serve/test_request_log.py"),
-    ("data/request_log.py", "if stem not in read and (", "if (", "serve/test_request_log.py"),
+    ("data/request_log.py", "tables[stem] = table", "tables[str(path)] = table", "serve/test_request_log.py"),
     ("serve/engine.py", "if not w.request.future.done())", ")", "serve/test_engine.py"),
     ("serve/engine.py", "if image.request.program is program]", "]", "serve/test_engine.py"),
     ("serve/engine.py", "                lane.clear()", "                pass", "serve/test_engine.py"),

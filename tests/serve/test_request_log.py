@@ -400,6 +400,85 @@ def test_record_never_waits(version, tmp_path, monkeypatch):
     assert len(read_requests(tmp_path / "log")) + log.lost_rows == 1_300
 
 
+def test_feedback_is_read_once_after_a_killed_conversion(version, tmp_path):
+    log = RequestLog(tmp_path / "log")
+    (request_id,) = offer(log, version, [0])
+    until(lambda: units(tmp_path / "log"))
+    give(log, request_id, reward=1.0)
+    (stream,) = files.list_files(tmp_path / "log" / "feedback")
+    pyarrow.parquet.write_table(files.read_file(stream), stream.with_suffix(".parquet"))
+    assert read_feedback(tmp_path / "log")["reward"].to_pylist() == [1.0]
+    log.close()
+
+
+def test_an_unreadable_file_does_not_stop_deletion(version, tmp_path):
+    folder = tmp_path / "log"
+    for number in range(4):
+        log = RequestLog(folder)
+        offer(log, version, [number])
+        log.close()
+    oldest, *_ = files.list_files(folder / "requests")
+    oldest.write_bytes(b"damaged")
+    with pytest.raises(DataError, match=f"{oldest.name} cannot be read"):
+        files.delete_oldest(folder, 0)
+    assert files.list_files(folder / "requests") == [oldest]
+
+
+def test_a_damaged_file_of_feedback_stops_deletion(version, tmp_path):
+    folder = tmp_path / "log"
+    log = RequestLog(folder)
+    (request_id,) = offer(log, version, [0])
+    until(lambda: units(folder))
+    give(log, request_id, reward=1.0)
+    log.close()
+    before = files.list_files(folder / "requests")
+    files.list_files(folder / "feedback")[0].write_bytes(b"damaged")
+    with pytest.raises(DataError, match="cannot be read"):
+        files.delete_oldest(folder, 0)
+    assert files.list_files(folder / "requests") == before
+
+
+def test_waiting_feedback_is_limited_and_skipped_if_nobody_waits(version, tmp_path, monkeypatch):
+    log = RequestLog(tmp_path / "log")
+    (request_id,) = offer(log, version, [0])
+    until(lambda: units(tmp_path / "log"))
+    release, stored = threading.Event(), []
+
+    def store(feedback):
+        release.wait()
+        stored.append(feedback.reward)
+
+    monkeypatch.setattr(log, "_store", store)
+    monkeypatch.setattr("cnn_jax.serve.request_log._MAX_FEEDBACK", 3)
+    fields = {"request_id": request_id, "image_index": 0, "label": None, "is_new_class": False}
+
+    async def flood():
+        tasks = [asyncio.create_task(log.add_feedback(reward=n, **fields)) for n in range(3)]
+        await asyncio.sleep(0.2)
+        with pytest.raises(Refused) as refused:
+            await log.add_feedback(reward=3, **fields)
+        assert refused.value.status == 429
+        tasks[1].cancel()
+        await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(tasks[0], tasks[2])
+
+    asyncio.run(flood())
+    assert stored == [0, 2]
+    log.close()
+
+
+def test_the_end_does_not_wait_for_a_folder_that_hangs(version, tmp_path, monkeypatch, caplog):
+    log = RequestLog(tmp_path / "log")
+    release = threading.Event()
+    monkeypatch.setattr(log, "_write", lambda rows: release.wait())
+    monkeypatch.setattr("cnn_jax.serve.request_log._CLOSE_SECONDS", 0.2)
+    offer(log, version, [0])
+    assert log.close() is False
+    assert "the folder of the request log does not answer" in caplog.text
+    release.set()
+
+
 def test_an_existing_log_is_continued(version, tmp_path):
     for number in range(2):
         log = RequestLog(tmp_path / "log")

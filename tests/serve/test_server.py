@@ -486,7 +486,7 @@ def test_other_names_of_the_server_are_refused(server, host):
 
 
 def test_web_pages_of_given_origins_may_send_requests(bundle, tmp_path):
-    own, proxy = "https://page.example", "server.example"
+    own, proxy = "https://page.example", "Server.example"
     flags = (f"--cors_origins={own}", f"--allowed_hosts={proxy}", "--trusted_proxies=10.0.0.1")
     (tmp_path / "tokens").write_text("predict token-of-a-client-01\n")
     tokens = f"--tokens={tmp_path}/tokens"

@@ -115,3 +115,11 @@ def test_every_token_is_compared(file, monkeypatch):
         compared.clear()
         found.allow(f"Bearer {token}", "predict")
         assert compared == [True, True]
+
+
+def test_a_client_has_one_key_for_all_ways_to_write_its_token(file):
+    tokens = Tokens(file)
+    headers = ("Bearer some-token-of-a-client", "bearer   some-token-of-a-client ")
+    assert len({tokens.client(header) for header in headers}) == 1
+    assert tokens.client(headers[0]) != tokens.client("Bearer another-token-of-a-client")
+    assert "some-token" not in tokens.client(headers[0])
