@@ -158,7 +158,7 @@ class RequestLog:
             cannot be written, or too many clients wait.
         """
         if self._num_feedback >= _MAX_FEEDBACK:
-            raise Refused(429, "feedback", "too much feedback waits to be written", retry_after="1")
+            raise Refused(429, "busy", "too much feedback waits to be written", retry_after="1")
         future: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._num_feedback += 1
         try:
