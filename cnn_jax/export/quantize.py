@@ -164,7 +164,10 @@ class _Quantizer:
         x = self._rounded[node.input[0]]
         name = node.name
         largest = np.abs(kernel).max((1, 2, 3))
-        scales = (np.where(largest == 0, 1, largest) / 127).astype(np.float32)
+        # The scale of the bias is that of the kernel times that of the input. It must not be so
+        # small that the bias exceeds the range of its 32 bits.
+        smallest = np.abs(bias) / (x.scale * 2.0**30)
+        scales = np.maximum(np.where(largest == 0, 1, largest) / 127, smallest).astype(np.float32)
         integers = np.round(kernel / scales[:, None, None, None]).astype(np.int8)
         kernel_name = self._dequantize_constant(f"{name}_kernel", integers, scales)
         bias_scales = (scales * np.float32(x.scale)).astype(np.float32)

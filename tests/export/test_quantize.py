@@ -81,6 +81,25 @@ def test_a_kernel_is_rounded_with_the_scale_of_its_channel():
     assert (np.abs(error).max((1, 2, 3)) <= scales / 2 * 1.001).all()
 
 
+def test_a_channel_with_a_tiny_kernel_keeps_its_bias():
+    predictor = small_predictor("cnn", features=(4, 8, 12), dense=128)
+    model = images_model(flat_function(predictor), predictor)
+    node = _operators(model, "Conv")[1]
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    kernel, bias = (tensors[name] for name in node.input[1:])
+    values = [onnx.numpy_helper.to_array(tensor).copy() for tensor in (kernel, bias)]
+    values[0][0] *= 1e-12
+    values[1][0] = 2.0
+    for tensor, value in zip((kernel, bias), values, strict=True):
+        tensor.CopyFrom(onnx.numpy_helper.from_array(value, tensor.name))
+    quantized = quantize(model, _batches(predictor))
+    tensors = {tensor.name: tensor for tensor in quantized.graph.initializer}
+    producers = {node.output[0]: node for node in quantized.graph.node}
+    dequantize = producers[_operators(quantized, "Conv")[1].input[2]]
+    integers, scales = (onnx.numpy_helper.to_array(tensors[name]) for name in dequantize.input[:2])
+    np.testing.assert_allclose(integers * scales.astype(float), values[1], atol=1e-3)
+
+
 def test_the_range_of_a_tensor_is_that_of_all_batches():
     predictor = small_predictor("cnn", features=(4, 8))
     model = images_model(flat_function(predictor), predictor)
