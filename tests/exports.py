@@ -16,11 +16,13 @@ from cnn_jax.data.dataset import open_dataset
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.splits import Division
+from cnn_jax.export import exporter
 from cnn_jax.export.function import flat_function
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models import NETWORKS
 from cnn_jax.models.network import make_model
+from cnn_jax.registry.registry import Registry
 
 # The field values of a small network, by class name.
 _SMALL = {
@@ -80,6 +82,19 @@ def run_onnx(model, **inputs):
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
     return session.run(None, inputs)[0]
+
+
+def write_export(folder, images):
+    """Exports a test bundle to ONNX, and returns the folder of the export."""
+    exporter.export(write_test_bundle(folder / "bundle", images), folder / "onnx")
+    return folder / "onnx"
+
+
+def registry_with(exported, folder):
+    """Returns a registry in which an export is version 1 of the model "shapes"."""
+    registry = Registry(folder / "registry")
+    registry.add("shapes", exported)
+    return registry
 
 
 def write_test_bundle(path, folder, **changes):

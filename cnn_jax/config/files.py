@@ -156,7 +156,7 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
     The file is a module of a package `configs`, which consists of the file's own folder, of
     parent folders with the name `configs`, and of the shipped configurations. Therefore
     `from configs import default`, `from . import default` and `import neighbour` work. The
-    context restores `sys.modules` and `sys.path` at its end.
+    context manager restores `sys.modules` and `sys.path` when the context ends.
     """
     folder = path.resolve().parent
     package = types.ModuleType("configs")

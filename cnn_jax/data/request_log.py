@@ -8,7 +8,7 @@ the same time:
     labelled/    rows of deleted request files to which there is feedback
     models/      the class names of each bundle, in a JSON file that the digest names
 
-A server writes to files of its own only, so servers need no lock, and the folder may be on a
+Each server writes only to its own files. Therefore servers need no lock, and the folder may be on a
 network file system. A file that is still written is an Arrow stream (`.arrows`): it grows by whole
 batches of rows, and a reader sees all complete batches. A file that is complete is a Parquet file
 (`.parquet`).
@@ -177,7 +177,7 @@ class Segments:
 
     def _open(self) -> None:
         path = self._folder / f"{_milliseconds():012x}-{self._name}.arrows"
-        # An unbuffered file, so that a batch is visible to readers as soon as it is written.
+        # The file has no buffer, so that readers see each batch as soon as it is written.
         self._file = path.open("xb", buffering=0)
         self._writer = pa.ipc.new_stream(self._file, self._schema)
         self._batches, self._start = 0, time.monotonic()
@@ -428,11 +428,11 @@ def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
 def _delete(folder: pathlib.Path, claimed: pathlib.Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         labelled = _keys(read_feedback(folder)).keys()
-        positions = [n for key, n in _keys(read_file(claimed)).items() if key in labelled]
+        rows = read_file(claimed)
+        positions = [n for key, n in _keys(rows).items() if key in labelled]
         if positions:
             stem = claimed.name.partition(".")[0]
-            kept = read_file(claimed).take(positions)
-            write_table(kept, folder / "labelled" / f"{stem}.parquet")
+            write_table(rows.take(positions), folder / "labelled" / f"{stem}.parquet")
         claimed.unlink()
 
 

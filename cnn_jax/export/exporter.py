@@ -125,6 +125,7 @@ def export(
     if file_format == "litert":
         python, versions = litert.check_python(converter_python)
     path = find_bundle(bundle)
+    bundle_sha256 = digest(path)
     # The exported model computes in float32, also if training used bfloat16.
     contents = dataclasses.replace(read_bundle(path), precision="float32")
     predictor = BundlePredictor(contents)
@@ -149,7 +150,7 @@ def export(
     statement = {
         "format": file_format,
         "int8": int8,
-        "bundle_sha256": digest(path),
+        "bundle_sha256": bundle_sha256,
         "model": main_file,
         "sha256": {name: _sha256(content) for name, content in model.files.items()},
         "bytes": {name: len(content) for name, content in model.files.items()},
@@ -165,7 +166,7 @@ def export(
     }
     description = describe(contents) | {
         "metrics": {split: values["after"] for split, values in comparison.items()},
-        "export": {"format": file_format, "int8": int8, "bundle": digest(path)},
+        "export": {"format": file_format, "int8": int8, "bundle": bundle_sha256},
     }
     files = {
         **model.files,
@@ -266,13 +267,13 @@ def _check_output(output: pathlib.Path) -> None:
         raise ConfigError(f"--output: {output} is a file; name a folder")
     if not any(output.iterdir()):
         return
-    present = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
+    names = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
     try:
         description = json.loads((output / "bundle.json").read_text("utf-8"))
         known = {*listed_files(description), "bundle.json"} if "export" in description else set()
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         known = set()
-    if foreign := sorted(present - known):
+    if foreign := sorted(names - known):
         raise ConfigError(
             f"--output: {output} has files that are not of an exported model, such as "
             f"{printable(foreign[0])}; name another folder"

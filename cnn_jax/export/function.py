@@ -122,7 +122,7 @@ def evaluate(
     return [values[cast(core.Var, output)] for output in function.jaxpr.outvars]
 
 
-def shape_of(atom: Any) -> tuple[int, ...]:
+def array_shape(atom: Any) -> tuple[int, ...]:
     """Returns the shape of a variable or a constant of a flat function."""
     return atom.aval.shape
 
@@ -252,7 +252,7 @@ def _evaluate(equation: core.JaxprEqn, inputs: list[_Value]) -> list[Any]:
         return _expand(branch.jaxpr, branch.consts, inputs[1:])
     if name in ("optimization_barrier", "stop_gradient", "copy", "copy_p"):
         return inputs
-    shapes = [shape_of(variable) for variable in equation.outvars]
+    shapes = [array_shape(variable) for variable in equation.outvars]
     if all(isinstance(value, _Constant) for value in inputs):
         return _precompute(equation, cast(list[_Constant], inputs), shapes)
     if name == "unstack":
@@ -366,7 +366,7 @@ def _dot(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
     """Multiplies an array with a constant matrix."""
     x, kernel = inputs
     (contracting, batch) = equation.params["dimension_numbers"]
-    ndim = len(shape_of(equation.invars[0]))
+    ndim = len(array_shape(equation.invars[0]))
     is_dense = contracting == ((ndim - 1,), (0,)) and batch == ((), ())
     if not is_dense or not isinstance(kernel, _Constant) or len(kernel.shape) != 2:
         return None
@@ -440,7 +440,7 @@ def _pool(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
 def _sum(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
     """Sums over axes other than the last one."""
     (value,) = inputs
-    shape, axes = shape_of(equation.invars[0]), equation.params["axes"]
+    shape, axes = array_shape(equation.invars[0]), equation.params["axes"]
     if not isinstance(value, _Affine) or len(shape) - 1 in axes or len(shape) - len(axes) < 2:
         return None
     count = math.prod(shape[axis] for axis in axes)
@@ -452,7 +452,7 @@ def _sum(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
 
 def _reshape(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
     """Changes the shape of an array whose channels stay the last axis."""
-    value, shape = inputs[0], shape_of(equation.outvars[0])
+    value, shape = inputs[0], array_shape(equation.outvars[0])
     if not isinstance(value, _Affine) or len(shape) < 2 or shape[-1] != value.factor.size:
         return None
 

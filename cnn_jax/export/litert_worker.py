@@ -1,7 +1,7 @@
 """Converts and runs LiteRT models; a script for the Python of --converter_python.
 
-The packages of LiteRT contradict those of this project, so this script runs in another environment
-and imports nothing of this project:
+LiteRT needs other versions of packages than this project. Therefore this script runs in another
+environment, and imports nothing of this project:
 
     python litert_worker.py convert SOURCE.mlir MODEL.tflite float32|int8
     python litert_worker.py run MODEL.tflite

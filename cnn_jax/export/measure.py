@@ -1,6 +1,7 @@
 """Measures an exported model; a script that `certificate.measure` starts in a new process.
 
-The process imports only what runs the model, so that its peak memory is that of the model.
+The process imports only the library that runs the model, so that its peak memory is the memory that
+the model needs.
 """
 
 import json

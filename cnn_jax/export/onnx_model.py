@@ -126,7 +126,7 @@ def _scaled_size(graph: Graph, size: str, preprocessing: Preprocessing) -> str:
     products = graph.add("Mul", graph.integers(*covered), swapped)
     first, second = (graph.add("Gather", products, graph.integers(i)) for i in (0, 1))
     is_height = graph.add("GreaterOrEqual", first, second)
-    by_height, by_width = (
+    height_scaled, width_scaled = (
         graph.add("Div", graph.add("Mul", size, graph.integers(side, side)), denominator)
         for side, denominator in zip(
             covered,
@@ -134,4 +134,4 @@ def _scaled_size(graph: Graph, size: str, preprocessing: Preprocessing) -> str:
             strict=True,
         )
     )
-    return graph.add("Where", is_height, by_height, by_width)
+    return graph.add("Where", is_height, height_scaled, width_scaled)

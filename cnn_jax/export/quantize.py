@@ -88,7 +88,7 @@ class _Quantizer:
         self._new_nodes: list[onnx.NodeProto] = []
 
     def find_activations(self) -> list[str]:
-        """Returns the names of the tensors to round: those of convolutions and between them."""
+        """Returns the names of the tensors to round: inputs and outputs of 8-bit convolutions."""
         found: dict[str, None] = {}
         for node in self._nodes:
             inputs = [name for name in node.input if name and name not in self._constants]
@@ -164,8 +164,8 @@ class _Quantizer:
         x = self._rounded[node.input[0]]
         name = node.name
         largest = np.abs(kernel).max((1, 2, 3))
-        # The scale of the bias is that of the kernel times that of the input. It must not be so
-        # small that the bias exceeds the range of its 32 bits.
+        # The scale of the bias is the product of the scales of the kernel and of the input. If this
+        # product is too small, the bias exceeds the range of 32 bits.
         smallest = np.abs(bias) / (x.scale * 2.0**30)
         scales = np.maximum(np.where(largest == 0, 1, largest) / 127, smallest).astype(np.float32)
         integers = np.round(kernel / scales[:, None, None, None]).astype(np.int8)

@@ -15,7 +15,7 @@ import onnx
 from jax.extend import core
 from onnx import TensorProto, helper, numpy_helper
 
-from cnn_jax.export.function import BATCH, ExportError, shape_of
+from cnn_jax.export.function import BATCH, ExportError, array_shape
 
 # ONNX Runtime has this operator set since version 1.14. `Resize` with antialiasing needs it.
 OPSET, IR_VERSION = 18, 8
@@ -163,9 +163,9 @@ class _Translator:
             self._tensors[variable] = _constant(value)
         self._images = images
         (variable,) = jaxpr.invars
-        tensor = _Tensor(images, shape_of(variable), (0, 1, 2, 3))
+        tensor = _Tensor(images, array_shape(variable), (0, 1, 2, 3))
         if any(equation.primitive.name == "conv_general_dilated" for equation in jaxpr.eqns):
-            # The transposition of bytes is faster than that of floats.
+            # It is faster to transpose bytes than floats.
             tensor = self._ordered(tensor, _CHANNELS_FIRST)
         self._tensors[variable] = tensor
         for equation in jaxpr.eqns:
@@ -319,12 +319,12 @@ class _Translator:
 
     def _reshape(self, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
         return self._reshaped(
-            self._full(x, shape_of(equation.invars[0])), equation.params["new_sizes"]
+            self._full(x, array_shape(equation.invars[0])), equation.params["new_sizes"]
         )
 
     def _squeeze(self, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
         return self._reshaped(
-            self._full(x, shape_of(equation.invars[0])), shape_of(equation.outvars[0])
+            self._full(x, array_shape(equation.invars[0])), array_shape(equation.outvars[0])
         )
 
     _expand_dims = _squeeze
@@ -340,7 +340,7 @@ class _Translator:
         )
 
     def _slice(self, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
-        x = self._full(x, shape_of(equation.invars[0]))
+        x = self._full(x, array_shape(equation.invars[0]))
         params = equation.params
         strides = params["strides"] or (1,) * len(x.shape)
         bounds = list(zip(params["start_indices"], params["limit_indices"], strides, strict=True))
@@ -351,38 +351,38 @@ class _Translator:
         name = self._graph.add(
             "Slice", self._name(x), starts, limits, self._graph.integers(*positions), steps
         )
-        return _Tensor(name, shape_of(equation.outvars[0]), x.order)
+        return _Tensor(name, array_shape(equation.outvars[0]), x.order)
 
     def _concatenate(self, equation: core.JaxprEqn, *inputs: _Tensor) -> _Tensor:
         order = next((x.order for x in inputs if x.array is None), inputs[0].order)
         names = [
-            self._name(self._ordered(self._full(x, shape_of(atom)), order))
+            self._name(self._ordered(self._full(x, array_shape(atom)), order))
             for x, atom in zip(inputs, equation.invars, strict=True)
         ]
         axis = order.index(equation.params["dimension"])
         name = self._graph.add("Concat", *names, axis=axis)
-        return _Tensor(name, shape_of(equation.outvars[0]), order)
+        return _Tensor(name, array_shape(equation.outvars[0]), order)
 
     def _pad(self, equation: core.JaxprEqn, x: _Tensor, value: _Tensor) -> _Tensor:
         config = equation.params["padding_config"]
         if any(low < 0 or high < 0 or interior for low, high, interior in config):
             raise ExportError("the network pads between pixels or by a negative number of pixels")
-        x = self._full(x, shape_of(equation.invars[0]))
+        x = self._full(x, array_shape(equation.invars[0]))
         lows, highs = ([config[axis][i] for axis in x.order] for i in (0, 1))
         pads = self._graph.integers(*lows, *highs)
         name = self._graph.add("Pad", self._name(x), pads, self._name(value))
-        return _Tensor(name, shape_of(equation.outvars[0]), x.order)
+        return _Tensor(name, array_shape(equation.outvars[0]), x.order)
 
     # Reductions, convolutions and products of matrices.
 
     def _reduce(self, operator: str, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
         axes = equation.params["axes"]
-        x = self._full(x, shape_of(equation.invars[0]))
+        x = self._full(x, array_shape(equation.invars[0]))
         positions = self._graph.integers(*sorted(x.order.index(axis) for axis in axes))
         name = self._graph.add(operator, self._name(x), positions, keepdims=0)
         kept = [axis for axis in x.order if axis not in axes]
         order = tuple(sorted(kept).index(axis) for axis in kept)
-        return _Tensor(name, shape_of(equation.outvars[0]), order)
+        return _Tensor(name, array_shape(equation.outvars[0]), order)
 
     def _reduce_sum(self, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
         return self._reduce("ReduceSum", equation, x)
@@ -400,7 +400,7 @@ class _Translator:
         )
         if len(window) != 4 or window[0] != 1 or window[3] != 1:
             raise ExportError("the network has max pooling over other axes than height and width")
-        x = self._full(self._ordered(x, _CHANNELS_FIRST), shape_of(equation.invars[0]))
+        x = self._full(self._ordered(x, _CHANNELS_FIRST), array_shape(equation.invars[0]))
         name = self._graph.add(
             "MaxPool",
             self._name(x),
@@ -409,7 +409,7 @@ class _Translator:
             dilations=params["window_dilation"][1:3],
             pads=[padding[axis][side] for side in (0, 1) for axis in (1, 2)],
         )
-        return _Tensor(name, shape_of(equation.outvars[0]), _CHANNELS_FIRST)
+        return _Tensor(name, array_shape(equation.outvars[0]), _CHANNELS_FIRST)
 
     def _conv_general_dilated(
         self, equation: core.JaxprEqn, x: _Tensor, kernel: _Tensor
@@ -418,7 +418,7 @@ class _Translator:
         numbers = params["dimension_numbers"]
         if params["lhs_dilation"] != (1, 1) or params["batch_group_count"] != 1:
             raise ExportError("the network has a transposed convolution")
-        x = self._ordered(self._full(x, shape_of(equation.invars[0])), numbers.lhs_spec)
+        x = self._ordered(self._full(x, array_shape(equation.invars[0])), numbers.lhs_spec)
         padding = params["padding"]
         name = self._graph.add(
             "Conv",
@@ -429,15 +429,15 @@ class _Translator:
             group=params["feature_group_count"],
             pads=[pads[side] for side in (0, 1) for pads in padding],
         )
-        return _Tensor(name, shape_of(equation.outvars[0]), numbers.out_spec)
+        return _Tensor(name, array_shape(equation.outvars[0]), numbers.out_spec)
 
     def _dot_general(self, equation: core.JaxprEqn, x: _Tensor, y: _Tensor) -> _Tensor:
         """Multiplies matrices."""
         contracting, batch = equation.params["dimension_numbers"]
-        shape = shape_of(equation.outvars[0])
+        shape = array_shape(equation.outvars[0])
         is_dense = contracting == ((len(x.shape) - 1,), (0,)) and not batch[0]
         x, y = (
-            self._full(tensor, shape_of(atom))
+            self._full(tensor, array_shape(atom))
             for tensor, atom in zip((x, y), equation.invars, strict=True)
         )
         if is_dense and len(y.shape) == 2:

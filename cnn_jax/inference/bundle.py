@@ -113,6 +113,12 @@ def describe(bundle: Bundle) -> dict[str, Any]:
     return description
 
 
+def _restore(replaced: pathlib.Path, path: pathlib.Path) -> None:
+    """Moves a replaced folder back if its replacement was not completed."""
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+
+
 def write_folder(
     path: str | os.PathLike[str], files: Mapping[str, bytes], description: Mapping[str, Any]
 ) -> None:
@@ -125,8 +131,7 @@ def write_folder(
     """
     path = pathlib.Path(path).absolute()  # The path "." has no name.
     partial, replaced = (path.with_name(f".{path.name}.{name}") for name in ("partial", "replaced"))
-    if replaced.exists() and not path.exists():
-        replaced.rename(path)  # A process was killed between the two renames below.
+    _restore(replaced, path)
     for remains_of_a_crash in (partial, replaced):
         shutil.rmtree(remains_of_a_crash, ignore_errors=True)
     sums = {name: {"sha256": hashlib.sha256(files[name]).hexdigest()} for name in files}
@@ -148,8 +153,7 @@ def write_folder(
             path.rename(replaced)
         partial.rename(path)
     finally:
-        if replaced.exists() and not path.exists():
-            replaced.rename(path)
+        _restore(replaced, path)
         shutil.rmtree(partial, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
 

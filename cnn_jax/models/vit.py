@@ -184,7 +184,7 @@ class VisionTransformer(Backbone):
         """Returns the position embeddings of the class token and of a grid of patches."""
         stored = self.param("pos_embed", _initial_kernel, (1, 1 + self.grid**2, self.features))
         patches = stored[:, 1:].reshape(1, self.grid, self.grid, self.features)
-        # By default, `jax.image.resize` reduces aliasing, as timm's resizing does.
+        # By default, `jax.image.resize` applies antialiasing, like timm.
         patches = jax.image.resize(patches, (1, rows, columns, self.features), "bicubic")
         return jnp.concatenate([stored[:, :1], _flatten(patches)], axis=1)
 

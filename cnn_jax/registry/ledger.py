@@ -24,6 +24,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from cnn_jax.quality.comparison import Comparison
 from cnn_jax.system.errors import ConfigError, UserError, did_you_mean, printable
 
 FORMAT = 1
@@ -104,7 +105,7 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evidence:
+class Evidence(Comparison):
     """The comparison of a version with the version of an alias, on the same images.
 
     Attributes:
@@ -114,7 +115,7 @@ class Evidence:
       source: The name of the source of the images.
       split: The split, "test" or "all".
 
-    The other attributes are those of `quality.noninferiority.Comparison`.
+    The other attributes are those of `Comparison`.
     """
 
     candidate: int
@@ -122,18 +123,6 @@ class Evidence:
     reference: int
     source: str
     split: str
-    is_not_worse: bool
-    images: int
-    margin: float
-    level: float
-    candidate_correct: int
-    reference_correct: int
-    gains: int
-    losses: int
-    p_value: float
-    worse_classes: tuple[str, ...]
-    classes: dict[str, tuple[int, int, int]]
-    images_needed: int
 
     def __str__(self) -> str:
         text = (

@@ -5,13 +5,11 @@ import pathlib
 
 import numpy as np
 import pytest
-from exports import write_test_bundle
+from exports import registry_with, write_export
 
-from cnn_jax.export import exporter
 from cnn_jax.inference.bundle import digest
 from cnn_jax.inference.exported import load_predictor
 from cnn_jax.registry.ledger import Gates, RegistryError
-from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import BundleError
 
 pytest.importorskip("onnxruntime")
@@ -19,17 +17,12 @@ pytest.importorskip("onnxruntime")
 
 @pytest.fixture(scope="module")
 def exported(image_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    bundle = write_test_bundle(folder / "bundle", image_folder)
-    exporter.export(bundle, folder / "onnx")
-    return folder / "onnx"
+    return write_export(tmp_path_factory.mktemp("export"), image_folder)
 
 
 @pytest.fixture
 def registry(exported, tmp_path):
-    registry = Registry(tmp_path / "registry")
-    registry.add("shapes", exported)
-    return registry
+    return registry_with(exported, tmp_path)
 
 
 def test_an_export_is_a_version_with_its_metrics_and_all_files(registry, exported, tmp_path):

@@ -1,30 +1,23 @@
 """Tests of ONNX exports in the server."""
 
 import pytest
-from exports import write_test_bundle
+from exports import registry_with, write_export
 from servers import Served
 
-from cnn_jax.export import exporter
 from cnn_jax.inference.exported import load_predictor
 from cnn_jax.inference.images import preprocess_for_inference
-from cnn_jax.registry.registry import Registry
 
 pytest.importorskip("onnxruntime")
 
 
 @pytest.fixture(scope="module")
 def exported(image_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    bundle = write_test_bundle(folder / "bundle", image_folder)
-    exporter.export(bundle, folder / "onnx")
-    return folder / "onnx"
+    return write_export(tmp_path_factory.mktemp("export"), image_folder)
 
 
 @pytest.fixture
 def registry(exported, tmp_path):
-    registry = Registry(tmp_path / "registry")
-    registry.add("shapes", exported)
-    return registry
+    return registry_with(exported, tmp_path)
 
 
 @pytest.mark.parametrize("source", ["bundle", "registry"])
