@@ -85,12 +85,13 @@ class ImageReader:
         self._preprocessing = preprocessing
         self._has_warned = False
 
-    def read(self, image: AnyImage, name: str) -> Pixels:
+    def read(self, image: AnyImage, name: str, max_pixels: int | None = None) -> Pixels:
         """Reads and resizes one image in any form that `preprocess_for_inference` accepts.
 
         Args:
           image: The image; see `preprocess_for_inference`.
           name: The name of the image in a warning.
+          max_pixels: A lower limit on the pixels of the image than that of the preprocessing.
 
         Raises:
           DataError: See `preprocess_for_inference`.
@@ -101,8 +102,9 @@ class ImageReader:
             image = _read(image)
         if isinstance(image, np.ndarray):
             image = _plain_array(image)
+        limit = preprocessing.max_pixels if max_pixels is None else max_pixels
         values, pixels = decode.decode_any(
-            image, preprocessing.max_pixels, preprocessing.white_level
+            image, min(limit, preprocessing.max_pixels), preprocessing.white_level
         )
         doubt = values.doubt(preprocessing.white_level) if values else ""
         if doubt and not self._has_warned:

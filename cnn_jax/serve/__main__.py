@@ -20,6 +20,13 @@ from cnn_jax.system.errors import ConfigError
 
 _NEEDED = ("fastapi", "httptools", "prometheus_client", "python_multipart", "uvicorn")
 
+# The limits on all requests, and the limits on one request.
+_LIMITS = (
+    ("queue", "max_images"),
+    ("queue_pixels", "max_pixels"),
+    ("max_bodies_mb", "max_body_mb"),
+)
+
 _positive = cli.number("above 0", lambda value: value > 0)
 _fraction = cli.number("above 0 and at most 1", lambda value: 0 < value <= 1)
 
@@ -72,7 +79,6 @@ def main(argv: Sequence[str]) -> None:
         all_pixels=flags.queue_pixels,
         images=flags.max_images,
         seconds=flags.timeout,
-        client_fraction=flags.client_fraction,
     )
     run(
         source,
@@ -169,21 +175,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--queue_pixels",
         type=cli.positive,
         default=500_000_000,
-        help="maximum pixels of the images in flight above 4 million pixels (500000000)",
-    )
-    add(
-        "--client_fraction",
-        type=_fraction,
-        default=0.5,
-        help="fraction of these limits that one client may use (0.5)",
+        help="maximum pixels of the images in flight (500000000)",
     )
     add("--timeout", type=_positive, default=30.0, help="seconds until a request times out (30)")
     add("--max_body_mb", type=_positive, default=20.0, help="maximum MB of a request's body (20)")
     add(
         "--max_bodies_mb",
         type=_positive,
-        default=50.0,
-        help="maximum MB of the bodies of all unanswered requests (50)",
+        default=100.0,
+        help="maximum MB of the bodies of all unanswered requests (100)",
     )
     add(
         "--max_pixels",
@@ -231,12 +231,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     for name in flags.model or ():
         check_name("--model", name)
     check_name("alias", flags.alias)
-    if flags.queue < flags.max_images:
-        raise ConfigError("--queue: must be --max_images or more")
-    if flags.queue_pixels < flags.max_pixels:
-        raise ConfigError("--queue_pixels: must be --max_pixels or more")
-    if flags.max_bodies_mb < flags.max_body_mb:
-        raise ConfigError("--max_bodies_mb: must be --max_body_mb or more")
+    # One client may use half of each limit on all requests.
+    for total, one in _LIMITS:
+        if getattr(flags, total) < 2 * getattr(flags, one):
+            raise ConfigError(f"--{total}: must be at least twice --{one}")
     return flags
 
 

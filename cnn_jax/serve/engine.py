@@ -2,9 +2,10 @@
 
 A single thread computes all batches. Images that arrive during a computation wait in a queue. When
 the thread is free, it makes a batch of the oldest image and of other waiting images that need the
-same program. If images wait for a different program than that of the last batch, they come first,
-so that programs alternate. An image that arrives while the engine is idle is computed at once.
-Under load the batches grow. An image of a cancelled or timed-out request is not computed.
+same program, in turn from each client. If images wait for a different program than that of the last
+batch, they come first, so that programs alternate. An image that arrives while the engine is idle
+is computed at once. Under load the batches grow. An image of a cancelled or timed-out request is
+not computed.
 """
 
 import asyncio
@@ -12,16 +13,18 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
+from cnn_jax.serve.fairness import Call, FairThreads, Quota
 from cnn_jax.system.errors import DataError, UserError
 
 T = TypeVar("T")
@@ -39,18 +42,13 @@ _GAIN = 0.95
 _HANGING_SECONDS = 60.0
 # Seconds between two callbacks that show that the event loop runs.
 _BEAT_SECONDS = 1.0
+# An image with more pixels is large: separate threads decode it. Decoding 4 million pixels takes
+# about 40 ms.
+LARGE_PIXELS = 4_000_000
+# An image costs a decoder thread at least as much time as the decoding of this number of pixels.
+_MIN_COST = 50_000
 # Maximum seconds that the shutdown waits for a running batch.
 _CLOSING_SECONDS = 10.0
-
-
-class _Amount(NamedTuple):
-    """A number of images, and the number of pixels of those images that are large."""
-
-    images: int
-    large_pixels: int
-
-    def plus(self, other: "_Amount") -> "_Amount":
-        return _Amount(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's)
@@ -60,10 +58,8 @@ class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's
       retry_after: Whole seconds after which the client should try again.
     """
 
-    def __init__(self, retry_after: int, is_client: bool = False):
-        """Creates the error; `is_client` says whether only the limit of this client is reached."""
-        owner = "this client has" if is_client else "there are"
-        super().__init__(f"{owner} too many images in flight; try again in {retry_after} s")
+    def __init__(self, retry_after: int):
+        super().__init__(f"too many images are in flight; try again in {retry_after} s")
         self.retry_after = retry_after
 
 
@@ -159,6 +155,7 @@ class _Request:
 
     Attributes:
       program: The program to run on the images of the request.
+      client: The client that has sent the request.
       arrival_time: In seconds of `time.monotonic`.
       future: Receives `results` when all results are known.
       results: The result or error of each image; None while it is not known yet.
@@ -166,25 +163,11 @@ class _Request:
     """
 
     program: Program
+    client: str
     arrival_time: float
     future: "asyncio.Future[list[Any]]"
     results: list[Any]
     missing: int
-
-
-@dataclasses.dataclass(eq=False)
-class _EncodedImage:
-    """An encoded image that waits for a decoder thread.
-
-    Attributes:
-      request: The request that the image belongs to.
-      index: The image's index in the request.
-      read: A function that decodes the image.
-    """
-
-    request: _Request
-    index: int
-    read: _Read
 
 
 @dataclasses.dataclass(eq=False)
@@ -214,8 +197,7 @@ class Engine:
         capacity: int,
         max_wait: float = 0.0,
         decoders: int = 2,
-        large_pixels: int = 500_000_000,
-        client_fraction: float = 1.0,
+        pixels: int = 500_000_000,
         on_batch: Callable[[int, float], None] = lambda images, seconds: None,
     ):
         """Creates the engine without starting its compute thread; see `start`.
@@ -226,30 +208,19 @@ class Engine:
           max_wait: Maximum seconds that an image waits for its batch to fill.
           decoders: Number of decoder threads for images that are not large. There are half as many
             further threads for large images, so that large images do not delay other images.
-          large_pixels: Maximum number of pixels of all large images in flight.
-          client_fraction: The fraction of `capacity` and of `large_pixels` that one client may use,
-            above 0 to 1.
+          pixels: Maximum number of pixels of all images in flight, before they are resized.
           on_batch: Called in the event loop after each batch, with the number of images in the
             batch and the run time in seconds.
         """
-        self.capacity = capacity
         self._max_wait = max_wait
         self._on_batch = on_batch
-        self._large_pixels = large_pixels
-        self._client_fraction = client_fraction
-        self._in_flight = _Amount(0, 0)
-        # The images in flight of each client that has any.
-        self._clients: dict[str, _Amount] = {}
+        self._images, self._pixels = Quota(capacity), Quota(pixels)
         self._per_image = _SECONDS_PER_IMAGE
-        # A request may use at most half of the decoder threads, so that a request with many large
-        # images does not block other requests.
-        self._decoders_per_request = max(1, decoders // 2)
-        self._decoders = concurrent.futures.ThreadPoolExecutor(decoders, "decode")
-        num_large = self._decoders_per_request
-        self._large_decoders = concurrent.futures.ThreadPoolExecutor(num_large, "decode large")
+        self._decoders = FairThreads(decoders, "decode")
+        self._large_decoders = FairThreads(max(1, decoders // 2), "decode large")
         # Only one thread parses request bodies, because a parsed body can need many times as
         # much memory as the unparsed body.
-        self._parser = concurrent.futures.ThreadPoolExecutor(1, "parse")
+        self._parser = FairThreads(1, "parse")
         self._waiting: collections.deque[_DecodedImage] = collections.deque()
         # A weak reference to the program of the last batch, so that the program of an unloaded
         # version is freed even if no further batch arrives.
@@ -274,7 +245,7 @@ class Engine:
     @property
     def in_flight(self) -> int:
         """The number of images in flight: images that wait, are decoded, or are processed."""
-        return self._in_flight.images
+        return self._images.used
 
     @property
     def is_alive(self) -> bool:
@@ -287,50 +258,35 @@ class Engine:
         return self._thread.is_alive() and time.monotonic() - oldest <= _HANGING_SECONDS
 
     @contextlib.contextmanager
-    def admit(self, images: int, large_pixels: int = 0, client: str = "") -> Iterator[None]:
+    def admit(self, images: int, pixels: int = 0, client: str = "") -> Iterator[None]:
         """Counts the images of a request as in flight until the context ends.
 
         Args:
           images: The number of images.
-          large_pixels: The number of pixels of those images that are large.
-          client: The client that has sent the request. A client without images in flight may send
-            a request that is larger than the limit of a client.
+          pixels: The number of pixels of these images, to which the decoding time is proportional.
+          client: The client that has sent the request.
 
         Raises:
-          Overloaded: More than `capacity` images would be in flight, or large images with too many
-            pixels, or the client would exceed its own limit.
+          Overloaded: More images or pixels would be in flight than the limits allow; see `Quota`.
         """
-        added = _Amount(images, large_pixels)
-        limit = _Amount(self.capacity, self._large_pixels)
-        client_limit = [self._client_fraction * number for number in limit]
-        own = self._clients.get(client, _Amount(0, 0))
-        for total, own_total, new, most, most_of_client in zip(
-            self._in_flight, own, added, limit, client_limit, strict=True
-        ):
-            exceeds_own_limit = own_total and own_total + new > most_of_client
-            if new and (total + new > most or exceeds_own_limit):
-                wait = max(1, math.ceil(self.in_flight * self._per_image))
-                raise Overloaded(wait, is_client=total + new <= most)
-        self._count(client, added)
+        amounts = ((self._images, images), (self._pixels, pixels))
+        if not all(quota.fits(client, amount) for quota, amount in amounts):
+            raise Overloaded(max(1, math.ceil(self.in_flight * self._per_image)))
+        for quota, amount in amounts:
+            quota.add(client, amount)
         try:
             yield
         finally:
-            self._count(client, _Amount(-images, -large_pixels))
-
-    def _count(self, client: str, added: "_Amount") -> None:
-        """Adds an amount to the images in flight, and to those of a client."""
-        own = self._clients.get(client, _Amount(0, 0))
-        self._in_flight = self._in_flight.plus(added)
-        self._clients[client] = own.plus(added)
-        if not self._clients[client].images:
-            del self._clients[client]
+            for quota, amount in amounts:
+                quota.add(client, -amount)
 
     async def compute(
         self,
         program: Program,
         reads: Sequence[_Read],
         deadline: float,
-        large: Collection[int] = (),
+        pixels: Sequence[int] = (),
+        client: str = "",
     ) -> list[Computed | DataError]:
         """Runs a program on the images of a request, batched with the images of other requests.
 
@@ -338,7 +294,8 @@ class Engine:
           program: The program.
           reads: Functions that each decode an image; at least one. They run on decoder threads.
           deadline: In seconds of `time.monotonic`.
-          large: The indices of the large images.
+          pixels: The number of pixels of each image; by default 0.
+          client: The client that has sent the request.
 
         Returns:
           A result for each image; for an image that cannot be used, an error.
@@ -348,15 +305,13 @@ class Engine:
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
         count, now = len(reads), time.monotonic()
-        request = _Request(program, now, future, [None] * count, count)
-        images = [_EncodedImage(request, index, read) for index, read in enumerate(reads)]
-        lanes = []
-        for is_large, threads in ((False, self._decoders), (True, self._large_decoders)):
-            chosen = [image for image in images if (image.index in large) == is_large]
-            for first in range(min(len(chosen), self._decoders_per_request)):
-                lane = collections.deque(chosen[first :: self._decoders_per_request])
-                lanes.append(lane)
-                threads.submit(self._decode, threads, lane)
+        request = _Request(program, client, now, future, [None] * count, count)
+        calls = {self._decoders: [], self._large_decoders: []}
+        for index, (read, size) in enumerate(zip(reads, pixels or [0] * count, strict=True)):
+            threads = self._large_decoders if size > LARGE_PIXELS else self._decoders
+            call = functools.partial(self._decode, request, index, read)
+            calls[threads].append(Call(_MIN_COST + size, call))
+        waiting = [threads.submit(client, chosen) for threads, chosen in calls.items()]
         # The future is cancelled if the client disconnects or the deadline passes. The threads
         # check whether the future is cancelled.
         try:
@@ -369,49 +324,37 @@ class Engine:
         finally:
             # Free the images that still wait for a decoder, because these images no longer count as
             # in flight.
-            for lane in lanes:
-                lane.clear()
+            for one in waiting:
+                one.clear()
 
-    async def run_on_decoder(self, call: Callable[[], T], deadline: float) -> T:
+    async def run_on_decoder(self, call: Callable[[], T], deadline: float, client: str = "") -> T:
         """Runs a function on a decoder thread.
 
         Args:
-          call: The function.
+          call: The function, which takes about as long as the decoding of a million pixels.
           deadline: In seconds of `time.monotonic`.
+          client: The client for which the function runs.
 
         Raises:
           DeadlineExceeded: The deadline passed before the function could start.
         """
-        return await self._run_on_thread(self._decoders, call, deadline)
+        return await _run_on_thread(self._decoders, call, deadline, client, 1_000_000)
 
-    async def run_on_parser(self, call: Callable[[], T], deadline: float) -> T:
+    async def run_on_parser(
+        self, call: Callable[[], T], deadline: float, client: str = "", size: int = 0
+    ) -> T:
         """Runs a function on the parser thread, which runs one function at a time.
 
         Args:
           call: The function.
           deadline: In seconds of `time.monotonic`.
+          client: The client for which the function runs.
+          size: The number of bytes that the function parses.
 
         Raises:
           DeadlineExceeded: The deadline passed before the function could start.
         """
-        return await self._run_on_thread(self._parser, call, deadline)
-
-    async def _run_on_thread(
-        self, threads: concurrent.futures.Executor, call: Callable[[], T], deadline: float
-    ) -> T:
-        # If this coroutine is cancelled, drop the function, so that the buffers that the function
-        # uses are freed.
-        calls = [call]
-
-        def run() -> T:
-            if time.monotonic() > deadline or not calls:
-                raise DeadlineExceeded("the request timed out before its images were read")
-            return calls.pop()()
-
-        try:
-            return await self._loop.run_in_executor(threads, run)
-        finally:
-            calls.clear()
+        return await _run_on_thread(self._parser, call, deadline, client, size)
 
     def close(self) -> bool:
         """Stops all threads; returns False if the compute thread hangs.
@@ -425,41 +368,30 @@ class Engine:
         if self._thread.is_alive():
             return False
         for threads in (self._decoders, self._large_decoders, self._parser):
-            threads.shutdown(cancel_futures=True)
+            threads.shut_down()
         return True
 
     # The next method runs on the decoder threads.
 
-    def _decode(
-        self, threads: concurrent.futures.Executor, lane: collections.deque[_EncodedImage]
-    ) -> None:
-        """Decodes one image of a request, and schedules the decoding of the next image.
+    def _decode(self, request: "_Request", index: int, read: _Read) -> None:
+        """Decodes an image of a request.
 
-        A lane is a queue of encoded images of one request. Between two images of a lane, the
-        decoder threads decode images of other requests. A decoded image is passed directly to
-        the compute thread, because a detour through the event loop would delay the image and
-        the event loop.
+        A decoded image is passed directly to the compute thread, because a detour through the event
+        loop would delay the image and the event loop.
         """
-        try:
-            image = lane.popleft()
-        except IndexError:
-            return  # The request was cancelled or has timed out, so no image is left.
         start = time.monotonic()
         try:
-            pixels = image.read()
+            pixels = read()
         except DataError as error:
-            self._loop.call_soon_threadsafe(_set_result, image.request, image.index, error)
+            self._loop.call_soon_threadsafe(_set_result, request, index, error)
         except Exception as error:  # Catch every error, because the client must get a response.
-            self._loop.call_soon_threadsafe(_fail, image.request, error)
-            return
+            self._loop.call_soon_threadsafe(_fail, request, error)
         else:
             now = time.monotonic()
-            decoded = _DecodedImage(image.request, image.index, pixels, now - start, now)
+            decoded = _DecodedImage(request, index, pixels, now - start, now)
             with self._changed:
                 self._waiting.append(decoded)
                 self._changed.notify()
-        if lane:
-            threads.submit(self._decode, threads, lane)
 
     # The methods below, except `_set_results`, run on the compute thread.
 
@@ -480,7 +412,7 @@ class Engine:
             if not self._waiting:
                 return []
             program = self._next_program()
-            images = [image for image in self._waiting if image.request.program is program]
+            images = _in_turns(w for w in self._waiting if w.request.program is program)
             batch = images[: program.best_size(len(images))]
             taken = set(map(id, batch))
             self._waiting = collections.deque(w for w in self._waiting if id(w) not in taken)
@@ -557,6 +489,42 @@ class Engine:
         for image, result in zip(batch, computed, strict=True):
             _set_result(image.request, image.index, result)
         self._on_batch(len(batch), computed[0].compute_seconds)
+
+
+async def _run_on_thread(
+    threads: FairThreads, call: Callable[[], T], deadline: float, client: str, cost: int
+) -> T:
+    """Runs a function on a thread; see `Engine.run_on_decoder`."""
+    future: concurrent.futures.Future[T] = concurrent.futures.Future()
+
+    def run() -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            if time.monotonic() > deadline:
+                raise DeadlineExceeded("the request timed out before its images were read")
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    # If this coroutine is cancelled, drop the function, so that the buffers that the function uses
+    # are freed.
+    waiting = threads.submit(client, [Call(_MIN_COST + cost, run)])
+    try:
+        return await asyncio.wrap_future(future)
+    finally:
+        waiting.clear()
+
+
+def _in_turns(images: Iterable[_DecodedImage]) -> list[_DecodedImage]:
+    """Returns images in an order in which the clients take turns, and the oldest image is first."""
+    counts: collections.Counter[str] = collections.Counter()
+
+    def turn(image: _DecodedImage) -> int:
+        counts[image.request.client] += 1
+        return counts[image.request.client]
+
+    return sorted(images, key=turn)
 
 
 def _set_result(request: _Request, index: int, result: Computed | DataError) -> None:

@@ -1,7 +1,6 @@
 """Limits on the size, time and parameters of requests, and the related exceptions."""
 
 import asyncio
-import collections
 import contextlib
 import dataclasses
 import time
@@ -10,16 +9,11 @@ from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from starlette.requests import Request
 from starlette.types import Receive
 
+from cnn_jax.serve.fairness import Quota
 from cnn_jax.system.errors import closest
 
 # Maximum seconds between two received parts of a request's body.
 _PAUSE_SECONDS = 10.0
-# A body of at most this number of bytes is accepted even if larger bodies have used up the limit on
-# the total size.
-_SMALL_BODY_BYTES = 1_000_000
-# An image with more pixels is large: separate threads decode it, and the number of pixels of all
-# large images in flight is limited. Decoding 4 million pixels takes about 40 ms.
-LARGE_PIXELS = 4_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,27 +22,21 @@ class Limits:
 
     Attributes:
       body_bytes: Maximum size of a request's body.
-      all_bytes: Maximum total size of the bodies of all requests in flight. Bodies up to 1 MB are
-        accepted until the total size is `all_bytes + body_bytes`.
+      all_bytes: Maximum total size of the bodies of all requests in flight; see `Quota`.
       pixels: Maximum width times height of an image, according to its header.
-      all_pixels: Maximum number of pixels of all large images in flight. An image is large above
-        `LARGE_PIXELS` pixels.
+      all_pixels: Maximum number of pixels of all images in flight; see `Quota`.
       images: Maximum number of images in a request.
       explained: Maximum number of images in a request for explanation maps.
       seconds: Maximum seconds from the headers of a request to the answer.
-      client_fraction: The fraction of `all_bytes`, of `all_pixels` and of the images in flight that
-        one client may use, above 0 to 1. A client that has no request in flight may always send
-        one.
     """
 
     body_bytes: int = 20_000_000
-    all_bytes: int = 50_000_000
+    all_bytes: int = 100_000_000
     pixels: int = 25_000_000
     all_pixels: int = 500_000_000
     images: int = 64
     explained: int = 8
     seconds: float = 30.0
-    client_fraction: float = 0.5
 
 
 class Refused(Exception):  # noqa: N818 (the client's error, not the server's)
@@ -96,17 +84,16 @@ def check_query(request: Request, known: Collection[str] = ()) -> None:
 
 
 class Bodies:
-    """Reads the bodies of requests, and limits the total size of all bodies in memory.
-
-    Attributes:
-      num_bytes: The total size of the bodies in memory.
-    """
+    """Reads the bodies of requests, and limits the total size of all bodies in memory."""
 
     def __init__(self, limits: Limits):
         self._limits = limits
-        self.num_bytes = 0
-        # The size of the bodies of each client that has any in memory.
-        self._client_bytes: collections.Counter[str] = collections.Counter()
+        self._quota = Quota(limits.all_bytes)
+
+    @property
+    def num_bytes(self) -> int:
+        """The total size of the bodies in memory."""
+        return self._quota.used
 
     @contextlib.asynccontextmanager
     async def read(
@@ -121,8 +108,7 @@ class Bodies:
           client: The client that sends the body.
 
         Raises:
-          Refused: The body is too large or too slow, or the limit of all bodies or that of the
-            client is reached.
+          Refused: The body is too large or too slow, or the total size of the bodies is too large.
           ClientDisconnected: The client disconnected before the end of the body.
         """
         announced = int(content_length) if content_length and content_length.isdecimal() else 0
@@ -163,13 +149,7 @@ class Bodies:
             nonlocal body_bytes
             if body_bytes + size > self._limits.body_bytes:
                 raise self._too_large()
-            limit = self._limits.all_bytes
-            if body_bytes + size <= _SMALL_BODY_BYTES:
-                limit += self._limits.body_bytes
-            others = self._client_bytes[client] - body_bytes
-            client_limit = self._limits.client_fraction * limit
-            exceeds_own_limit = others > 0 and others + body_bytes + size > client_limit
-            if self.num_bytes + size > limit or exceeds_own_limit:
+            if not self._quota.fits(client, size):
                 raise Refused(
                     429,
                     "busy",
@@ -178,16 +158,12 @@ class Bodies:
                     retry_after="1",
                 )
             body_bytes += size
-            self.num_bytes += size
-            self._client_bytes[client] += size
+            self._quota.add(client, size)
 
         try:
             yield count
         finally:
-            self.num_bytes -= body_bytes
-            self._client_bytes[client] -= body_bytes
-            if not self._client_bytes[client]:
-                del self._client_bytes[client]
+            self._quota.add(client, -body_bytes)
 
     def _too_large(self) -> Refused:
         limit = self._limits.body_bytes

@@ -191,7 +191,7 @@ async def _parts(service: Service, request: Request, body: bytes) -> list[Part]:
     read = functools.partial(read_images, body, content_type, service.limits)
     # Parse a large form on another thread, because parsing would block the event loop.
     if len(body) > _LARGE_BODY:
-        return await service.engine.run_on_parser(read, request.state.deadline)
+        return await service.parse(read, body, request)
     return read()
 
 
@@ -205,7 +205,8 @@ async def _answer(
     for index, answer in enumerate(answers):
         if explain and isinstance(answer, Answer):
             draw = functools.partial(_explanation, answer)
-            maps[index] = await service.engine.run_on_decoder(draw, request.state.deadline)
+            state = request.state
+            maps[index] = await service.engine.run_on_decoder(draw, state.deadline, state.client)
     return answers, maps
 
 

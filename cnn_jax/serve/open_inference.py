@@ -97,9 +97,8 @@ def make_router(service: Service) -> APIRouter:
 
     async def infer(request: Request, version: Version) -> JSONResponse:
         async with service.body(request, version) as body:
-            deadline = request.state.deadline
             length = request.headers.get("inference-header-content-length")
-            inference = await service.engine.run_on_parser(lambda: _parse(body, length), deadline)
+            inference = await service.parse(lambda: _parse(body, length), body, request)
             async with cancel_on_disconnect(request.receive):
                 answers = await service.answer(version, inference.images, request)
         rows = probability_rows(answers, "image")

@@ -98,7 +98,6 @@ def run(
         options.max_wait,
         num_cores(),
         options.limits.all_pixels,
-        options.limits.client_fraction,
         metrics.count_batch,
     )
     service = Service(Models(), engine, options.limits, metrics, request_log)

@@ -4,8 +4,8 @@ import contextlib
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import numpy as np
 from fastapi import Path, Request
@@ -13,8 +13,9 @@ from fastapi import Path, Request
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
 from cnn_jax.serve.engine import Computed, Engine
+from cnn_jax.serve.fairness import Quota
 from cnn_jax.serve.image_size import count_pixels
-from cnn_jax.serve.limits import LARGE_PIXELS, Bodies, Limits, Refused
+from cnn_jax.serve.limits import Bodies, Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.versions import Output, Version
 from cnn_jax.system.errors import DataError
@@ -22,10 +23,14 @@ from cnn_jax.system.errors import DataError
 if TYPE_CHECKING:  # Importing pyarrow would delay the start of a server without a request log.
     from cnn_jax.serve.request_log import RequestLog
 
+T = TypeVar("T")
 # The type of a version number in the path of a URL.
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
 # For each model, the states of at most this number of unloaded versions are kept.
 _MAX_ENDED = 20
+# An image with at most this number of pixels may have more pixels than its first bytes say. For
+# example, the tiles of a small TIFF file may be larger than the image.
+_SMALL_PIXELS = 512 * 512
 # The states of a version, with the names that TensorFlow Serving uses.
 LOADING, AVAILABLE, UNLOADING, END = "LOADING", "AVAILABLE", "UNLOADING", "END"
 
@@ -266,6 +271,20 @@ class Service:
             ) as body:
                 yield body
 
+    async def parse(self, call: Callable[[], T], body: bytes, request: Request) -> T:
+        """Parses the body of a request on a thread that parses one body at a time.
+
+        Args:
+          call: The function that parses the body.
+          body: The body.
+          request: The request.
+
+        Raises:
+          DeadlineExceeded: The deadline of the request passed before the function could start.
+        """
+        state = request.state
+        return await self.engine.run_on_parser(call, state.deadline, state.client, len(body))
+
     @property
     def is_ready(self) -> bool:
         """Returns whether a load balancer should send requests to this server.
@@ -329,21 +348,18 @@ class Service:
             raise Refused(400, "explain", f"{message}; maps need the bundle")
         fields = {"model": version.model, "version": version.number, "images": len(images)}
         request.state.log_fields.update(fields)
-        sizes = [self._count_large_pixels(image) for image in images]
-        large_pixels = sum(sizes)
-        if large_pixels > self.limits.all_pixels:
-            message = (
-                f"the images of a request that have more than {LARGE_PIXELS:,} pixels may have at "
-                f"most {self.limits.all_pixels:,} pixels together; send them in several requests"
-            )
-            raise Refused(413, "too_many_pixels", message)
-        large = {index for index, size in enumerate(sizes) if size}
+        pixels = [self._count_pixels(image) for image in images]
+        limit = Quota(self.limits.all_pixels).client_limit
+        if sum(pixels) > limit:
+            message = f"the images of a request may have at most {limit:,} pixels together"
+            raise Refused(413, "too_many_pixels", f"{message}; send them in several requests")
         reads = [
-            functools.partial(self._read, version, image, index in large)
-            for index, image in enumerate(images)
+            functools.partial(self._read, version, image, size)
+            for image, size in zip(images, pixels, strict=True)
         ]
-        with self.engine.admit(len(images), large_pixels, request.state.client):
-            results = await self.engine.compute(program, reads, request.state.deadline, large)
+        client, deadline = request.state.client, request.state.deadline
+        with self.engine.admit(len(images), sum(pixels), client):
+            results = await self.engine.compute(program, reads, deadline, pixels, client)
         return [
             result
             if isinstance(result, DataError)
@@ -351,29 +367,23 @@ class Service:
             for index, result in enumerate(results)
         ]
 
-    def _count_large_pixels(self, image: bytes | np.ndarray) -> int:
-        """Returns the number of pixels of a large image, or 0 if the image is not large.
+    def _count_pixels(self, image: bytes | np.ndarray) -> int:
+        """Returns the number of pixels of an image, according to its first bytes.
 
-        An image whose size is unknown counts as an image of the maximum size.
+        An image whose size is unknown, or above the limit, counts as an image of the maximum size.
         """
         if isinstance(image, np.ndarray):
-            return 0  # The image is decoded already.
+            return image.shape[0] * image.shape[1]
         pixels = count_pixels(image)
-        if pixels is None:
-            return self.limits.pixels
-        # An image of more than the maximum size counts as 0, because `_read` refuses it.
-        return pixels if LARGE_PIXELS < pixels <= self.limits.pixels else 0
+        return self.limits.pixels if pixels is None else min(pixels, self.limits.pixels)
 
-    def _read(self, version: Version, image: bytes | np.ndarray, is_large: bool) -> Pixels:
+    def _read(self, version: Version, image: bytes | np.ndarray, pixels: int) -> Pixels:
         """Decodes and resizes an image on a decoder thread; see `Version.read`."""
-        if isinstance(image, np.ndarray) or is_large:
+        if isinstance(image, np.ndarray):
             return version.read(image)
-        pixels = count_pixels(image) or 0
-        if pixels > self.limits.pixels:
-            limit = self.limits.pixels
-            raise decode.TooManyPixelsError(f"has {pixels} pixels, more than max_pixels = {limit}")
-        # A hostile file may have more pixels than its first bytes say.
-        return version.read(image, max_pixels=LARGE_PIXELS)
+        # A hostile file may have more pixels than its first bytes say. Then it is refused, because
+        # its decoding would take more time than the request was admitted for.
+        return version.read(image, max_pixels=max(pixels, _SMALL_PIXELS))
 
     def _make_answer(
         self, version: Version, computed: Computed, request: Request, index: int

@@ -62,8 +62,7 @@ def make_router(service: Service) -> APIRouter:
 
     async def predict(request: Request, version: Version) -> JSONResponse:
         async with service.body(request, version) as body:
-            deadline = request.state.deadline
-            images, key = await service.engine.run_on_parser(lambda: _images(body), deadline)
+            images, key = await service.parse(lambda: _images(body), body, request)
             async with cancel_on_disconnect(request.receive):
                 answers = await service.answer(version, images, request)
         rows = probability_rows(answers, "instance")

@@ -75,7 +75,9 @@ class Version:
     sizes: tuple[int, ...]
     load_time: float
     in_use: int = 0
-    _readers: dict[int, ImageReader] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        self._reader = ImageReader(self.preprocessing)
 
     @property
     def class_names(self) -> list[str]:
@@ -91,11 +93,8 @@ class Version:
         Raises:
           DataError: The image cannot be used.
         """
-        limit = min(max_pixels or self.preprocessing.max_pixels, self.preprocessing.max_pixels)
-        if (reader := self._readers.get(limit)) is None:
-            preprocessing = dataclasses.replace(self.preprocessing, max_pixels=limit)
-            reader = self._readers[limit] = ImageReader(preprocessing)
-        return reader.read(image, f"an image for {self.model}, version {self.number}")
+        name = f"an image for {self.model}, version {self.number}"
+        return self._reader.read(image, name, max_pixels)
 
     @contextlib.contextmanager
     def hold(self) -> Iterator["Version"]:

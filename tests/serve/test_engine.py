@@ -256,7 +256,7 @@ def test_sizes_without_gain_are_not_compiled(monkeypatch, milliseconds, sizes):
 
 
 def test_capacity_limits_images_in_flight():
-    engine = Engine(capacity=5)
+    engine = Engine(capacity=8)
 
     async def test():
         with engine.admit(3):
@@ -264,9 +264,9 @@ def test_capacity_limits_images_in_flight():
             with pytest.raises(Overloaded, match="try again in 1 s") as caught, engine.admit(3):
                 pass
             assert caught.value.retry_after == 1
-            with engine.admit(2):
-                assert engine.in_flight == 5
-            with contextlib.suppress(ZeroDivisionError), engine.admit(2):
+            with engine.admit(1):
+                assert engine.in_flight == 4
+            with contextlib.suppress(ZeroDivisionError), engine.admit(1):
                 raise ZeroDivisionError
             assert engine.in_flight == 3
         assert engine.in_flight == 0
@@ -274,34 +274,54 @@ def test_capacity_limits_images_in_flight():
     run_with(engine, test)
 
 
-def test_large_pixels_and_clients_have_limits():
-    engine = Engine(capacity=10, large_pixels=1_000, client_fraction=0.5)
+def test_images_and_pixels_are_limited_for_each_client():
+    engine = Engine(capacity=10, pixels=1_000)
 
-    def refused(*amount):
-        with pytest.raises(Overloaded) as caught, engine.admit(*amount):
-            pass
-        return str(caught.value).partition(" too many")[0]
+    def is_refused(*amount):
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(engine.admit(*amount))
+            except Overloaded:
+                return True
+        return False
 
     async def test():
-        with contextlib.ExitStack() as stack:
-            # A client without images in flight may exceed its limit.
-            stack.enter_context(engine.admit(7, 900, "a"))
-            assert refused(1, 0, "a") == "this client has"
-            assert refused(1, 200, "b") == "there are"
-            assert refused(4, 0, "b") == "there are"
-            with engine.admit(2, 100, "b"):
-                assert engine.in_flight == 9
-            stack.enter_context(engine.admit(1, 50, "b"))
-            assert refused(1, 1, "a") == "this client has"
-        with engine.admit(1, 600, "a"):
-            # Images that are not large are admitted although the pixels are used up.
-            assert refused(1, 1, "a") == "this client has"
-            with engine.admit(4, 0, "a"):
-                assert engine.in_flight == 5
+        assert is_refused(6, 0, "a")
+        assert is_refused(1, 501, "a")
+        with engine.admit(1, 500, "a"):
+            assert is_refused(1, 1, "a")
+            assert not is_refused(4, 0, "a")
+            assert is_refused(1, 251, "b")
+            with engine.admit(4, 250, "b"):
+                assert is_refused(1, 1, "b")
+                assert is_refused(1, 126, "c")
+                assert not is_refused(2, 125, "c")
+                assert is_refused(3, 0, "c")
         assert engine.in_flight == 0
-        assert not engine._clients
 
     run_with(engine, test)
+
+
+def test_clients_take_turns_in_batches():
+    device, engine = Device(is_open=False), Engine(capacity=100, decoders=1)
+
+    async def test():
+        program = device.program({1: 1.0, 2: 1.0})
+
+        def ask(value, client):
+            reads = [functools.partial(image, value)]
+            return asyncio.ensure_future(engine.compute(program, reads, later(), client=client))
+
+        asked = [ask(0, "a")]
+        await asyncio.sleep(0.05)
+        for value, client in enumerate("aaaabc", 1):
+            asked.append(ask(value, client))
+            await asyncio.sleep(0.02)
+        device.gate.set()
+        await asyncio.gather(*asked)
+
+    run_with(engine, test)
+    assert device.batches == [[0], [1, 5], [2, 6], [3, 4]]
 
 
 def test_large_images_leave_threads_for_others():
@@ -311,7 +331,7 @@ def test_large_images_leave_threads_for_others():
         program = Device().program()
         held = [
             asyncio.ensure_future(
-                engine.compute(program, [decoder.read(value)] * 2, later(), large={0, 1})
+                engine.compute(program, [decoder.read(value)] * 2, later(), [5_000_000] * 2)
             )
             for value in (1, 2, 3)
         ]
@@ -328,7 +348,7 @@ def test_large_images_leave_threads_for_others():
 
 
 def test_retry_after_follows_measured_times():
-    engine = Engine(capacity=100)
+    engine = Engine(capacity=200)
 
     def slow(images):
         time.sleep(0.1)
@@ -337,7 +357,7 @@ def test_retry_after_follows_measured_times():
     async def test():
         for _ in range(30):
             await compute(engine, Program(slow, {1: 1.0}), 0)
-        with engine.admit(100), pytest.raises(Overloaded) as caught, engine.admit(1):
+        with engine.admit(100, 0, "a"), pytest.raises(Overloaded) as caught, engine.admit(101):
             pass
         # A hundred images take about ten seconds, because each takes a tenth of a second.
         assert 6 <= caught.value.retry_after <= 15
@@ -435,46 +455,38 @@ def test_queue_seconds_include_both_waits():
     run_with(engine, test)
 
 
-def test_large_requests_leave_decoders_for_others():
+def test_requests_of_a_client_take_turns_at_the_decoders():
     engine, decoder = Engine(capacity=100, decoders=2), Decoder()
 
     async def test():
         program = Device().program()
         many = [decoder.read(value) for value in range(10)]
         held = asyncio.ensure_future(engine.compute(program, many, later()))
-        await until(lambda: decoder.started == [0])
-        one = asyncio.ensure_future(engine.compute(program, [decoder.read(77)], later()))
-        await until(lambda: decoder.started == [0, 77])
+        await until(lambda: decoder.started == [0, 1])
         others = [
             asyncio.ensure_future(engine.compute(program, [decoder.read(n)], later()))
             for n in (78, 79)
         ]
         await asyncio.sleep(0.05)
         decoder.gate.set()
-        await asyncio.gather(held, one, *others)
+        await asyncio.gather(held, *others)
 
     run_with(engine, test)
-    # The threads alternate between the two small requests and the request with ten images.
     assert max(decoder.started.index(n) for n in (78, 79)) <= 5
 
 
 def test_an_unexpected_decode_error_fails_the_request():
-    engine, started = Engine(capacity=10, decoders=1), []
+    engine = Engine(capacity=10, decoders=1)
 
     def fail():
         raise ZeroDivisionError("a fault of the decoder")
 
-    def read():
-        started.append(1)
-        return image(1)
-
     async def test():
         with pytest.raises(ZeroDivisionError):
-            await engine.compute(Device().program(), [fail, read, read], later())
+            await engine.compute(Device().program(), [fail, lambda: image(1)], later())
         assert (await compute(engine, Device().program(), 2)).result == 4
 
     run_with(engine, test)
-    assert started == []
 
 
 def test_cancelled_requests_free_their_images():

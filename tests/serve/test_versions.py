@@ -526,6 +526,7 @@ def test_a_missing_registry_does_not_stop_the_server(serve, registry, tmp_path):
         (["--bundle={tmp}/bundle-shapes-1", "--port=70000"], "--port"),
         (["--bundle={tmp}/bundle-shapes-1", "--cors_origins=example.com"], "--cors_origins"),
         (["--bundle={tmp}/bundle-shapes-1", "--queue_pixels=9"], "--queue_pixels"),
+        (["--bundle={tmp}/bundle-shapes-1", "--queue=127"], "--queue: must be at least twice"),
     ],
 )
 def test_a_wrong_start_is_one_error_line(registry, tmp_path, flags, message):
@@ -666,7 +667,6 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             "max_wait_ms": "50",
             "queue": "16",
             "queue_pixels": "20000",
-            "client_fraction": "0.9",
             "timeout": "20",
             "max_body_mb": "0.5",
             "max_bodies_mb": "1",
