@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from cnn_jax.system.atomic import replacing, write_text
@@ -137,25 +138,39 @@ class Segments:
           OSError: The rows cannot be written. The earlier rows are not affected.
         """
         arrays = [pa.array(columns[field.name], field.type) for field in self._schema]
+        batch = pa.record_batch(arrays, schema=self._schema)
+        if self.path is not None and not self.path.exists():
+            self._forget()  # This process was suspended, and another server completed the file.
+        data = batch.serialize().to_pybytes()
         if self.path is None:
             self._open()
-        good = self._file.tell()
+            data = self._schema.serialize().to_pybytes() + data
         try:
-            self._writer.write_batch(pa.record_batch(arrays, schema=self._schema))
+            _write(self._descriptor, data)
         except BaseException:
-            # Remove the part of the batch that was written, because a reader could not read
-            # beyond it.
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file.fileno(), good)
-            self._forget()
+            self._undo()
             raise
+        self._bytes += len(data)
+        self._rows += batch.num_rows
         self._batches += 1
+
+    def _undo(self) -> None:
+        """Removes the part of a batch that was written; a reader could not read beyond it."""
+        assert self.path is not None
+        try:
+            os.ftruncate(self._descriptor, self._bytes)
+        except OSError:
+            self._forget()  # The next rows go to a new file.
+            return
+        if not self._rows:
+            self.path.unlink(missing_ok=True)
+            self._forget()
 
     @property
     def is_complete(self) -> bool:
         """Returns whether the present file is so large or old that the caller should close it."""
         return self.path is not None and (
-            self._file.tell() >= self._max_bytes
+            self._bytes >= self._max_bytes
             or self._batches >= _SEGMENT_BATCHES
             or time.monotonic() - self._start >= _SEGMENT_SECONDS
         )
@@ -165,27 +180,54 @@ class Segments:
 
         Raises:
           OSError: The Parquet file cannot be written. The Arrow stream then remains.
+          DataError: Rows are missing in one of the files. The Arrow stream then remains.
         """
         if (path := self.path) is None:
             return
-        with contextlib.suppress(OSError):
-            self._writer.close()
         self._forget()
         with contextlib.suppress(FileNotFoundError):  # Another server has deleted the file.
-            write_table(read_file(path), path.with_suffix(".parquet"))
-            path.unlink()
+            complete(path, self._rows)
 
     def _open(self) -> None:
         path = self._folder / f"{_milliseconds():012x}-{self._name}.arrows"
-        # The file has no buffer, so that readers see each batch as soon as it is written.
-        self._file = path.open("xb", buffering=0)
-        self._writer = pa.ipc.new_stream(self._file, self._schema)
-        self._batches, self._start = 0, time.monotonic()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o644)
+        self._bytes = self._rows = self._batches = 0
+        self._start = time.monotonic()
         self.path = path
 
     def _forget(self) -> None:
-        self._file.close()
         self.path = None
+        os.close(self._descriptor)
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    """Writes all bytes, or raises OSError: `os.write` may write only a part of them."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def complete(path: pathlib.Path, rows: int = 0) -> None:
+    """Converts an Arrow stream to a Parquet file; deletes a stream without rows.
+
+    Args:
+      path: The stream, to which nobody writes.
+      rows: The number of rows that the stream must have at least.
+
+    Raises:
+      OSError: A file cannot be read or written. The stream then remains.
+      DataError: Rows are missing in one of the files. The stream then remains.
+    """
+    table = read_file(path)
+    if table.num_rows:
+        parquet = path.with_suffix(".parquet")
+        write_table(table, parquet)
+        rows = max(rows, table.num_rows)
+        table = read_file(parquet, ("request_id",))
+    if table.num_rows < rows:
+        raise DataError(f"{path} or its Parquet file has {table.num_rows} of {rows} rows")
+    path.unlink()
 
 
 def write_table(table: pa.Table, path: pathlib.Path) -> None:
@@ -241,10 +283,10 @@ def _read_stream(path: pathlib.Path, file: pa.OSFile) -> pa.Table:
 
 
 def _check_version(path: pathlib.Path, schema: pa.Schema) -> None:
-    version = int((schema.metadata or {}).get(_VERSION_KEY, b"0"))
-    if not 0 < version <= SCHEMA_VERSION:
+    text = (schema.metadata or {}).get(_VERSION_KEY, b"0").decode(errors="replace")[:20]
+    if not re.fullmatch("[0-9]+", text) or not 0 < int(text) <= SCHEMA_VERSION:
         raise DataError(
-            f"{path} has version {version} of the request log's columns, and this version of "
+            f"{path} has version {text} of the request log's columns, and this version of "
             f"cnn_jax reads versions up to {SCHEMA_VERSION}; upgrade cnn_jax"
         )
 
@@ -345,95 +387,186 @@ def _checked(folder: str | os.PathLike[str]) -> pathlib.Path:
     return folder
 
 
-def find_row(folder: pathlib.Path, key: tuple[str, int]) -> str | None:
-    """Returns the digest of the bundle that predicted a recorded image; None without such an image.
+class LogFolder:
+    """Finds rows in a request log, and deletes old rows; remembers the ids of complete files.
 
-    Files that are being deleted are not searched.
-
-    Args:
-      folder: The folder of the request log.
-      key: The id of the request and the index of the image. The first 12 hexadecimal digits of
-        the id are the time at which the id was created, in milliseconds since the epoch.
+    A request id begins with a time, so the ids of a file lie between two values that are close to
+    each other. Only files that may have an id are read.
     """
-    created = int(key[0][:12], 16) / 1000
-    for name in ("requests", "labelled"):
-        for path in reversed(list_files(folder / name)):
-            start = int(path.name[:12], 16) / 1000
-            end = start + _SEGMENT_SECONDS
-            if is_claimed(path) or not start - _MAX_DELAY <= created <= end + _MAX_DELAY:
+
+    def __init__(self, folder: pathlib.Path):
+        self._folder = folder
+        # The first and the last request id of each Parquet file in alphabetical order.
+        self._ids: dict[pathlib.Path, tuple[str, str]] = {}
+
+    def find_row(self, key: tuple[str, int]) -> str | None:
+        """Returns the digest of the bundle that predicted an image; None without such an image.
+
+        Files that are being deleted are not searched.
+
+        Args:
+          key: The id of the request and the index of the image. The first 12 hexadecimal digits of
+            the id are the time at which the id was created, in milliseconds since the epoch.
+        """
+        created = int(key[0][:12], 16) / 1000
+        for name in ("requests", "labelled"):
+            for path in reversed(self._list(name)):
+                start = int(path.name[:12], 16) / 1000
+                end = start + _SEGMENT_SECONDS
+                if is_claimed(path) or not start - _MAX_DELAY <= created <= end + _MAX_DELAY:
+                    continue
+                # The server of a stream may convert it to a Parquet file at any moment.
+                for file in (path, path.with_suffix(".parquet")):
+                    with contextlib.suppress(FileNotFoundError):
+                        if not self._may_have(file, key[0], key[0]):
+                            break
+                        rows = read_file(file, ("request_id", "image_index", "digest"))
+                        rows = _between(rows, key[0], key[0])
+                        if (index := _keys(rows).get(key)) is not None:
+                            return rows["digest"][index].as_py()
+                        break
+        return None
+
+    def delete_oldest(self, max_bytes: int) -> None:
+        """Deletes the oldest request files while all request files have more than `max_bytes`.
+
+        Rows to which there is feedback are first copied to `labelled/`. A file that cannot be read
+        is kept. Several servers may call this method at the same time.
+
+        Raises:
+          OSError: A file cannot be read or written.
+          DataError: A file with requests cannot be read, and the readable files were deleted; or a
+            file with feedback cannot be read, and no further file was deleted.
+        """
+        now = time.time()
+        problem: DataError | None = None
+        files = []
+        for path in self._list("requests"):
+            with contextlib.suppress(FileNotFoundError):
+                files.append((path, path.stat()))
+        total = sum(status.st_size for path, status in files if not is_claimed(path))
+        for path, status in files:
+            claimed = path
+            if is_claimed(path):
+                if now - status.st_ctime <= _ABANDONED_SECONDS:
+                    continue
+            elif total <= max_bytes or _may_be_open(path, status.st_mtime, now):
                 continue
-            # The server of a stream may convert it to a Parquet file at any moment.
-            for file in (path, path.with_suffix(".parquet")):
-                with contextlib.suppress(FileNotFoundError):
-                    rows = read_file(file, ("request_id", "image_index", "digest"))
-                    if (index := _keys(rows).get(key)) is not None:
-                        return rows["digest"][index].as_py()
-                    break
-    return None
+            else:
+                claimed = path.with_suffix(_CLAIMED + path.suffix)
+            with contextlib.suppress(FileNotFoundError):  # Another server was faster.
+                try:
+                    rows = read_file(path)
+                except DataError as error:
+                    problem = error
+                    continue
+                self._delete(path, claimed, rows)
+            if claimed != path:
+                total -= status.st_size
+        if problem is not None:
+            raise problem
+
+    def _delete(self, path: pathlib.Path, claimed: pathlib.Path, rows: pa.Table) -> None:
+        """Deletes a file of requests with the given rows; `claimed` is its name meanwhile."""
+        self._labelled_positions(rows)  # If this fails, the file is not claimed.
+        if claimed != path:
+            # The new name tells `find_row` to ignore the file. Feedback that is accepted before
+            # this moment is already in a file, so the next lines read it.
+            path.rename(claimed)
+            os.utime(claimed)
+        if positions := self._labelled_positions(rows):
+            stem = claimed.name.partition(".")[0]
+            write_table(rows.take(positions), self._folder / "labelled" / f"{stem}.parquet")
+        claimed.unlink()
+
+    def _labelled_positions(self, rows: pa.Table) -> list[int]:
+        """Returns the positions of the rows to which there is feedback."""
+        positions = _keys(rows)
+        if not positions:
+            return []
+        first, last = min(positions)[0], max(positions)[0]
+        paths = [p for p in self._list("feedback") if self._may_have(p, first, last)]
+        labelled: set[tuple[str, int]] = set()
+        for table in _read_all(paths, ("request_id", "image_index")):
+            labelled |= _keys(_between(table, first, last)).keys()
+        return [position for key, position in positions.items() if key in labelled]
+
+    def _list(self, name: str) -> list[pathlib.Path]:
+        """Returns the files of a folder, the oldest first; forgets the files that were deleted."""
+        folder = self._folder / name
+        paths = list_files(folder)
+        for path in self._ids.keys() - set(paths):
+            if path.parent == folder:
+                del self._ids[path]
+        return paths
+
+    def _may_have(self, path: pathlib.Path, first: str, last: str) -> bool:
+        """Returns whether a file may have rows with request ids from `first` to `last`.
+
+        Raises:
+          FileNotFoundError: The file does not exist.
+        """
+        if path.suffix != ".parquet" or path.parent.name == "labelled":
+            return True  # The file may change.
+        if path not in self._ids:
+            self._ids[path] = _first_and_last_id(path)
+        smallest, largest = self._ids[path]
+        return smallest <= last and first <= largest
+
+    def clean(self) -> None:
+        """Completes the streams of servers that were killed, and deletes their temporary files.
+
+        Several servers may call this method at the same time.
+
+        Raises:
+          OSError: A file cannot be read or written.
+          DataError: A stream cannot be read, and was kept.
+        """
+        problem: DataError | None = None
+        for path in (path for name in _FOLDERS for path in (self._folder / name).iterdir()):
+            is_stream = path.suffix == ".arrows" and not is_claimed(path)
+            if not is_stream and not path.name.startswith(".partial-"):
+                continue
+            try:
+                with contextlib.suppress(FileNotFoundError):  # Another server was faster.
+                    if time.time() - path.stat().st_mtime > 2 * _SEGMENT_SECONDS:
+                        complete(path) if is_stream else path.unlink()
+            except DataError as error:
+                problem = error
+        if problem is not None:
+            raise problem
+
+
+def _may_be_open(path: pathlib.Path, modified: float, now: float) -> bool:
+    """Returns whether a server may still append to a file; times in seconds since the epoch."""
+    return path.suffix == ".arrows" and now - modified < 2 * _SEGMENT_SECONDS
+
+
+def _first_and_last_id(path: pathlib.Path) -> tuple[str, str]:
+    """Returns the first and the last request id of a Parquet file, from its statistics."""
+    try:
+        metadata = pq.read_metadata(path)
+        column = metadata.schema.names.index("request_id")
+        groups = [metadata.row_group(n).column(column) for n in range(metadata.num_row_groups)]
+        found = [group.statistics for group in groups]
+        if all(one is not None and one.has_min_max for one in found):
+            return min((s.min for s in found), default="~"), max((s.max for s in found), default="")
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    return "", "~"
+
+
+def _between(rows: pa.Table, first: str, last: str) -> pa.Table:
+    """Returns the rows with request ids from `first` to `last`."""
+    return rows.filter((pc.field("request_id") >= first) & (pc.field("request_id") <= last))
 
 
 def _keys(rows: pa.Table) -> dict[tuple[str, int], int]:
     """Returns the positions of rows by request id and image index."""
     ids, indices = rows["request_id"].to_pylist(), rows["image_index"].to_pylist()
     return {key: position for position, key in enumerate(zip(ids, indices, strict=True))}
-
-
-def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
-    """Deletes the oldest request files while all request files have more than `max_bytes` bytes.
-
-    Rows to which there is feedback are first copied to `labelled/`. A file that cannot be read is
-    kept. Several servers may call this function at the same time.
-
-    Raises:
-      OSError: A file cannot be read or written.
-      DataError: A file with requests cannot be read, and the readable files were deleted; or a file
-        with feedback cannot be read, and nothing was deleted.
-    """
-    now = time.time()
-    problem: DataError | None = None
-    files = []
-    for path in list_files(folder / "requests"):
-        with contextlib.suppress(FileNotFoundError):
-            files.append((path, path.stat()))
-    total = sum(status.st_size for path, status in files if not is_claimed(path))
-    if total > max_bytes:
-        read_feedback(folder)  # If this fails, no file is claimed.
-    for path, status in files:
-        if is_claimed(path):
-            if now - status.st_ctime > _ABANDONED_SECONDS:
-                try:
-                    _delete(folder, path)
-                except DataError as error:
-                    problem = error
-        elif path.suffix == ".arrows" and now - status.st_mtime < 2 * _SEGMENT_SECONDS:
-            continue  # A server may still append to this file.
-        elif total > max_bytes:
-            # The new name tells `find_row` to ignore the file. Feedback that is accepted before
-            # this moment is already in a file, so `_delete` reads it.
-            claimed = path.with_suffix(_CLAIMED + path.suffix)
-            with contextlib.suppress(FileNotFoundError):  # Another server was faster.
-                try:
-                    read_file(path, ("request_id",))
-                except DataError as error:
-                    problem = error
-                    continue
-                path.rename(claimed)
-                os.utime(claimed)
-                _delete(folder, claimed)
-            total -= status.st_size
-    if problem is not None:
-        raise problem
-
-
-def _delete(folder: pathlib.Path, claimed: pathlib.Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        labelled = _keys(read_feedback(folder)).keys()
-        rows = read_file(claimed)
-        positions = [n for key, n in _keys(rows).items() if key in labelled]
-        if positions:
-            stem = claimed.name.partition(".")[0]
-            write_table(rows.take(positions), folder / "labelled" / f"{stem}.parquet")
-        claimed.unlink()
 
 
 def write_class_names(folder: pathlib.Path, digest: str, names: Sequence[str]) -> None:

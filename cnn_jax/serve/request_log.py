@@ -26,8 +26,9 @@ from cnn_jax.system.errors import ConfigError, closest
 
 logger = logging.getLogger(__name__)
 
-# Maximum number of rows that wait to be written. Further rows are dropped and counted.
-_MAX_WAITING = 1_000
+# Maximum number of rows that wait to be written, and of the bytes of their images. Further rows are
+# dropped and counted.
+_MAX_WAITING, _MAX_WAITING_BYTES = 1_000, 50_000_000
 # Maximum number of clients that wait until their feedback is written.
 _MAX_FEEDBACK = 100
 # The number of seconds after which the end of the server no longer waits for the files.
@@ -110,12 +111,14 @@ class RequestLog:
           ConfigError: The folder cannot be used.
         """
         self._folder = folder
+        self._log_folder = files.LogFolder(folder)
         self._fraction = fraction
         self._max_bytes = max_bytes
         self._with_images = with_images
-        # Only one thread changes each counter: `record` changes the first counter, and the thread
-        # of the log changes the second counter.
+        # Only one thread changes each counter: `record` changes the first counter of each pair, and
+        # the thread of the log changes the second counter.
         self._num_dropped, self._num_failed = 0, 0
+        self._bytes_added, self._bytes_removed = 0, 0
         self._num_feedback = 0
         self._random = random.Random()
         # A new row is refused if too many rows wait. Feedback and the end of the log always wait.
@@ -142,8 +145,11 @@ class RequestLog:
         """
         if self._random.random() >= self._fraction:
             return
-        if self._waiting.qsize() < _MAX_WAITING:
-            self._waiting.put(_Row(**fields))
+        row = _Row(**fields)
+        num_bytes = self._bytes_added - self._bytes_removed + row.pixels.nbytes
+        if self._waiting.qsize() < _MAX_WAITING and num_bytes <= _MAX_WAITING_BYTES:
+            self._bytes_added += row.pixels.nbytes
+            self._waiting.put(row)
         else:
             self._num_dropped += 1
 
@@ -187,6 +193,7 @@ class RequestLog:
     # The methods below run on the thread of the log.
 
     def _write_all(self) -> None:
+        self._clean()
         item: object = self
         while item is not None:
             rows, item = self._next_rows()
@@ -196,6 +203,7 @@ class RequestLog:
             except Exception as error:  # Writing fails, for example, if the disk is full.
                 logger.error("%d rows of the request log are lost: %s", len(rows), error)
                 self._num_failed += len(rows)
+            self._bytes_removed += sum(row.pixels.nbytes for row in rows)
             if isinstance(item, tuple):
                 self._answer_feedback(*item)
             self._complete_files(is_end=item is None)
@@ -209,10 +217,17 @@ class RequestLog:
                 segments.close()
             except Exception as error:
                 logger.error("a file of the request log stays an Arrow stream: %s", error)
+            self._clean()
             try:
-                files.delete_oldest(self._folder, self._max_bytes)
+                self._log_folder.delete_oldest(self._max_bytes)
             except Exception as error:
                 logger.error("old rows of the request log cannot be deleted: %s", error)
+
+    def _clean(self) -> None:
+        try:
+            self._log_folder.clean()
+        except Exception as error:
+            logger.error("files of a killed server stay in the request log: %s", error)
 
     def _next_rows(self) -> tuple[list[_Row], object]:
         """Waits for rows; returns the rows of a batch, and the item that ended the batch.
@@ -312,7 +327,7 @@ class RequestLog:
         path = self._requests.path
         if path is not None and path == self._recent_path and key in self._recent and path.exists():
             return self._recent[key]
-        if (found := files.find_row(self._folder, key)) is None:
+        if (found := self._log_folder.find_row(key)) is None:
             raise Refused(
                 404,
                 "no_request",

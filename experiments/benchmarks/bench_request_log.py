@@ -2,13 +2,14 @@
 
     pip install -e '.[bench,serve]' && python experiments/benchmarks/bench_request_log.py
 
-Two measurements:
+Three measurements:
 
 - The CPU time of a server per request, with one request at a time, without a request log, with a
   log, and with a log that has the images. The servers take turns, and the others are paused.
 - The CPU time per row and the bytes per row of the log's own files and of SQLite in WAL mode, for
   rows that are written singly and in batches; the time to read all embeddings, and the time to
   find a row by its request id.
+- The CPU time to find a row, as each request with feedback does, in a log of many files.
 """
 
 import argparse
@@ -167,6 +168,10 @@ def read_sqlite(folder: pathlib.Path) -> np.ndarray:
         return np.stack([np.frombuffer(row[0], np.float32) for row in rows])
 
 
+def find_own(folder: pathlib.Path, key: tuple[str, int]) -> object:
+    return request_log.LogFolder(folder).find_row(key)
+
+
 def find_sqlite(folder: pathlib.Path, key: tuple[str, int]) -> object:
     with contextlib.closing(sqlite3.connect(folder / "log.db")) as connection:
         text = "select digest from requests where request_id = ? and image_index = ?"
@@ -187,7 +192,7 @@ def measure_files(count: int) -> None:
     rows = make_rows(count)
     key = rows[count // 2]["request_id"], 0
     formats = {
-        "own files": (write_own, read_own, request_log.find_row),
+        "own files": (write_own, read_own, find_own),
         "SQLite": (write_sqlite, read_sqlite, find_sqlite),
     }
     print(f"\n{count:,} rows with 256 numbers of an embedding and 10 probabilities\n")
@@ -208,6 +213,25 @@ def measure_files(count: int) -> None:
             )
 
 
+def measure_finding(num_files: int, rows_per_file: int = 2_000) -> None:
+    """Prints the time to find a row: the first time, and after the ids of all files are known."""
+    rows = make_rows(rows_per_file)
+    keys = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = pathlib.Path(temporary) / "log"
+        for _ in range(num_files):
+            now = f"{time.time_ns() // 1_000_000:012x}"
+            rows = [{**row, "request_id": now + secrets.token_hex(10)} for row in rows]
+            keys.append((rows[0]["request_id"], 0))
+            write_own(folder, rows, rows_per_file)
+            time.sleep(0.002)
+        log = request_log.LogFolder(folder)
+        first = timed(lambda: log.find_row(keys[0]))
+        later = statistics.median(timed(lambda: log.find_row(key)) for key in keys)  # noqa: B023
+    print(f"\n{num_files} files with {rows_per_file:,} rows each: a row is found in ", end="")
+    print(f"{1000 * first:.1f} ms of CPU time at first, and then in {1000 * later:.1f} ms")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--side", type=int, default=224)
@@ -216,6 +240,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     flags = parser.parse_args()
     measure_files(flags.rows)
+    measure_finding(100)
     measure_servers(flags.side, flags.rounds, flags.seconds)
 
 

@@ -301,7 +301,7 @@ def test_feedback_is_refused_while_its_row_is_deleted(version, tmp_path, monkeyp
 
     def delete_and_append(columns):
         if is_complete:
-            files.delete_oldest(folder, 0)
+            files.LogFolder(folder).delete_oldest(0)
         else:
             path.rename(path.with_suffix(".claimed.parquet"))
         append(columns)
@@ -321,12 +321,12 @@ def test_an_interrupted_deletion_is_finished_later(version, tmp_path):
     (path,) = (folder / "requests").iterdir()
     claimed = path.with_suffix(".claimed.parquet")
     path.rename(claimed)
-    files.delete_oldest(folder, 0)
+    files.LogFolder(folder).delete_oldest(0)
     assert units(folder) == [0, 1, 2]  # The server that has claimed the file may still run.
     now = time.time()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(files.time, "time", lambda: now + 1_000)
-        files.delete_oldest(folder, 0)
+        files.LogFolder(folder).delete_oldest(0)
     assert units(folder) == [1]
 
 
@@ -345,30 +345,135 @@ def test_a_killed_server_leaves_readable_rows(version, tmp_path):
     log.close()
 
 
-def test_rows_lost_to_a_full_disk_are_counted(version, tmp_path):
+_FULL_DISK = """
+import pathlib, resource, sys
+import numpy as np
+from cnn_jax.data import request_log as files
+folder = pathlib.Path(sys.argv[1])
+files.make_folders(folder)
+segments = files.Segments(folder / "feedback", files.FEEDBACK)
+accepted, failed = [], []
+# No file may grow beyond the limit: like a full disk, it shortens a write and then fails it.
+for number in range(300):
+    limit = 100 if number < 2 else 20_000 if number < 150 else resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    row = {name: [None] for name in files.FEEDBACK.names} | {"reward": [float(number)]}
+    try:
+        segments.append(row | {"label": ["x" * (number * 37 % 200)]})
+    except OSError:
+        failed.append(number)
+        continue
+    accepted.append(number)
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+assert failed[:2] == [0, 1] and len(failed) > 10, failed
+assert sorted(files.read_feedback(folder)["reward"].to_pylist()) == accepted
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+segments.close()
+assert sorted(files.read_feedback(folder)["reward"].to_pylist()) == accepted
+assert [path.suffix for path in (folder / "feedback").iterdir()] == [".parquet"]
+"""
+
+
+def test_a_full_disk_loses_no_row_that_was_accepted(tmp_path):
+    """The limit on the size of files acts like a full disk; later there is space again."""
+    subprocess.run([sys.executable, "-c", _FULL_DISK, tmp_path / "log"], cwd=REPOSITORY, check=True)
+
+
+def test_a_batch_that_fails_leaves_no_file(tmp_path):
+    program = _FULL_DISK.partition("# No file")[0] + (
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))\n"
+        "row = {name: [None] for name in files.FEEDBACK.names}\n"
+        "try:\n    segments.append(row)\nexcept OSError:\n    print('failed')\n"
+    )
+    command = [sys.executable, "-c", program, tmp_path / "log"]
+    result = subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, text=True)
+    assert result.stdout == "failed\n"
+    assert list((tmp_path / "log" / "feedback").iterdir()) == []
+
+
+def test_rows_lost_to_a_full_disk_are_counted(version, tmp_path, monkeypatch):
     folder = tmp_path / "log"
     log = RequestLog(folder)
     offer(log, version, range(5))
     until(lambda: len(units(folder)) == 5)
-    segments = log._requests
+    write = os.write
 
-    class Full:
-        """A writer that writes a part of a batch and fails."""
+    def fail(descriptor, data):
+        write(descriptor, data[:30])
+        raise OSError("No space left on device")
 
-        def write_batch(self, batch):
-            os.write(segments._file.fileno(), b"\xff\xff\xff\xff\x10\x00\x00\x00part")
-            raise OSError("No space left on device")
-
-    segments._writer = Full()
+    monkeypatch.setattr(files.os, "write", fail)
     offer(log, version, range(5, 8))
     until(lambda: log.lost_rows == 3)
+    monkeypatch.undo()
     offer(log, version, range(8, 10))
     log.close()
     assert log.lost_rows == 3
     assert units(folder) == [0, 1, 2, 3, 4, 8, 9]
-    (path,) = (folder / "requests").glob("*.arrows")
-    with pa.OSFile(str(path)) as file:
-        assert pa.ipc.open_stream(file).read_all().num_rows == 5  # The part was removed.
+
+
+def test_a_stream_with_missing_rows_is_kept(version, tmp_path, caplog):
+    log = RequestLog(tmp_path / "log")
+    for start in (0, 5):
+        offer(log, version, range(start, start + 5))
+        until(lambda: len(units(tmp_path / "log")) == start + 5)  # noqa: B023
+    (path,) = (tmp_path / "log" / "requests").iterdir()
+    os.truncate(path, path.stat().st_size - 8)
+    log.close()
+    assert "has 5 of 10 rows" in caplog.text
+    assert path.exists()
+
+
+def test_a_suspended_server_appends_to_a_new_file(version, tmp_path):
+    """Another server completes the file, because it seems to be a killed server's file."""
+    folder = tmp_path / "log"
+    log = RequestLog(folder)
+    offer(log, version, [0])
+    until(lambda: units(folder) == [0])
+    (path,) = (folder / "requests").iterdir()
+    files.complete(path)
+    offer(log, version, [1])
+    log.close()
+    assert log.lost_rows == 0
+    assert units(folder) == [0, 1]
+
+
+_KILLED = """
+import os, pathlib, signal, sys
+from cnn_jax.data import request_log as files
+folder = pathlib.Path(sys.argv[1])
+files.make_folders(folder)
+segments = files.Segments(folder / "feedback", files.FEEDBACK)
+segments.append({name: [None] for name in files.FEEDBACK.names})
+files.Segments(folder / "requests", files.REQUESTS)._open()
+with files.replacing(folder / "requests" / "0.parquet", shared=True):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_files_of_a_killed_server_are_cleaned(tmp_path):
+    """Several servers start at the same time; files that a server may still write stay."""
+    folder = tmp_path / "log"
+
+    def list_suffixes():
+        found = [path for path in folder.rglob("*") if path.is_file()]
+        return sorted((path.parent.name, path.suffix) for path in found)
+
+    def kill_a_server():
+        subprocess.run([sys.executable, "-c", _KILLED, folder], cwd=REPOSITORY)
+
+    kill_a_server()
+    left = [("feedback", ".arrows"), ("requests", ""), ("requests", ".arrows")]
+    assert list_suffixes() == left
+    for path in folder.rglob("*"):
+        if path.is_file():
+            os.utime(path, (time.time() - 10_000,) * 2)
+    kill_a_server()
+    logs = [RequestLog(folder) for _ in range(4)]
+    until(lambda: list_suffixes() == sorted([*left, ("feedback", ".parquet")]))
+    for log in logs:
+        log.close()
+    assert len(read_feedback(folder)) == 2
 
 
 def test_a_failed_conversion_loses_no_row(version, tmp_path, monkeypatch, caplog):
@@ -400,6 +505,66 @@ def test_record_never_waits(version, tmp_path, monkeypatch):
     assert len(read_requests(tmp_path / "log")) + log.lost_rows == 1_300
 
 
+def test_waiting_images_are_limited_by_their_bytes(version, tmp_path, monkeypatch):
+    monkeypatch.setattr("cnn_jax.serve.request_log._MAX_WAITING_BYTES", 10_000)
+    log = RequestLog(tmp_path / "log")
+    gate = threading.Event()
+    write = log._write
+    monkeypatch.setattr(log, "_write", lambda rows: (gate.wait(20), write(rows)))
+    offer(log, version, range(300))  # Each image has 768 bytes.
+    assert log.lost_rows >= 300 - 13
+    gate.set()
+    until(lambda: len(units(tmp_path / "log")) + log.lost_rows == 300)
+    offer(log, version, [300])
+    log.close()
+    assert 300 in units(tmp_path / "log")
+
+
+def test_feedback_reads_one_complete_file(tmp_path, monkeypatch):
+    """Only the file that may have the id is read, however many files have the same age."""
+    folder, ids = tmp_path / "log", []
+    files.make_folders(folder)
+    for _ in range(30):
+        segments = files.Segments(folder / "requests", files.REQUESTS)
+        ids.append([new_request_id() for _ in range(3)])
+        columns = {name: [None] * 3 for name in files.REQUESTS.names}
+        columns |= {"request_id": ids[-1], "image_index": [0] * 3, "digest": ["d"] * 3}
+        segments.append(columns)
+        segments.close()
+        time.sleep(0.002)
+    log, read = files.LogFolder(folder), []
+    read_file, read_metadata = files.read_file, pyarrow.parquet.read_metadata
+    monkeypatch.setattr(files, "read_file", lambda p, c=None: read.append(p) or read_file(p, c))
+    monkeypatch.setattr(
+        pyarrow.parquet, "read_metadata", lambda p: read.append(p) or read_metadata(p)
+    )
+    assert log.find_row((ids[0][1], 0)) == "d"
+    assert len(read) == 31  # The statistics of all files, and one file.
+    del read[:]
+    assert log.find_row((ids[17][2], 0)) == "d"
+    assert log.find_row((ids[0][0], 1)) is None
+    assert log.find_row(("0" * 32, 0)) is None
+    assert len(read) == 2
+
+
+def test_deletion_reads_only_feedback_to_its_rows(version, tmp_path, monkeypatch):
+    folder = tmp_path / "log"
+    for number in range(6):
+        log = RequestLog(folder)
+        (request_id,) = offer(log, version, [number])
+        until(lambda: number in units(folder))  # noqa: B023
+        give(log, request_id, reward=number)
+        log.close()
+    files_of_log, read = files.LogFolder(folder), []
+    read_file = files.read_file
+    monkeypatch.setattr(files, "read_file", lambda p, c=None: read.append(p) or read_file(p, c))
+    size = sum(path.stat().st_size for path in (folder / "requests").iterdir())
+    files_of_log.delete_oldest(size - 1)
+    assert len(list((folder / "requests").iterdir())) == 5
+    assert sum(path.parent.name == "feedback" for path in read) == 2  # Before and after the claim.
+    assert sorted(units(folder)) == list(range(6))
+
+
 def test_feedback_is_read_once_after_a_killed_conversion(version, tmp_path):
     log = RequestLog(tmp_path / "log")
     (request_id,) = offer(log, version, [0])
@@ -420,7 +585,7 @@ def test_an_unreadable_file_does_not_stop_deletion(version, tmp_path):
     oldest, *_ = files.list_files(folder / "requests")
     oldest.write_bytes(b"damaged")
     with pytest.raises(DataError, match=f"{oldest.name} cannot be read"):
-        files.delete_oldest(folder, 0)
+        files.LogFolder(folder).delete_oldest(0)
     assert files.list_files(folder / "requests") == [oldest]
 
 
@@ -434,7 +599,7 @@ def test_a_damaged_file_of_feedback_stops_deletion(version, tmp_path):
     before = files.list_files(folder / "requests")
     files.list_files(folder / "feedback")[0].write_bytes(b"damaged")
     with pytest.raises(DataError, match="cannot be read"):
-        files.delete_oldest(folder, 0)
+        files.LogFolder(folder).delete_oldest(0)
     assert files.list_files(folder / "requests") == before
 
 
@@ -507,6 +672,10 @@ def test_a_later_version_of_the_columns_is_refused(version, tmp_path):
     table = pa.parquet.read_table(path).replace_schema_metadata({"cnn_jax_request_log": "2"})
     pa.parquet.write_table(table, path)
     with pytest.raises(DataError, match="version 2 of the request log's columns"):
+        read_requests(tmp_path / "log")
+    table = table.replace_schema_metadata({"cnn_jax_request_log": "none"})
+    pa.parquet.write_table(table, path)
+    with pytest.raises(DataError, match="version none of the request log's columns"):
         read_requests(tmp_path / "log")
 
 
