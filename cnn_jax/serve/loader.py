@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -30,6 +31,8 @@ T = TypeVar("T")
 # Seconds until the first retry after a failed load, and the maximum number of seconds until a
 # retry. Each failure doubles the time until the next retry.
 _FIRST_RETRY, _MAX_RETRY = 5.0, 300.0
+# A version is loaded again although its earlier loads hang, up to this number of hanging threads.
+_MAX_HANGING = 3
 # While the registry does not answer, a warning is logged every _SLOW_SECONDS seconds. While the
 # registry reports the same error, the error is logged every _REPEAT_SECONDS seconds.
 _SLOW_SECONDS, _REPEAT_SECONDS = 30.0, 600.0
@@ -270,9 +273,9 @@ class Loader:
         self._poll = poll
         self._load_timeout = load_timeout
         self._loads: dict[_Key, _Load] = {}
-        # The versions for which a thread runs. A thread cannot be interrupted, so it may still run
-        # after its load was abandoned. Until it ends, the version is not loaded again.
-        self._threads: set[_Key] = set()
+        # The start times of the threads that load a version. A thread cannot be interrupted, so it
+        # may still run after its load was abandoned or timed out.
+        self._thread_starts: dict[_Key, list[float]] = {}
         # The number of failures and the time of the next retry, for each version that could not be
         # loaded.
         self._failures: dict[_Key, tuple[int, float]] = {}
@@ -440,9 +443,14 @@ class Loader:
                         yield key
 
     def _is_due(self, key: _Key) -> bool:
-        """Returns whether a load may start: none is running, and it is not too early to retry."""
+        """Returns whether a load may start: none is running, and it is not too early to retry.
+
+        A thread that has exceeded the time limit does not count as running.
+        """
         _, retry_at = self._failures.get(key, (0, 0.0))
-        return key not in self._loads.keys() | self._threads and time.monotonic() >= retry_at
+        starts, now = self._thread_starts.get(key, ()), time.monotonic()
+        is_running = key in self._loads or any(now - t < self._load_timeout for t in starts)
+        return not is_running and len(starts) < _MAX_HANGING and now >= retry_at
 
     def _update_aliases(self, model: str, state: DesiredState) -> None:
         """Points the aliases of a model to the desired versions, if these versions are loaded."""
@@ -517,13 +525,10 @@ class Loader:
         """
         models = self._service.models
         loaded = [version for name in models.names for version in models.loaded(name).values()]
-        self._threads.add(key)
-        making = asyncio.ensure_future(
-            self._run_on_thread(
-                self._make, *key, loaded, on_end=functools.partial(self._threads.discard, key)
-            )
-        )
         start = time.monotonic()
+        self._thread_starts.setdefault(key, []).append(start)
+        on_end = functools.partial(self._end_thread, key, start)
+        making = asyncio.ensure_future(self._run_on_thread(self._make, *key, loaded, on_end=on_end))
         try:
             while True:
                 left = start + self._load_timeout - time.monotonic()
@@ -540,6 +545,18 @@ class Loader:
         finally:
             making.cancel()
 
+    def _end_thread(self, key: _Key, start: float) -> None:
+        self._thread_starts[key].remove(start)
+        if not self._thread_starts[key]:
+            del self._thread_starts[key]
+        self._count_hanging()
+
+    def _count_hanging(self) -> None:
+        """Updates the metric of the threads that have exceeded the time limit."""
+        end = time.monotonic() - self._load_timeout
+        starts = itertools.chain.from_iterable(self._thread_starts.values())
+        self._service.metrics.hanging_loads.set(sum(start <= end for start in starts))
+
     def _fail(self, key: _Key, error: Exception) -> None:
         """Reports a version that could not be loaded, and sets the time of the next try."""
         model, number, _ = key
@@ -550,12 +567,16 @@ class Loader:
         self.problem = str(error) if isinstance(error, UserError) else repr(error)
         self._service.models.set_state(model, number, END, _public_message(error))
         self._service.metrics.loads.labels(model, "failed").inc()
+        self._count_hanging()
+        next_try = f"next try in {wait:.0f} s"
+        if len(self._thread_starts.get(key, ())) >= _MAX_HANGING:
+            next_try = f"not tried again while {_MAX_HANGING} of its loads hang"
         logger.error(
-            "%s, version %d: not loaded; the loaded versions stay: %s; next try in %.0f s",
+            "%s, version %d: not loaded; the loaded versions stay: %s; %s",
             model,
             number,
             self.problem,
-            wait,
+            next_try,
         )
 
     def _make(self, model: str, number: int, digest_: str, loaded: Sequence[Version]) -> Version:

@@ -58,6 +58,9 @@ class ServerMetrics:
         self.loads = Counter(
             "loads", "Attempts to load a version, by outcome.", ("model", "outcome"), **options
         )
+        self.hanging_loads = Gauge(
+            "hanging_loads", "Threads that still load a version after --load_timeout.", **options
+        )
         self.loaded = Gauge(
             "version_loaded",
             "1 while the version is loaded; absent otherwise.",

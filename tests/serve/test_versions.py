@@ -343,6 +343,54 @@ def test_a_slow_load_delays_no_other_version(monkeypatch, caplog):
     assert "shapes, version 2: still loading after" in caplog.text
 
 
+@pytest.mark.parametrize("num_hanging", [1, 9])
+def test_a_version_that_hangs_is_tried_again(monkeypatch, caplog, num_hanging):
+    """The first loads hang until the end of the test; at most three loads may hang."""
+    monkeypatch.setattr(loader_module, "_FIRST_RETRY", 0.1)
+    gate, opened = threading.Event(), []
+
+    class Hanging(Source):
+        def desired(self):
+            return {"shapes": DesiredState({1: "1"}, {"champion": 1})}
+
+        def open(self, model, number):
+            opened.append(number)
+            assert len(opened) > num_hanging or gate.wait(60)
+            return make_bundle(number)
+
+        def set_extra(self, model, number, is_extra):
+            raise AssertionError
+
+    async def run():
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+
+        def hanging():
+            found = re.search(rb"^cnn_jax_hanging_loads (.*)$", service.expose(), re.MULTILINE)
+            return float(found[1])
+
+        # If one load hangs, the time limit must suffice for the second load.
+        loader = Loader(service, Hanging(), (1,), poll=0.02, load_timeout=5 / num_hanging)
+        following = asyncio.ensure_future(loader.follow())
+        if num_hanging == 1:
+            while not service.models.is_ready():
+                await asyncio.sleep(0.01)
+            assert opened == [1, 1]
+            assert hanging() == 1
+        else:
+            while "not tried again while 3 of its loads hang" not in caplog.text:
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)
+            assert opened == [1, 1, 1]
+            assert hanging() == 3
+        gate.set()
+        while hanging():
+            await asyncio.sleep(0.01)
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+    assert "it was not loaded within" in caplog.text
+
+
 _SLOW_PROGRAM = """
 import sys, time
 from cnn_jax.serve import loader
