@@ -161,7 +161,6 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
     promote.add_argument(
         "--split",
         choices=("test", "all"),
-        default="test",
         metavar="SPLIT",
         help="test: only images that are in the test split of both versions; all: all images of "
         "--on, which neither version may have seen (test)",
@@ -169,7 +168,6 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
     promote.add_argument(
         "--margin",
         type=_margin,
-        default=0.01,
         metavar="FRACTION",
         help="the difference in accuracy that --not_worse_than accepts, at least 0.0001 and below "
         "1 (0.01)",
@@ -231,6 +229,9 @@ def _add(registry: Registry, flags: argparse.Namespace) -> None:
 def _promote(registry: Registry, flags: argparse.Namespace) -> None:
     if (flags.not_worse_than is None) != (flags.on is None):
         raise ConfigError("--not_worse_than and --on must be given together")
+    for name in ("split", "margin"):
+        if flags.not_worse_than is None and getattr(flags, name) is not None:
+            raise ConfigError(f"--{name} needs --not_worse_than and --on")
     limits = ("min_accuracy", "min_precision", "min_recall", "min_f1", "max_loss")
     gates = Gates(**{name: getattr(flags, name) for name in limits})
     if flags.not_worse_than is not None:
@@ -267,8 +268,8 @@ def _evidence(registry: Registry, flags: argparse.Namespace, gates: Gates) -> Ev
         version,
         flags.not_worse_than,
         flags.on,
-        flags.margin,
-        flags.split,
+        0.01 if flags.margin is None else flags.margin,
+        flags.split or "test",
         Console().track,
     )
 

@@ -9,6 +9,7 @@ store it twice.
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
@@ -176,6 +177,10 @@ def export_versions(
                 yield f"{version} is already {name} version {number} in MLflow"
             for alias in model.version_aliases(version.number):
                 yield _export_alias(client, name, alias, number)
+        if selector is None:
+            known = client.get_registered_model(name).aliases
+            for alias in sorted(known.keys() - model.aliases.keys()):
+                yield f"{name}@{alias} is in MLflow only, and was kept"
         if damaged:
             raise BundleError(f"not exported, because damaged: {', '.join(damaged)}")
 
@@ -285,14 +290,18 @@ def _save_model(bundle: pathlib.Path, target: pathlib.Path) -> None:
     import cnn_jax
     from cnn_jax.registry import pyfunc
 
-    names = _read_json(bundle / "bundle.json")["class_names"]
+    description = _read_json(bundle / "bundle.json")
+    runtime = ("onnxruntime",) if "export" in description else ("jax", "flax")
+    needed = {name: importlib.metadata.version(name) for name in (*runtime, "numpy", "pandas")}
+    needed["cnn_jax"] = cnn_jax.__version__
+    names = description["class_names"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow asks for an example of an input.
         mlflow.pyfunc.save_model(
             target,
             loader_module=pyfunc.__name__,
             data_path=str(bundle),
-            pip_requirements=[f"cnn_jax=={cnn_jax.__version__}", "pandas"],
+            pip_requirements=[f"{name}=={version}" for name, version in needed.items()],
             signature=ModelSignature(
                 Schema([ColSpec(DataType.binary, pyfunc.COLUMN)]),
                 Schema([ColSpec(DataType.double, name) for name in names]),

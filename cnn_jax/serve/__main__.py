@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
 
         request_log = RequestLog(
             pathlib.Path(flags.request_log),
-            flags.request_log_share,
+            flags.request_log_fraction,
             round(1e6 * flags.request_log_mb),
             flags.request_log_images,
         )
@@ -205,7 +205,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="folder that records answers and feedback; several servers may share it",
     )
     add(
-        "--request_log_share",
+        "--request_log_fraction",
         type=_fraction,
         default=1.0,
         help="fraction of the images to record, chosen at random (1)",

@@ -1,6 +1,7 @@
 """The web application: the routes of all protocols, with access checks, logging and metrics."""
 
 import contextlib
+import ipaddress
 import logging
 import re
 import time
@@ -93,7 +94,7 @@ def make_app(
         administration API.
       lifespan: A context manager that is entered before the first request and left at shutdown.
       hosts: The host names that the Host header of a request may have, without ports; if empty, it
-        may have any.
+        may have any. It may always have an IP address.
       cors_origins: The origins whose web pages may use the server, such as https://example.com; or
         "*" for all web pages.
     """
@@ -129,10 +130,10 @@ def make_app(
     )
 
 
-def make_health_app(service: Service) -> ASGIApp:
+def make_health_app(service: Service, hosts: Collection[str] = ()) -> ASGIApp:
     """Creates an application with the health checks and the metrics only, which needs no token.
 
-    It may run in another thread than the application of `make_app`.
+    It may run in another thread than the application of `make_app`; see there for `hosts`.
     """
     app = FastAPI(
         dependencies=[Depends(_refuse_query)],
@@ -143,7 +144,7 @@ def make_health_app(service: Service) -> ASGIApp:
     )
     _add_health(app, service)
     _add_error_handlers(app)
-    return _Guard(app, service, None)
+    return _Guard(app, service, None, hosts)
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -214,7 +215,7 @@ class _Guard:
         self._app = app
         self._service = service
         self._tokens = tokens
-        self._hosts = frozenset(host.lower().strip("[]") for host in hosts)
+        self._hosts = frozenset(map(_plain_host, hosts))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -277,18 +278,21 @@ class _Guard:
         """Returns the key of a client for the limits: its token, or without tokens its address."""
         if self._tokens is not None:
             return self._tokens.client(headers.get(b"authorization", b"").decode("latin-1"))
-        return (scope.get("client") or [""])[0]
+        address = (scope.get("client") or [""])[0]
+        # A client has usually all IPv6 addresses with the same first 64 bits.
+        is_ipv6 = ":" in address and is_address(address)
+        return str(ipaddress.ip_network((address, 64), strict=False)) if is_ipv6 else address
 
     def _refuse_host(self, header: bytes | None) -> Refused | None:
         """Returns an error if the Host header has a name that is not allowed, else None.
 
         A web page of another site can point its own host name to the address of this server (DNS
-        rebinding). Its requests then have this name in the Host header.
+        rebinding). Its requests then have this name in the Host header, and never an IP address.
         """
         if not self._hosts or header is None:
             return None
-        name = _PORT.sub("", header.decode("latin-1")).lower().strip("[]")
-        if name in self._hosts:
+        name = _plain_host(_PORT.sub("", header.decode("latin-1")))
+        if name in self._hosts or is_address(name):
             return None
         message = f"this server is not known as {name[:100]!r}; --allowed_hosts adds a name"
         return Refused(421, "host", message, connection="close")
@@ -340,6 +344,20 @@ class _Guard:
                 }
             },
         )
+
+
+def _plain_host(host: str) -> str:
+    """Returns a host in lower case, without the dot at its end or the brackets of IPv6."""
+    return host.lower().strip("[]").removesuffix(".")
+
+
+def is_address(host: str) -> bool:
+    """Returns whether a host is an IP address, not a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _matching(pattern: re.Pattern[bytes], value: bytes | None) -> str | None:

@@ -80,15 +80,19 @@ class _Parser:
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def feed_data(self, data: bytes) -> None:
-        try:
-            self._parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            if self._parser.get_method() == b"CONNECT":
-                raise httptools.HttpParserError("CONNECT is not supported") from upgrade
-            # Parse the request again, without the header.
-            head = self._protocol.head_without_upgrade()
-            self._restart()
-            self.feed_data(head + data[upgrade.args[0] :])
+        rest = memoryview(data)
+        while True:
+            try:
+                self._parser.feed_data(rest)
+                return
+            except httptools.HttpParserUpgrade as upgrade:
+                if self._parser.get_method() == b"CONNECT":
+                    raise httptools.HttpParserError("CONNECT is not supported") from upgrade
+                # Parse the request again, without the header.
+                head = self._protocol.head_without_upgrade()
+                self._restart()
+                self._parser.feed_data(head)
+                rest = rest[upgrade.args[0] :]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._parser, name)

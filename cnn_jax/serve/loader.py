@@ -420,7 +420,7 @@ class Loader:
             logger.exception("cannot read the registry")
             return None
         self._logged_problem = ""
-        self._service.metrics.last_look.set_to_current_time()
+        self._service.metrics.last_read.set_to_current_time()
         return desired
 
     def _log_problem(self, problem: str) -> None:

@@ -1,6 +1,7 @@
 """The server's Prometheus metrics."""
 
 import contextlib
+import threading
 from collections.abc import Mapping, Sequence
 
 import prometheus_client
@@ -18,6 +19,7 @@ class ServerMetrics:
 
     def __init__(self):
         self.registry = CollectorRegistry()
+        self._lock = threading.Lock()
         options = {"namespace": "cnn_jax", "registry": self.registry}
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
@@ -44,14 +46,14 @@ class ServerMetrics:
             "batch_seconds", "Seconds that a batch took.", buckets=_SECONDS, **options
         )
         self.images_in_flight = Gauge(
-            "images_inside", "Images in decoding, waiting or in computation.", **options
+            "images_in_flight", "Images in decoding, waiting or in computation.", **options
         )
         self.body_bytes = Gauge("body_bytes", "Bytes of request bodies in memory.", **options)
         self.lost_rows = Gauge(
             "request_log_lost_rows", "Rows of the request log that could not be written.", **options
         )
-        self.last_look = Gauge(
-            "last_look_timestamp_seconds",
+        self.last_read = Gauge(
+            "registry_read_timestamp_seconds",
             "Unix time of the registry's last answer.",
             **options,
         )
@@ -75,12 +77,6 @@ class ServerMetrics:
             **options,
         )
 
-    def set_loading(self, seconds: Mapping[tuple[str, int], float]) -> None:
-        """Sets the seconds for which versions have been loading, by (model, number)."""
-        self.loading.clear()
-        for key, value in seconds.items():
-            self.loading.labels(*key).set(value)
-
     def count_batch(self, images: int, seconds: float) -> None:
         """Adds the size and the run time of a batch to the metrics."""
         self.batch_images.observe(images)
@@ -92,6 +88,14 @@ class ServerMetrics:
             with contextlib.suppress(KeyError):
                 self.predictions.remove(model, version, name)
 
-    def expose(self) -> bytes:
-        """Returns all metrics in Prometheus's text format."""
-        return prometheus_client.generate_latest(self.registry)
+    def expose(self, loading: Mapping[tuple[str, int], float]) -> bytes:
+        """Returns all metrics in Prometheus's text format; may be called in any thread.
+
+        Args:
+          loading: The seconds for which versions have been loading, by (model, number).
+        """
+        with self._lock:  # Another thread must not read the metric between the next two lines.
+            self.loading.clear()
+            for key, value in loading.items():
+                self.loading.labels(*key).set(value)
+            return prometheus_client.generate_latest(self.registry)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import dataclasses
+import ipaddress
 import logging
 import os
 import socket
@@ -14,7 +15,7 @@ from fastapi import FastAPI
 
 from cnn_jax.data.scan import num_cores
 from cnn_jax.serve import http
-from cnn_jax.serve.app import make_app, make_health_app
+from cnn_jax.serve.app import is_address, make_app, make_health_app
 from cnn_jax.serve.engine import Engine
 from cnn_jax.serve.limits import Limits
 from cnn_jax.serve.loader import BundleSource, Loader, Source
@@ -27,8 +28,6 @@ if TYPE_CHECKING:  # Importing pyarrow would delay the start of a server without
     from cnn_jax.serve.request_log import RequestLog
 
 logger = logging.getLogger(__name__)
-
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +106,13 @@ def run(
     if options.health_port is not None:
         health_listener = _listen(options.host, options.health_port, "--health_port")
 
+    is_local = _is_local(options.host)
+
+    def hosts_without(tokens: Tokens | None) -> list[str]:
+        """Returns the host names that requests may name on a port with the given tokens."""
+        is_checked = options.allowed_hosts or (is_local and tokens is None)
+        return [*options.allowed_hosts, "localhost", options.host] if is_checked else []
+
     loader = Loader(service, source, options.sizes, options.poll, options.load_timeout)
     hangs = False
 
@@ -117,7 +123,8 @@ def run(
         stack = contextlib.ExitStack()
         if health_listener is not None:
             stack.enter_context(health_listener)
-            stack.enter_context(http.serving_in_thread(make_health_app(service), health_listener))
+            health_app = make_health_app(service, hosts_without(None))
+            stack.enter_context(http.serving_in_thread(health_app, health_listener))
             health = f"http://{_url_host(host)}:{health_listener.getsockname()[1]}"
             logger.info("health checks on %s/healthz", health)
 
@@ -142,10 +149,7 @@ def run(
                 hangs = True
             await asyncio.to_thread(stack.close)
 
-    hosts = options.allowed_hosts
-    if hosts or (options.host in _LOOPBACK and tokens is None):
-        hosts = [*hosts, *_LOOPBACK, options.host]
-    app = make_app(service, tokens, lifespan, hosts, options.cors_origins)
+    app = make_app(service, tokens, lifespan, hosts_without(tokens), options.cors_origins)
     server = http.make_server(
         app,
         options.drain,
@@ -153,7 +157,7 @@ def run(
         service.begin_shutdown,
         options.trusted_proxies,
     )
-    if options.host not in _LOOPBACK and tokens is None:
+    if not is_local and tokens is None:
         logger.warning("without --tokens every client that reaches %s can predict", options.host)
     with listener:
         server.run([listener])
@@ -178,6 +182,13 @@ def _listen(host: str, port: int, flag: str = "--host and --port") -> socket.soc
     except (OSError, UnicodeError) as error:
         address = f"{_url_host(host)}:{port}"
         raise ConfigError(f"{flag}: cannot listen on {address}: {error}") from error
+
+
+def _is_local(host: str) -> bool:
+    """Returns whether only programs on this machine can reach an address to listen on."""
+    return host.lower() == "localhost" or (
+        is_address(host) and ipaddress.ip_address(host).is_loopback
+    )
 
 
 def _url_host(host: str) -> str:

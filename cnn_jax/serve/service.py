@@ -304,12 +304,11 @@ class Service:
 
     def expose(self) -> bytes:
         """Returns the metrics in Prometheus's text format."""
-        self.metrics.set_loading(self.models.loading())
         self.metrics.images_in_flight.set(self.engine.in_flight)
         self.metrics.body_bytes.set(self._bodies.num_bytes)
         if self.request_log is not None:
             self.metrics.lost_rows.set(self.request_log.lost_rows)
-        return self.metrics.expose()
+        return self.metrics.expose(self.models.loading())
 
     async def answer(
         self,

@@ -144,6 +144,8 @@ def test_other_gates_are_checked_before_predictions(registry):
     [
         (["--not_worse_than=champion"], "--not_worse_than and --on must be given together"),
         (["--on=folder:/data"], "--not_worse_than and --on must be given together"),
+        (["--margin=0.1"], "--margin needs --not_worse_than and --on"),
+        (["--split=all"], "--split needs --not_worse_than and --on"),
         (["--margin=0"], "--margin: must be at least 0.0001 and below 1, got '0'"),
         (["--margin=1"], "--margin: must be at least 0.0001 and below 1, got '1'"),
         (["--split=train"], "--split: "),

@@ -112,6 +112,9 @@ def test_all_versions_are_exported_once(registry, uri, client, capsys):
     assert [" is already " in line for line in again] == [True, False] * 2
     assert len(client.search_model_versions("name = 'flowers'")) == 2
     assert list(mlflow.export_versions(registry, "flowers", "champion", uri)) == again[2:]
+    registry.remove_alias("flowers", "mine")
+    (*_, last) = mlflow.export_versions(registry, "flowers", None, uri)
+    assert last == "flowers@mine is in MLflow only, and was kept"
 
 
 def images():
@@ -144,10 +147,13 @@ def test_mlflow_loads_a_registered_version(registry, uri, tmp_path, monkeypatch,
     library.set_registry_uri(uri)
     try:
         model = library.pyfunc.load_model("models:/flowers@champion")
+        requirements = library.pyfunc.get_model_dependencies("models:/flowers@champion")
     finally:
         library.set_tracking_uri(before[0])
         library.set_registry_uri(before[1])
     table = model.predict(pandas.DataFrame({"image": images()}))
+    needed = [line.partition("==")[0] for line in pathlib.Path(requirements).read_text().split()]
+    assert sorted(needed) == ["cnn_jax", "flax", "jax", "mlflow", "numpy", "pandas"]
     assert list(table.columns) == ["blue", "green", "red"]
     np.testing.assert_allclose(table.to_numpy(), expected_probabilities(registry), atol=1e-6)
     with pytest.raises(DataError, match=r"^the image in row 1 "):

@@ -272,6 +272,15 @@ def test_upgrade_headers_are_ignored(serve, step):
     assert answer.count(b"HTTP/1.1 200") == 5
 
 
+def test_many_upgrade_headers_are_ignored(serve):
+    """The requests arrive in one packet, so the parser sees them one after another."""
+    one = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+    with connect(serve()) as connection:
+        connection.sendall(one * 3_000 + _LAST)
+        answer = rest_of(connection)
+    assert answer.count(b"HTTP/1.1 200") == 3_001
+
+
 def test_connect_is_refused(serve):
     with connect(serve()) as connection:
         connection.sendall(b"CONNECT a:80 HTTP/1.1\r\nHost: a\r\n\r\n")

@@ -475,13 +475,13 @@ def test_no_answer_redirects(server):
         assert (answer.status_code, answer.text) == (200, "")
 
 
-@pytest.mark.parametrize("host", ["elsewhere.example", "127.0.0.1.example:80", "[::2]:80", ""])
+@pytest.mark.parametrize("host", ["elsewhere.example", "127.0.0.1.example:80", "127.1", ""])
 def test_other_names_of_the_server_are_refused(server, host):
     """Without tokens, a web page must not reach the server through a name of its own site."""
     for path in ("/", "/models", "/nothing"):
         answer = server.get(path, headers={"Host": host})
         assert error_of(answer) == (421, "host")
-    for own in ("localhost", "LOCALHOST:80", "127.0.0.1", f"[::1]:{server.port}"):
+    for own in ("localhost.", "LOCALHOST:80", "127.0.0.9", f"[::1]:{server.port}", "10.0.0.1:80"):
         assert server.get("/models", headers={"Host": own}).status_code == 200
 
 
@@ -535,7 +535,7 @@ def test_health_metrics_and_descriptions(server, bundle):
         "requests_total",
         "request_seconds_bucket",
         "batch_images_bucket",
-        "images_inside",
+        "images_in_flight",
         "predictions_total",
         "version_loaded",
     ):
@@ -664,7 +664,7 @@ def test_a_short_body_leaves_no_memory(server):
     while server.measure("cnn_jax_body_bytes") and time.monotonic() < deadline:
         time.sleep(0.1)
     assert server.measure("cnn_jax_body_bytes") == 0
-    assert server.measure("cnn_jax_images_inside") == 0
+    assert server.measure("cnn_jax_images_in_flight") == 0
     assert server.measure('cnn_jax_refused_total{reason="client_left"}') >= 20
 
 
@@ -756,4 +756,7 @@ def test_health_checks_are_answered_beside_stalled_bodies(bundle, tmp_path):
             assert max(times[url]) < 2
             assert len(times[url]) > 15
         assert requests.get(f"{health}/models", timeout=5).status_code == 404
+        for host, status in (("elsewhere.example", 421), ("10.0.0.1", 200)):
+            answer = requests.get(f"{health}/metrics", headers={"Host": host}, timeout=5)
+            assert answer.status_code == status
         assert server.end() == 0

@@ -317,6 +317,19 @@ def test_readyz_names_the_versions_that_load(serve):
     assert "no version is loading" in answer.json()["error"]
 
 
+def test_metrics_can_be_read_by_several_threads(version, pool):
+    """The event loop and the thread of the health checks read the metrics at the same time."""
+    engine = Engine(9)
+    service = Service(Models(), engine, Limits(), ServerMetrics())
+    for number in range(50):
+        service.models.set_state("default", number, LOADING)
+
+    def read(_):
+        return [service.expose().count(b"cnn_jax_version_loading_seconds{") for _ in range(100)]
+
+    assert {count for counts in pool.map(read, range(4)) for count in counts} == {50}
+
+
 def test_a_hanging_event_loop_fails_the_health_check(monkeypatch):
     monkeypatch.setattr("cnn_jax.serve.engine._HANGING_SECONDS", 0.3)
     monkeypatch.setattr("cnn_jax.serve.engine._BEAT_SECONDS", 0.05)

@@ -725,7 +725,7 @@ def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
             "cors_origins": "https://page.example",
             "trusted_proxies": "10.0.0.1",
             "request_log": tmp_path / "answers",
-            "request_log_share": "0.5",
+            "request_log_fraction": "0.5",
             "request_log_mb": "5",
             "log_level": "debug",
         }
