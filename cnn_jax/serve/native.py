@@ -17,10 +17,11 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from cnn_jax.explain.maps import method_named
 from cnn_jax.explain.overlay import draw_overlay
+from cnn_jax.serve.engine import Computed
 from cnn_jax.serve.images import Part, read_images
 from cnn_jax.serve.limits import Refused, cancel_on_disconnect, check_query
 from cnn_jax.serve.responses import JSONResponse
-from cnn_jax.serve.service import Answer, Service, image_refusal
+from cnn_jax.serve.service import Service, image_refusal
 from cnn_jax.serve.versions import Version
 from cnn_jax.system.errors import DataError
 
@@ -197,13 +198,13 @@ async def _parts(service: Service, request: Request, body: bytes) -> list[Part]:
 
 async def _answer(
     service: Service, version: Version, parts: Sequence[Part], request: Request, explain: bool
-) -> tuple[list[Answer | DataError], dict[int, dict[str, str]]]:
+) -> tuple[list[Computed | DataError], dict[int, dict[str, str]]]:
     """Returns the answers for all images, and the requested explanation maps by image index."""
     images = [part.content for part in parts]
     answers = await service.answer(version, images, request, explain)
     maps = {}
     for index, answer in enumerate(answers):
-        if explain and isinstance(answer, Answer):
+        if explain and isinstance(answer, Computed):
             draw = functools.partial(_explanation, answer)
             state = request.state
             maps[index] = await service.engine.run_on_decoder(draw, state.deadline, state.client)
@@ -211,31 +212,31 @@ async def _answer(
 
 
 def _prediction(
-    part: Part, answer: Answer | DataError, class_names: list[str], top: int
+    part: Part, answer: Computed | DataError, class_names: list[str], top: int
 ) -> dict[str, Any]:
     if isinstance(answer, DataError):
         refused = image_refusal(answer)
         return {"name": part.name, "error": str(refused), "reason": refused.reason}
-    order = np.argsort(-answer.probabilities, kind="stable")[:top]
+    order = np.argsort(-answer.result.probabilities, kind="stable")[:top]
     best = [
-        {"class": class_names[index], "probability": float(answer.probabilities[index])}
+        {"class": class_names[index], "probability": float(answer.result.probabilities[index])}
         for index in order
     ]
     return {"name": part.name, **best[0], "top": best}
 
 
-def _explanation(answer: Answer) -> dict[str, str]:
+def _explanation(answer: Computed) -> dict[str, str]:
     """Draws the explanation map over the image, and encodes the result as PNG in base64."""
-    assert answer.explanation is not None
-    picture = draw_overlay(Image.fromarray(answer.pixels), answer.explanation)
+    assert answer.result.explanation is not None
+    picture = draw_overlay(Image.fromarray(answer.pixels), answer.result.explanation)
     file = io.BytesIO()
     picture.save(file, "PNG")
     return {"method": "grad_cam", "png": base64.b64encode(file.getvalue()).decode()}
 
 
-def _timings(answers: Sequence[Answer | DataError], total: float) -> dict[str, float]:
+def _timings(answers: Sequence[Computed | DataError], total: float) -> dict[str, float]:
     """Returns the longest duration of each step over all images, in milliseconds."""
-    usable = [answer for answer in answers if isinstance(answer, Answer)]
+    usable = [answer for answer in answers if isinstance(answer, Computed)]
     longest = {
         "decode": max(answer.decode_seconds for answer in usable),
         "queue": max(answer.queue_seconds for answer in usable),

@@ -1,7 +1,6 @@
 """The service that all protocols use to select a version and to predict the classes of images."""
 
 import contextlib
-import dataclasses
 import functools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -33,30 +32,6 @@ _MAX_ENDED = 20
 _SMALL_PIXELS = 512 * 512
 # The states of a version, with the names that TensorFlow Serving uses.
 LOADING, AVAILABLE, UNLOADING, END = "LOADING", "AVAILABLE", "UNLOADING", "END"
-
-
-@dataclasses.dataclass(frozen=True)
-class Answer:
-    """The prediction for an image, with the durations of decoding, waiting and computation.
-
-    Attributes:
-      probabilities: float32 [classes].
-      pixels: The network's input, uint8 [height, width, 3].
-      explanation: The explanation map of the most probable class, float32 [height, width]; None
-        if it was not requested.
-      decode_seconds: The decoding time.
-      queue_seconds: The time that the image waited for a decoder thread and for the device.
-      compute_seconds: The run time of the image's batch.
-      batch_size: The number of images in that batch.
-    """
-
-    probabilities: np.ndarray
-    pixels: Pixels
-    explanation: np.ndarray | None
-    decode_seconds: float
-    queue_seconds: float
-    compute_seconds: float
-    batch_size: int
 
 
 class Models:
@@ -316,7 +291,7 @@ class Service:
         images: Sequence[bytes | np.ndarray],
         request: Request,
         explain: bool = False,
-    ) -> list[Answer | DataError]:
+    ) -> list[Computed | DataError]:
         """Predicts the classes of images.
 
         Args:
@@ -327,7 +302,8 @@ class Service:
           explain: Whether to compute the explanation map of each image.
 
         Returns:
-          An answer for each image; for an image that cannot be used, an error.
+          For each image, a `Computed` whose result is an `Output`; for an image that cannot be
+          used, an error.
 
         Raises:
           Refused: The request has too many images, or none.
@@ -359,12 +335,10 @@ class Service:
         client, deadline = request.state.client, request.state.deadline
         with self.engine.admit(len(images), sum(pixels), client):
             results = await self.engine.compute(program, reads, deadline, pixels, client)
-        return [
-            result
-            if isinstance(result, DataError)
-            else self._make_answer(version, result, request, index)
-            for index, result in enumerate(results)
-        ]
+        for index, computed in enumerate(results):
+            if isinstance(computed, Computed):
+                self._record(version, computed, request, index)
+        return results
 
     def _count_pixels(self, image: bytes | np.ndarray) -> int:
         """Returns the number of pixels of an image, according to its first bytes.
@@ -384,10 +358,8 @@ class Service:
         # its decoding would take more time than the request was admitted for.
         return version.read(image, max_pixels=max(pixels, _SMALL_PIXELS))
 
-    def _make_answer(
-        self, version: Version, computed: Computed, request: Request, index: int
-    ) -> Answer:
-        """Creates the answer for an image, and records the answer in the metrics and the log."""
+    def _record(self, version: Version, computed: Computed, request: Request, index: int) -> None:
+        """Records the prediction for an image in the metrics and in the request log."""
         output: Output = computed.result
         predicted = version.class_names[int(np.argmax(output.probabilities))]
         self.metrics.predictions.labels(version.model, version.number, predicted).inc()
@@ -403,18 +375,9 @@ class Service:
                 probabilities=output.probabilities,
                 embedding=output.embedding,
             )
-        return Answer(
-            probabilities=output.probabilities,
-            pixels=computed.pixels,
-            explanation=output.explanation,
-            decode_seconds=computed.decode_seconds,
-            queue_seconds=computed.queue_seconds,
-            compute_seconds=computed.compute_seconds,
-            batch_size=computed.batch_size,
-        )
 
 
-def probability_rows(answers: Sequence[Answer | DataError], name: str) -> list[np.ndarray]:
+def probability_rows(answers: Sequence[Computed | DataError], name: str) -> list[np.ndarray]:
     """Returns the probabilities of all images, or raises an error if any image cannot be used.
 
     Args:
@@ -432,7 +395,7 @@ def probability_rows(answers: Sequence[Answer | DataError], name: str) -> list[n
         if isinstance(answer, DataError):
             refused = image_refusal(answer)
             raise Refused(refused.status, refused.reason, f"{name} {index}: {refused}")
-        rows.append(answer.probabilities)
+        rows.append(answer.result.probabilities)
     return rows
 
 
