@@ -70,8 +70,8 @@ FEEDBACK = pa.schema(
     metadata=_METADATA,
 )
 
-# A file is complete after this number of bytes, batches or seconds. `find_row` reads only the files
-# in which a row can be, according to these seconds.
+# A file is complete after this number of bytes, batches or seconds. From these seconds, `find_row`
+# computes which files can have a row.
 _SEGMENT_BYTES, _SEGMENT_BATCHES, _SEGMENT_SECONDS = 16_000_000, 2_000, 3600.0
 # A request is recorded at most this number of seconds after its id was created. This includes the
 # difference between the clocks of the servers.
@@ -155,7 +155,7 @@ class Segments:
         self._batches += 1
 
     def _undo(self) -> None:
-        """Removes the part of a batch that was written; a reader could not read beyond it."""
+        """Removes the written part of a failed batch, because readers stop at this part."""
         assert self.path is not None
         try:
             os.ftruncate(self._descriptor, self._bytes)
@@ -209,7 +209,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def complete(path: pathlib.Path, rows: int = 0) -> None:
-    """Converts an Arrow stream to a Parquet file; deletes a stream without rows.
+    """Replaces an Arrow stream with a Parquet file; only deletes a stream that has no rows.
 
     Args:
       path: The stream, to which nobody writes.
@@ -349,7 +349,7 @@ def is_claimed(path: pathlib.Path) -> bool:
 def _read_all(
     paths: Iterable[pathlib.Path], columns: Sequence[str] | None = None, since: float = 0.0
 ) -> list[pa.Table]:
-    """Reads files; of the stream and the Parquet file with the same rows, only one.
+    """Reads files; if a stream and a Parquet file have the same rows, reads only one of them.
 
     Both exist for a moment during the conversion, and for good if the server is killed in it.
     """
@@ -396,7 +396,7 @@ class LogFolder:
 
     def __init__(self, folder: pathlib.Path):
         self._folder = folder
-        # The first and the last request id of each Parquet file in alphabetical order.
+        # The smallest and the largest request id of each Parquet file.
         self._ids: dict[pathlib.Path, tuple[str, str]] = {}
 
     def find_row(self, key: tuple[str, int]) -> str | None:
@@ -467,7 +467,7 @@ class LogFolder:
             raise problem
 
     def _delete(self, path: pathlib.Path, claimed: pathlib.Path, rows: pa.Table) -> None:
-        """Deletes a file of requests with the given rows; `claimed` is its name meanwhile."""
+        """Deletes a file with the rows `rows`; meanwhile its name is `claimed`."""
         self._labelled_positions(rows)  # If this fails, the file is not claimed.
         if claimed != path:
             # The new name tells `find_row` to ignore the file. Feedback that is accepted before
@@ -507,7 +507,7 @@ class LogFolder:
           FileNotFoundError: The file does not exist.
         """
         if path.suffix != ".parquet" or path.parent.name == "labelled":
-            return True  # The file may change.
+            return True  # Such a file can still change.
         if path not in self._ids:
             self._ids[path] = _first_and_last_id(path)
         smallest, largest = self._ids[path]
@@ -543,7 +543,7 @@ def _may_be_open(path: pathlib.Path, modified: float, now: float) -> bool:
 
 
 def _first_and_last_id(path: pathlib.Path) -> tuple[str, str]:
-    """Returns the first and the last request id of a Parquet file, from its statistics."""
+    """Returns the smallest and the largest request id of a Parquet file, from its statistics."""
     try:
         metadata = pq.read_metadata(path)
         column = metadata.schema.names.index("request_id")

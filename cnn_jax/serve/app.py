@@ -279,7 +279,7 @@ class _Guard:
         if self._tokens is not None:
             return self._tokens.client(headers.get(b"authorization", b"").decode("latin-1"))
         address = (scope.get("client") or [""])[0]
-        # A client has usually all IPv6 addresses with the same first 64 bits.
+        # A network usually gives a client all IPv6 addresses with the same first 64 bits.
         is_ipv6 = ":" in address and is_address(address)
         return str(ipaddress.ip_network((address, 64), strict=False)) if is_ipv6 else address
 

@@ -45,7 +45,7 @@ _BEAT_SECONDS = 1.0
 # An image with more pixels is large: separate threads decode it. Decoding 4 million pixels takes
 # about 40 ms.
 LARGE_PIXELS = 4_000_000
-# An image costs a decoder thread at least as much time as the decoding of this number of pixels.
+# An image of any size takes at least as long as the decoding of this number of pixels.
 _MIN_COST = 50_000
 # Maximum seconds that the shutdown waits for a running batch.
 _CLOSING_SECONDS = 10.0
@@ -312,8 +312,8 @@ class Engine:
             call = functools.partial(self._decode, request, index, read)
             calls[threads].append(Call(_MIN_COST + size, call))
         waiting = [threads.submit(client, chosen) for threads, chosen in calls.items()]
-        # The future is cancelled if the client disconnects or the deadline passes. The threads
-        # check whether the future is cancelled.
+        # The future is cancelled if the client disconnects or the deadline passes. The compute
+        # thread then drops the images of the request.
         try:
             async with asyncio.timeout(max(0.0, deadline - now)):
                 return await future
@@ -517,7 +517,7 @@ async def _run_on_thread(
 
 
 def _in_turns(images: Iterable[_DecodedImage]) -> list[_DecodedImage]:
-    """Returns images in an order in which the clients take turns, and the oldest image is first."""
+    """Returns the images in an order in which the clients take turns; the oldest image is first."""
     counts: collections.Counter[str] = collections.Counter()
 
     def turn(image: _DecodedImage) -> int:

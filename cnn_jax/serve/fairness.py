@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 
 class Quota:
-    """A limited quantity, such as the images in flight, that all clients share.
+    """A limited quantity that all clients share, such as the number of images in flight.
 
     A client may use at most as much as then remains free. So one client can use half of the
     quantity. If n clients use as much as they can, each of them uses the fraction 1 / (n + 1), and
@@ -65,8 +65,9 @@ class FairThreads:
         self._lock = threading.Lock()
         # The waiting calls of each request, by client.
         self._waiting: dict[str, collections.deque[collections.deque[Call]]] = {}
-        # The cost of the calls of each client that were started. For a client without an entry,
-        # this is `_least_cost`: the cost of the client whose call was started last.
+        # For each client, the total cost of its calls that were started. A client without an entry
+        # has the cost `_least_cost`. When a call is started, `_least_cost` becomes the earlier cost
+        # of its client.
         self._costs: dict[str, int] = {}
         self._least_cost = 0
 
@@ -95,7 +96,7 @@ class FairThreads:
     def _run_next(self) -> None:
         with self._lock:
             call = self._take()
-        if call is not None:  # None: the calls of a request were cancelled.
+        if call is not None:  # There is no call if a request was cancelled.
             call.run()
 
     def _take(self) -> Call | None:

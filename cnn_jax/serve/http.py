@@ -40,8 +40,8 @@ _READ_SECONDS = 30.0
 # the client could not read the error.
 _LINGER_SECONDS = 2.0
 _LINGER_BYTES = 32_000_000
-# If there are more connections, an idle connection is aborted, or one whose client has paused for
-# this number of seconds in the middle of a request.
+# Maximum number of connections. Beyond this number, the server aborts a connection that is idle, or
+# whose client has paused for _STALLED_SECONDS seconds in the middle of a request.
 _MAX_CONNECTIONS, _STALLED_SECONDS = 1_000, 1.0
 
 
@@ -63,7 +63,7 @@ class _Transport:
 
 
 class _Parser:
-    """httptools's parser, which ignores Upgrade headers.
+    """A wrapper of httptools's parser that ignores Upgrade headers.
 
     The parser of httptools skips the body of a request with an Upgrade header and everything after
     it. Some Java clients send such a header with their first request. A server may ignore it (RFC

@@ -31,7 +31,8 @@ T = TypeVar("T")
 # Seconds until the first retry after a failed load, and the maximum number of seconds until a
 # retry. Each failure doubles the time until the next retry.
 _FIRST_RETRY, _MAX_RETRY = 5.0, 300.0
-# A version is loaded again although its earlier loads hang, up to this number of hanging threads.
+# Maximum number of hanging threads of a version. With fewer hanging threads, the version is tried
+# again.
 _MAX_HANGING = 3
 # While the registry does not answer, a warning is logged every _SLOW_SECONDS seconds. While the
 # registry reports the same error, the error is logged every _REPEAT_SECONDS seconds.
@@ -552,7 +553,7 @@ class Loader:
         self._count_hanging()
 
     def _count_hanging(self) -> None:
-        """Updates the metric of the threads that have exceeded the time limit."""
+        """Updates the metric that counts the threads beyond the time limit."""
         end = time.monotonic() - self._load_timeout
         starts = itertools.chain.from_iterable(self._thread_starts.values())
         self._service.metrics.hanging_loads.set(sum(start <= end for start in starts))

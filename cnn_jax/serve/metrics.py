@@ -94,7 +94,7 @@ class ServerMetrics:
         Args:
           loading: The seconds for which versions have been loading, by (model, number).
         """
-        with self._lock:  # Another thread must not read the metric between the next two lines.
+        with self._lock:  # Without the lock, a thread could read an empty metric.
             self.loading.clear()
             for key, value in loading.items():
                 self.loading.labels(*key).set(value)

@@ -26,17 +26,17 @@ from cnn_jax.system.errors import ConfigError, closest
 
 logger = logging.getLogger(__name__)
 
-# Maximum number of rows that wait to be written, and of the bytes of their images. Further rows are
-# dropped and counted.
+# Limits on the rows that wait to be written: their number, and the bytes of their images. Further
+# rows are dropped and counted.
 _MAX_WAITING, _MAX_WAITING_BYTES = 1_000, 50_000_000
 # Maximum number of clients that wait until their feedback is written.
 _MAX_FEEDBACK = 100
-# The number of seconds after which the end of the server no longer waits for the files.
+# Maximum seconds that the shutdown of the server waits until all rows are written.
 _CLOSE_SECONDS = 10.0
 # Rows are written in batches, which take less time per row and less space than single rows: a batch
 # has the rows of this number of seconds, and at most this number of rows.
 _BATCH_SECONDS, _BATCH_ROWS = 0.2, 128
-# Files that are old enough are completed after this number of seconds without rows.
+# If no row arrives for this number of seconds, the files that are old enough are completed.
 _IDLE_SECONDS = 60.0
 # A file has at most this fraction of the maximum size of all files.
 _SEGMENT_FRACTION = 1 / 16
@@ -121,9 +121,11 @@ class RequestLog:
         self._bytes_added, self._bytes_removed = 0, 0
         self._num_feedback = 0
         self._random = random.Random()
-        # A new row is refused if too many rows wait. Feedback and the end of the log always wait.
+        # A new row is refused if too many rows wait. Feedback, and the None that ends the log, are
+        # always added.
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # The digests of the bundles that predicted the rows of the present file, and this file.
+        # For each row of the current file, the digest of the bundle that predicted it; and this
+        # file.
         self._recent: dict[tuple[str, int], str] = {}
         self._recent_path: pathlib.Path | None = None
         try:

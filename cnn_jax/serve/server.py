@@ -109,7 +109,7 @@ def run(
     is_local = _is_local(options.host)
 
     def hosts_without(tokens: Tokens | None) -> list[str]:
-        """Returns the host names that requests may name on a port with the given tokens."""
+        """Returns the host names that a port with these tokens accepts; [] accepts all names."""
         is_checked = options.allowed_hosts or (is_local and tokens is None)
         return [*options.allowed_hosts, "localhost", options.host] if is_checked else []
 

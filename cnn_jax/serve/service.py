@@ -27,8 +27,8 @@ T = TypeVar("T")
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
 # For each model, the states of at most this number of unloaded versions are kept.
 _MAX_ENDED = 20
-# An image with at most this number of pixels may have more pixels than its first bytes say. For
-# example, the tiles of a small TIFF file may be larger than the image.
+# An image with at most this number of pixels is decoded even if it has more pixels than its first
+# bytes say. For example, the tiles of a small TIFF file may be larger than the image.
 _SMALL_PIXELS = 512 * 512
 # The states of a version, with the names that TensorFlow Serving uses.
 LOADING, AVAILABLE, UNLOADING, END = "LOADING", "AVAILABLE", "UNLOADING", "END"
@@ -44,7 +44,7 @@ class Models:
         # The (state, problem) of each version, by model and number. The problem says why a version
         # could not be loaded; "" means that there is no problem.
         self._states: dict[str, dict[int, tuple[str, str]]] = {}
-        # When the load of each version that is being loaded began, by (model, number).
+        # The start time of each load that is running, by (model, number).
         self._load_starts: dict[tuple[str, int], float] = {}
         # The models that must be ready before the server counts as ready.
         self._required: set[str] = set()
@@ -62,7 +62,7 @@ class Models:
         return bool(names) and all(self.default(name) is not None for name in names)
 
     def loading(self) -> dict[tuple[str, int], float]:
-        """Returns the seconds since the load began, by (model, number), of versions that load."""
+        """Returns the seconds since each running load began, by (model, number)."""
         now = time.monotonic()
         return {key: now - start for key, start in dict(self._load_starts).items()}
 
@@ -354,8 +354,8 @@ class Service:
         """Decodes and resizes an image on a decoder thread; see `Version.read`."""
         if isinstance(image, np.ndarray):
             return version.read(image)
-        # A hostile file may have more pixels than its first bytes say. Then it is refused, because
-        # its decoding would take more time than the request was admitted for.
+        # Refuse a hostile file that has more pixels than its first bytes say, because its decoding
+        # would take more time than the request was admitted for.
         return version.read(image, max_pixels=max(pixels, _SMALL_PIXELS))
 
     def _record(self, version: Version, computed: Computed, request: Request, index: int) -> None:

@@ -6,7 +6,7 @@ from cnn_jax.serve.fairness import Call, FairThreads, Quota
 
 
 def fill(quota, client):
-    """Adds 1 for a client while this is allowed; returns how often."""
+    """Adds 1 for a client until this is refused; returns how often 1 was added."""
     count = 0
     while quota.fits(client, 1):
         quota.add(client, 1)
@@ -26,7 +26,7 @@ def test_one_client_can_use_half_of_a_quota():
 
 def test_as_much_as_each_client_uses_remains_free():
     quota = Quota(120)
-    for _ in range(100):  # The clients try again and again, and return what they have too much.
+    for _ in range(100):  # A client that has too much gives 1 back.
         for client in "abc":
             fill(quota, client)
             if not quota.fits(client, 1):

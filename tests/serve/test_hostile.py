@@ -207,7 +207,7 @@ def test_many_large_images_do_not_block_small_requests(server):
 
 @pytest.fixture(scope="module")
 def open_server(tmp_path_factory):
-    """A server without tokens, to which the header X-Forwarded-For names the client."""
+    """A server without tokens; each request names its client in the header X-Forwarded-For."""
     folder = tmp_path_factory.mktemp("open")
     write_bundle(make_bundle(), folder / "bundle")
     with Served(folder, f"--bundle={folder}/bundle", "--max_batch=4") as server:
@@ -227,7 +227,7 @@ def open_server(tmp_path_factory):
 def test_small_requests_are_answered_beside_large_images(
     open_server, clients, images, side, allowed
 ):
-    """Clients send forms of many pixels again and again, on two connections each."""
+    """Small requests are answered while other clients send forms with many pixels."""
     file = io.BytesIO()
     Image.new("L", (side, side)).save(file, "PNG")
     files = [("file", (f"{n}.png", file.getvalue())) for n in range(images)]

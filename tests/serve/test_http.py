@@ -273,7 +273,7 @@ def test_upgrade_headers_are_ignored(serve, step):
 
 
 def test_many_upgrade_headers_are_ignored(serve):
-    """The requests arrive in one packet, so the parser sees them one after another."""
+    """All requests are answered, although they arrive in one packet."""
     one = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
     with connect(serve()) as connection:
         connection.sendall(one * 3_000 + _LAST)

@@ -375,7 +375,7 @@ assert [path.suffix for path in (folder / "feedback").iterdir()] == [".parquet"]
 
 
 def test_a_full_disk_loses_no_row_that_was_accepted(tmp_path):
-    """The limit on the size of files acts like a full disk; later there is space again."""
+    """A limit on the size of files shortens a write and then fails it, like a full disk."""
     subprocess.run([sys.executable, "-c", _FULL_DISK, tmp_path / "log"], cwd=REPOSITORY, check=True)
 
 
@@ -425,7 +425,7 @@ def test_a_stream_with_missing_rows_is_kept(version, tmp_path, caplog):
 
 
 def test_a_suspended_server_appends_to_a_new_file(version, tmp_path):
-    """Another server completes the file, because it seems to be a killed server's file."""
+    """Another server has completed the file, because it seemed to be a killed server's file."""
     folder = tmp_path / "log"
     log = RequestLog(folder)
     offer(log, version, [0])
@@ -452,7 +452,7 @@ with files.replacing(folder / "requests" / "0.parquet", shared=True):
 
 
 def test_files_of_a_killed_server_are_cleaned(tmp_path):
-    """Several servers start at the same time; files that a server may still write stay."""
+    """Several servers clean at the same time; files that a server may still write remain."""
     folder = tmp_path / "log"
 
     def list_suffixes():
@@ -539,7 +539,7 @@ def test_feedback_reads_one_complete_file(tmp_path, monkeypatch):
         pyarrow.parquet, "read_metadata", lambda p: read.append(p) or read_metadata(p)
     )
     assert log.find_row((ids[0][1], 0)) == "d"
-    assert len(read) == 31  # The statistics of all files, and one file.
+    assert len(read) == 31  # It reads the statistics of all files, and one file.
     del read[:]
     assert log.find_row((ids[17][2], 0)) == "d"
     assert log.find_row((ids[0][0], 1)) is None
@@ -561,7 +561,7 @@ def test_deletion_reads_only_feedback_to_its_rows(version, tmp_path, monkeypatch
     size = sum(path.stat().st_size for path in (folder / "requests").iterdir())
     files_of_log.delete_oldest(size - 1)
     assert len(list((folder / "requests").iterdir())) == 5
-    assert sum(path.parent.name == "feedback" for path in read) == 2  # Before and after the claim.
+    assert sum(path.parent.name == "feedback" for path in read) == 2  # It is read twice.
     assert sorted(units(folder)) == list(range(6))
 
 

@@ -242,7 +242,7 @@ def test_images_are_limited_for_each_client(serve, pool):
 
 
 def test_a_file_with_more_pixels_than_it_says_is_refused(serve):
-    """The first frame of this GIF has more pixels than the header of the file."""
+    """The first frame of this GIF has more pixels than the header of the file says."""
     server = serve()
     file = io.BytesIO()
     Image.new("L", (900, 900)).save(file, "GIF")
@@ -319,7 +319,7 @@ def test_readyz_names_the_versions_that_load(serve):
 
 
 def test_metrics_can_be_read_by_several_threads(version, pool):
-    """The event loop and the thread of the health checks read the metrics at the same time."""
+    """Threads that read the metrics at the same time all see the versions that load."""
     engine = Engine(9)
     service = Service(Models(), engine, Limits(), ServerMetrics())
     for number in range(50):
