@@ -14,12 +14,17 @@ import pathlib
 import re
 from collections.abc import Sequence
 
-from cnn_jax.registry.ledger import check_name, parse_version_or_alias
+from cnn_jax.registry.ledger import CHAMPION, check_name, parse_version_or_alias
 from cnn_jax.system import cli
 from cnn_jax.system.errors import ConfigError
 
 _NEEDED = ("fastapi", "httptools", "prometheus_client", "python_multipart", "uvicorn")
 
+# The flags that have an effect only together with another flag, by this other flag.
+_NEEDED_BY = {
+    "registry": ("alias", "versions"),
+    "request_log": ("request_log_fraction", "request_log_mb", "request_log_images"),
+}
 # The limits on all requests, and the limits on one request.
 _LIMITS = (
     ("queue", "max_images"),
@@ -58,7 +63,10 @@ def main(argv: Sequence[str]) -> None:
         source = BundleSource(find_bundle(flags.bundle), (flags.model or ["default"])[0])
     else:
         source = RegistrySource(
-            Registry(flags.registry), flags.model or (), flags.alias, flags.versions or ()
+            Registry(flags.registry),
+            flags.model or (),
+            flags.alias or CHAMPION,
+            flags.versions or (),
         )
     source.check()
     request_log = None
@@ -68,9 +76,9 @@ def main(argv: Sequence[str]) -> None:
 
         request_log = RequestLog(
             pathlib.Path(flags.request_log),
-            flags.request_log_fraction,
-            round(1e6 * flags.request_log_mb),
-            flags.request_log_images,
+            flags.request_log_fraction or 1.0,
+            round(1e6 * (flags.request_log_mb or 1000.0)),
+            bool(flags.request_log_images),
         )
     limits = Limits(
         body_bytes=round(1e6 * flags.max_body_mb),
@@ -123,7 +131,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME,...",
         help="models of the registry to serve (all), or the name of the bundle's model (default)",
     )
-    add("--alias", default="champion", help="alias of the version that answers (champion)")
+    add("--alias", help=f"alias of the version that answers ({CHAMPION})")
     add("--versions", type=_versions, metavar="V,...", help="further versions or aliases to serve")
     add(
         "--poll",
@@ -207,16 +215,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--request_log_fraction",
         type=_fraction,
-        default=1.0,
         help="fraction of the images to record, chosen at random (1)",
     )
     add(
         "--request_log_mb",
         type=_positive,
-        default=1000.0,
         help="maximum MB of the rows without feedback (1000)",
     )
-    add("--request_log_images", action="store_true", help="record the images as well")
+    add(
+        "--request_log_images",
+        action="store_true",
+        default=None,
+        help="record the images as well",
+    )
     add(
         "--log_level",
         default="info",
@@ -224,13 +235,20 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         help="lowest level of log messages (info)",
     )
     flags = parser.parse_args(argv)
+    if flags.bundle:
+        flags.registry = None  # The value of the environment variable has no effect.
     if not flags.bundle and not flags.registry:
         raise ConfigError("--bundle or --registry must be given")
     if flags.bundle and len(flags.model or ()) > 1:
         raise ConfigError("--model: must be one name, because --bundle is one model")
     for name in flags.model or ():
         check_name("--model", name)
-    check_name("alias", flags.alias)
+    if flags.alias is not None:
+        check_name("alias", flags.alias)
+    for needed, names in _NEEDED_BY.items():
+        for name in names:
+            if getattr(flags, name) is not None and not getattr(flags, needed):
+                raise ConfigError(f"--{name} needs --{needed}")
     # One client may use half of each limit on all requests.
     for total, one in _LIMITS:
         if getattr(flags, total) < 2 * getattr(flags, one):

@@ -574,6 +574,8 @@ def test_a_missing_registry_does_not_stop_the_server(serve, registry, tmp_path):
         (["--bundle={tmp}/bundle-shapes-1", "--port=70000"], "--port"),
         (["--bundle={tmp}/bundle-shapes-1", "--cors_origins=example.com"], "--cors_origins"),
         (["--bundle={tmp}/bundle-shapes-1", "--queue_pixels=9"], "--queue_pixels"),
+        (["--bundle={tmp}/bundle-shapes-1", "--alias=mine"], "--alias needs --registry"),
+        (["--bundle={tmp}/bundle-shapes-1", "--request_log_mb=9"], "_mb needs --request_log"),
         (["--bundle={tmp}/bundle-shapes-1", "--queue=127"], "--queue: must be at least twice"),
     ],
 )
