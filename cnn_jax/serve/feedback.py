@@ -63,6 +63,7 @@ def make_router(service: Service) -> APIRouter:
         try:
             async with asyncio.timeout(max(0.0, request.state.deadline - time.monotonic())):
                 await service.request_log.add_feedback(
+                    client=request.state.client,
                     request_id=given.request_id,
                     image_index=given.image_index,
                     label=given.label,

@@ -20,6 +20,7 @@ import numpy as np
 
 from cnn_jax.data import request_log as files
 from cnn_jax.data.decode import Pixels
+from cnn_jax.serve.fairness import Quota
 from cnn_jax.serve.limits import Refused
 from cnn_jax.serve.versions import Version
 from cnn_jax.system.errors import ConfigError, closest
@@ -29,8 +30,8 @@ logger = logging.getLogger(__name__)
 # Limits on the rows that wait to be written: their number, and the bytes of their images. Further
 # rows are dropped and counted.
 _MAX_WAITING, _MAX_WAITING_BYTES = 1_000, 50_000_000
-# Maximum number of clients that wait until their feedback is written.
-_MAX_FEEDBACK = 100
+# Maximum number of requests that wait until their feedback is written.
+_MAX_FEEDBACK = 200
 # Maximum seconds that the shutdown of the server waits until all rows are written.
 _CLOSE_SECONDS = 10.0
 # Rows are written in batches, which take less time per row and less space than single rows: a batch
@@ -119,7 +120,7 @@ class RequestLog:
         # the thread of the log changes the second counter.
         self._num_dropped, self._num_failed = 0, 0
         self._bytes_added, self._bytes_removed = 0, 0
-        self._num_feedback = 0
+        self._feedback_quota = Quota(_MAX_FEEDBACK)
         self._random = random.Random()
         # A new row is refused if too many rows wait. Feedback, and the None that ends the log, are
         # always added.
@@ -155,25 +156,26 @@ class RequestLog:
         else:
             self._num_dropped += 1
 
-    async def add_feedback(self, **fields: Any) -> None:
+    async def add_feedback(self, client: str, **fields: Any) -> None:
         """Stores the true class or the reward of an image, and waits until it is written.
 
         Args:
+          client: The client that has sent the feedback.
           **fields: The fields of `_Feedback`.
 
         Raises:
           Refused: The log does not have the image, the label is not one of the classes, the log
-            cannot be written, or too many clients wait.
+            cannot be written, or too much feedback waits.
         """
-        if self._num_feedback >= _MAX_FEEDBACK:
+        if not self._feedback_quota.fits(client, 1):
             raise Refused(429, "busy", "too much feedback waits to be written", retry_after="1")
         future: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._num_feedback += 1
+        self._feedback_quota.add(client, 1)
         try:
             self._waiting.put((_Feedback(**fields), future))
             await asyncio.wrap_future(future)
         finally:
-            self._num_feedback -= 1
+            self._feedback_quota.add(client, -1)
 
     @property
     def lost_rows(self) -> int:

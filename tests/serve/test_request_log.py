@@ -60,7 +60,8 @@ def bytes_of(folder):
 
 def give(log, request_id, label=None, reward=None, image_index=0, is_new_class=False):
     fields = {"image_index": image_index, "label": label, "reward": reward}
-    asyncio.run(log.add_feedback(request_id=request_id, is_new_class=is_new_class, **fields))
+    fields |= {"client": "", "request_id": request_id, "is_new_class": is_new_class}
+    asyncio.run(log.add_feedback(**fields))
 
 
 def until(condition):
@@ -604,6 +605,7 @@ def test_a_damaged_file_of_feedback_stops_deletion(version, tmp_path):
 
 
 def test_waiting_feedback_is_limited_and_skipped_if_nobody_waits(version, tmp_path, monkeypatch):
+    monkeypatch.setattr("cnn_jax.serve.request_log._MAX_FEEDBACK", 6)
     log = RequestLog(tmp_path / "log")
     (request_id,) = offer(log, version, [0])
     until(lambda: units(tmp_path / "log"))
@@ -614,22 +616,25 @@ def test_waiting_feedback_is_limited_and_skipped_if_nobody_waits(version, tmp_pa
         stored.append(feedback.reward)
 
     monkeypatch.setattr(log, "_store", store)
-    monkeypatch.setattr("cnn_jax.serve.request_log._MAX_FEEDBACK", 3)
     fields = {"request_id": request_id, "image_index": 0, "label": None, "is_new_class": False}
 
+    def send(client, reward):
+        return asyncio.create_task(log.add_feedback(client, reward=reward, **fields))
+
     async def flood():
-        tasks = [asyncio.create_task(log.add_feedback(reward=n, **fields)) for n in range(3)]
+        tasks = [send("a", n) for n in range(3)]
         await asyncio.sleep(0.2)
         with pytest.raises(Refused) as refused:
-            await log.add_feedback(reward=3, **fields)
+            await send("a", 3)
         assert refused.value.status == 429
-        tasks[1].cancel()
+        tasks.append(send("b", 4))
+        tasks.pop(1).cancel()
         await asyncio.sleep(0)
         release.set()
-        await asyncio.gather(tasks[0], tasks[2])
+        await asyncio.gather(*tasks)
 
     asyncio.run(flood())
-    assert stored == [0, 2]
+    assert stored == [0, 2, 4]
     log.close()
 
 
