@@ -278,10 +278,7 @@ class _Guard:
         """Returns the key of a client for the limits: its token, or without tokens its address."""
         if self._tokens is not None:
             return self._tokens.client(headers.get(b"authorization", b"").decode("latin-1"))
-        address = (scope.get("client") or [""])[0]
-        # A network usually gives a client all IPv6 addresses with the same first 64 bits.
-        is_ipv6 = ":" in address and is_address(address)
-        return str(ipaddress.ip_network((address, 64), strict=False)) if is_ipv6 else address
+        return _client_network((scope.get("client") or [""])[0])
 
     def _refuse_host(self, header: bytes | None) -> Refused | None:
         """Returns an error if the Host header has a name that is not allowed, else None.
@@ -358,6 +355,17 @@ def is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _client_network(address: str) -> str:
+    """Returns the addresses that one client has: an IPv4 address, or the first 64 bits of IPv6."""
+    try:
+        parsed = ipaddress.ip_address(address)
+    except ValueError:  # A proxy may have sent another text.
+        return address
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    return str(parsed.ipv4_mapped or f"{int(parsed) >> 64:x}")
 
 
 def _matching(pattern: re.Pattern[bytes], value: bytes | None) -> str | None:

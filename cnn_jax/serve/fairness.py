@@ -26,11 +26,6 @@ class Quota:
         self.used = 0
         self._by_client: dict[str, int] = {}
 
-    @property
-    def client_limit(self) -> int:
-        """The maximum that a client may use while no other client uses anything."""
-        return self.limit // 2
-
     def fits(self, client: str, amount: int) -> bool:
         """Returns whether a client may use a further amount; it may always use 0."""
         own = self._by_client.get(client, 0) + amount

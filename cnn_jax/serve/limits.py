@@ -38,6 +38,11 @@ class Limits:
     explained: int = 8
     seconds: float = 30.0
 
+    @property
+    def request_pixels(self) -> int:
+        """Maximum number of pixels of a request's images, because a client may use only half."""
+        return self.all_pixels // 2
+
 
 class Refused(Exception):  # noqa: N818 (the client's error, not the server's)
     """Raised if the server refuses a request; the client receives this error.

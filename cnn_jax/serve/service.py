@@ -12,7 +12,6 @@ from fastapi import Path, Request
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
 from cnn_jax.serve.engine import Computed, Engine
-from cnn_jax.serve.fairness import Quota
 from cnn_jax.serve.image_size import count_pixels
 from cnn_jax.serve.limits import Bodies, Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
@@ -324,8 +323,7 @@ class Service:
         fields = {"model": version.model, "version": version.number, "images": len(images)}
         request.state.log_fields.update(fields)
         pixels = [self._count_pixels(image) for image in images]
-        limit = Quota(self.limits.all_pixels).client_limit
-        if sum(pixels) > limit:
+        if sum(pixels) > (limit := self.limits.request_pixels):
             message = f"the images of a request may have at most {limit:,} pixels together"
             raise Refused(413, "too_many_pixels", f"{message}; send them in several requests")
         reads = [

@@ -16,7 +16,7 @@ def fill(quota, client):
 
 def test_one_client_can_use_half_of_a_quota():
     quota = Quota(100)
-    assert quota.client_limit == fill(quota, "a") == quota.used == 50
+    assert fill(quota, "a") == quota.used == 50
     assert quota.fits("a", 0)
     quota.add("a", -50)
     assert quota.fits("a", 50)

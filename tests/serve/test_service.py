@@ -20,7 +20,7 @@ from PIL import Image
 
 import cnn_jax.serve
 from cnn_jax.data.request_log import read_requests
-from cnn_jax.serve import http
+from cnn_jax.serve import app, http
 from cnn_jax.serve.app import make_app, make_health_app
 from cnn_jax.serve.engine import Engine, Program
 from cnn_jax.serve.limits import Limits, Refused
@@ -64,7 +64,7 @@ class Gated:
         self.service.models.set_aliases("default", {"default": 1})
 
         @contextlib.asynccontextmanager
-        async def lifespan(app):
+        async def lifespan(_):
             self.engine.start()
             yield
             self.engine.close()
@@ -239,6 +239,25 @@ def test_images_are_limited_for_each_client(serve, pool):
     until(lambda: server.engine.in_flight == 4)
     server.gate.set()
     assert [future.result().status_code for future in held] == [200] * 4
+
+
+def test_ipv6_addresses_with_64_equal_bits_are_one_client(serve, pool):
+    server = serve(queue=2)
+
+    def post(client):
+        headers = {"X-Forwarded-For": client}
+        return requests.post(f"{server.url}/predict", encode(), headers=headers, timeout=30)
+
+    held = pool.submit(post, "2001:db8::1")
+    until(lambda: server.engine.in_flight == 1)
+    for client in ("2001:db8::9:1", "2001:db8:0:0:ffff::1"):
+        assert post(client).status_code == 429
+    server.gate.set()
+    assert held.result().status_code == 200
+    keys = {app._client_network(f"::ffff:10.0.0.{number}") for number in (1, 1, 2)}
+    assert keys == {"10.0.0.1", "10.0.0.2"}
+    assert app._client_network("fe80::1%eth0") == app._client_network("fe80::2%eth0")
+    assert app._client_network("unix:") == "unix:"
 
 
 def test_a_file_with_more_pixels_than_it_says_is_refused(serve):
