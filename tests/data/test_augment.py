@@ -46,8 +46,8 @@ def _on_host(images, **changes):
 
 BOTH = pytest.mark.parametrize("apply", [_on_device, _on_host])
 RANGES = dataclasses.fields(Augmentation)
-# An augmentation with all ranges switched on. A range for which 0.4 is not a valid value needs a
-# value here.
+# An augmentation with all ranges switched on. Each range is 0.4, or the value in VALUES if 0.4 is
+# not valid.
 VALUES = {"flip": "horizontal_and_vertical"}
 EVERYTHING = Augmentation(**{field.name: VALUES.get(field.name, 0.4) for field in RANGES})
 
@@ -169,7 +169,7 @@ def test_no_augmentation_keeps_the_images(apply):
 
 @pytest.mark.parametrize("name", [field.name for field in RANGES])
 def test_one_range_changes_no_other_draw(name):
-    """The set of arrays that a range changes does not depend on the other ranges."""
+    """Switching on a range changes the same random arrays with and without the other ranges."""
     default, value = getattr(Augmentation(), name), getattr(EVERYTHING, name)
     one = dataclasses.replace(Augmentation(), **{name: value})
     all_others = dataclasses.replace(EVERYTHING, **{name: default})
