@@ -107,7 +107,7 @@ def test_contrast_moves_levels_away_from_each_channels_mean(apply):
 
 
 def test_the_three_geometric_ones_compose_in_the_order_flip_rotation_zoom():
-    """The matrix of all transforms is the product of the flip, rotation and zoom matrices."""
+    """The matrix of a combined transform is the product of flip, rotation and zoom matrices."""
     flip, turn, zoom = (
         np.vstack([_matrix(**kind)[0], [0, 0, 1]])
         for kind in ({"flip_x": True}, {"turns": 0.1}, {"window": 1.3})

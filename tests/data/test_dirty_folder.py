@@ -94,7 +94,7 @@ def _before(marker, inserted):
 
 
 def _cut_png(kind, extra):
-    """Returns a PNG truncated `extra` bytes after the start of its first chunk of a kind."""
+    """Returns a PNG truncated `extra` bytes after the start of its first `kind` chunk."""
     at = _png().index(kind) - 4
     return _png()[: at + extra]
 

@@ -76,7 +76,7 @@ def test_rank_correlation_equals_scipy():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_maps_that_ignore_the_last_layer_fail_the_randomization(sign, monkeypatch):
-    """These maps do not depend on the last layer, which the randomization shuffles first."""
+    """Maps that ignore the last layer fail, because the check shuffles the last layer first."""
     predictor = make_predictor()
     images = np.random.default_rng(1).integers(0, 256, (10, *SIZE, 3), np.uint8)
     classes = np.zeros(10, np.int32)

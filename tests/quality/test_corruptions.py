@@ -70,10 +70,12 @@ def _reduced(image, side):
 
 def test_taps_are_distributed_to_whole_pixels():
     np.testing.assert_array_equal(corruptions._taps(2, 1.0), np.eye(5))
-    # The taps lie at -1, -0.5, 0, 0.5 and 1. The taps at -0.5 and 0.5 are shared by two pixels.
+    # The taps of the kernel lie at -1, -0.5, 0, 0.5 and 1. Two pixels share the tap at -0.5, and
+    # two pixels share the tap at 0.5.
     halves = [[1, 0.5, 0, 0, 0], [0, 0.5, 1, 0.5, 0], [0, 0, 0, 0.5, 1]]
     np.testing.assert_array_equal(corruptions._taps(2, 0.5), halves)
-    # The taps lie at -2, 0 and 2. Each tap is two pixels long, so that every pixel gets a weight.
+    # The taps of the kernel lie at -2, 0 and 2. Each tap is two pixels long, so that every pixel
+    # gets a weight.
     twice = [
         *([0.25, 0, 0], [0.5, 0, 0], [0.25, 0.25, 0], [0, 0.5, 0]),
         *([0, 0.25, 0.25], [0, 0, 0.5], [0, 0, 0.25]),

@@ -51,7 +51,7 @@ def test_score_equals_a_numerical_maximum_of_the_likelihood(gains, losses, image
 
 
 def test_score_without_differences_is_known():
-    """For n images without a differing prediction, the score is sqrt(n m / (1 - m))."""
+    """If no prediction differs, the score is sqrt(n m / (1 - m)) for n images and margin m."""
     assert score(0, 0, 99, 0.1) == pytest.approx(np.sqrt(11.0))
 
 
@@ -129,7 +129,7 @@ def test_both_tests_must_pass():
 
 
 def test_needed_images_give_the_promised_power():
-    """If 4 % of predictions differ, a power of 80 % needs about 2,473 images, as simulated."""
+    """If 4 % of the predictions differ, 2,473 images give a power of 80 % in a simulation."""
     comparison = compare(*make_predictions(1000, 20, 20), np.zeros(1000, int), ["a"], 0.01)
     needed = comparison.images_needed
     assert needed == pytest.approx(0.04 * (1.6449 + 0.8416) ** 2 / 0.01**2, rel=1e-3)

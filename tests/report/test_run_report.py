@@ -343,7 +343,7 @@ def test_suspected_labels_have_ids_and_suggestions(reported):
         expected[run.network.source.ids[position]] = run.network.class_names[label - 1]
     network = dataclasses.replace(run.network, probabilities=certain)
     found = sections.suspected_labels(dataclasses.replace(run, network=network))
-    # For each of the other 16 images, the network predicts the label with a confidence of 0.7.
+    # The network predicts the labels of 16 of the 18 images with a confidence of 0.7.
     assert found["ids"] == list(expected)[::-1]
     assert {shown["id"]: shown["predicted"] for shown in found["examples"]} == expected
     assert [shown["split"] for shown in found["examples"]] == ["test", "validation"]
@@ -655,7 +655,7 @@ def test_sections_of_unknown_format_are_dropped(reported, tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_sections_of_an_older_format_are_dropped(run, tmp_path):
-    """In format 1, mistakes with high confidence were not counted separately."""
+    """A section of an old metrics.json is dropped if it lacks values that the report needs."""
     _written(run)
     _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
     figures = _metrics(run) | {"format": 1}

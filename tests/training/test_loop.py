@@ -718,7 +718,7 @@ def test_images_on_a_cpu_device_need_augmentation_on_it(image_folder, tmp_path):
 
 
 def test_a_finished_run_can_be_extended(finished, image_folder, tmp_path, capfd):
-    """The result equals that of a run with a constant learning rate in the last epochs."""
+    """An extended run equals a run that was planned with 5 epochs and 3 decay epochs."""
     first, _, _ = finished
     workdir = tmp_path / "run"
     shutil.copytree(first, workdir)

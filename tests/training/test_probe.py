@@ -164,7 +164,7 @@ def test_training_continues_from_the_probe_and_keeps_it_if_it_is_best(tmp_path):
 
 @pytest.mark.parametrize("finished", [0, 1])
 def test_a_run_with_a_probe_resumes_bit_for_bit(tmp_path, finished):
-    """A run stopped before its first step, or after an epoch, resumes with an equal result."""
+    """An interruption before the first step or after an epoch does not change the result."""
     whole = train_and_evaluate(_config(epochs=2), tmp_path / "whole")
 
     def stop(history):
