@@ -655,7 +655,7 @@ def test_sections_of_unknown_format_are_dropped(reported, tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_sections_of_an_older_format_are_dropped(run, tmp_path):
-    """A section of an old metrics.json is dropped if it lacks values that the report needs."""
+    """Sections of a metrics.json in an older format are dropped; split metrics are kept."""
     _written(run)
     _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
     figures = _metrics(run) | {"format": 1}
