@@ -294,7 +294,7 @@ def test_a_load_that_hangs_times_out(serve, registry):
         assert states_of(server)[2] == "END"
         failed = 'cnn_jax_loads_total{model="shapes",outcome="failed"} '
         text = server.get("/metrics", headers=AS_CLIENT).text
-        assert float(text.partition(failed)[2].split()[0]) == 1
+        assert float(text.partition(failed)[2].split()[0]) >= 1  # The server tries again.
         assert server.end() == 0
 
 
