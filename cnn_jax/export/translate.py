@@ -8,7 +8,7 @@ inserted where an operation needs another order.
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -191,7 +191,9 @@ class _Translator:
         return self._name(self._plain(self._read(result)))
 
     def _read(self, atom: Any) -> _Tensor:
-        return _constant(atom.val) if isinstance(atom, core.Literal) else self._tensors[atom]
+        if isinstance(atom, core.Literal):  # A Python number has the dtype of the operation.
+            return _constant(np.asarray(atom.val, cast(Any, atom.aval).dtype))
+        return self._tensors[atom]
 
     # The names of tensors, their axes, and dimensions of 1.
 
