@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -104,7 +103,8 @@ def export(
       int8: Whether to quantize the convolutions to 8 bits; not for the format "stablehlo".
       max_loss: The largest allowed loss of accuracy on the validation split and on the test
         split, from 0 to 1.
-      source: The name of the data for the comparison; by default the training data.
+      source: The name of the data for the comparison and the golden images; by default the
+        training data. The ranges of a quantized model are always those of the training images.
       npm_package: For the format "web": the file of the npm package; see `web.page_files`.
       converter_python: For the format "litert": the Python of an environment with LiteRT.
       track: Shows progress.
@@ -126,12 +126,22 @@ def export(
         python, versions = litert.check_python(converter_python)
     path = find_bundle(bundle)
     bundle_sha256 = digest(path)
-    # The exported model computes in float32, also if training used bfloat16.
-    contents = dataclasses.replace(read_bundle(path), precision="float32")
-    predictor = BundlePredictor(contents)
+    contents = read_bundle(path)
+    predictor = bundle_predictor = BundlePredictor(contents)
+    if contents.precision != "float32":
+        # The exported model computes in float32, also if training used bfloat16.
+        predictor = BundlePredictor(dataclasses.replace(contents, precision="float32"))
     dataset = open_as_trained(predictor, source, track)
+    is_training_data = dataset.fingerprint == contents.data["fingerprint"]
+    facts, batches = {}, None
+    if int8 and file_format != "litert":
+        training_data = dataset
+        if source is not None and not is_training_data:
+            training_data = open_as_trained(predictor, track=track)
+        batches = _calibration_batches(training_data, track)
+        facts["calibration_data"] = training_data.source.name
     if file_format in ("onnx", "web"):
-        model = _make_onnx(predictor, _calibration_batches(dataset, track) if int8 else None)
+        model = _make_onnx(predictor, batches)
     elif file_format == "litert":
         model = _make_litert(predictor, python, int8=int8)
     else:
@@ -139,10 +149,16 @@ def export(
     preprocessing = predictor.preprocessing
     golden = certificate.golden_images(dataset, preprocessing.max_pixels, preprocessing.white_level)
     with contextlib.closing(model):
-        comparison = certificate.compare(predictor, model.predictor, dataset, track)
+        comparison = certificate.compare(
+            bundle_predictor,
+            model.predictor,
+            dataset,
+            track,
+            float32=None if predictor is bundle_predictor else predictor,
+        )
         certificate.check(comparison, max_loss, is_exact=not int8)
         golden_records = certificate.golden_records(golden, model.predictor)
-    facts = dict(model.facts)
+    facts |= model.facts
     if (pixels_model := model.files.get(_PIXELS_MODEL)) is not None:
         largest = certificate.check_pixels(pixels_model, golden, golden_records)
         facts["pixels_largest_difference"] = largest
@@ -164,8 +180,11 @@ def export(
             model.runner, model.files[main_file], preprocessing.image_size, python
         ),
     }
+    measured = {split: values["after"] for split, values in comparison.items()}
     description = describe(contents) | {
-        "metrics": {split: values["after"] for split, values in comparison.items()},
+        # The metrics of other data must not replace those of the run.
+        "metrics": measured if is_training_data else contents.metrics,
+        "precision": "float32",
         "export": {"format": file_format, "int8": int8, "bundle": bundle_sha256},
     }
     files = {
@@ -256,7 +275,8 @@ _PACKAGES = {
 
 
 def _package_versions(file_format: str) -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _PACKAGES[file_format]}
+    # The module onnxruntime may come from another package, such as onnxruntime-gpu.
+    return {name: importlib.import_module(name).__version__ for name in _PACKAGES[file_format]}
 
 
 def _check_output(output: pathlib.Path) -> None:

@@ -165,7 +165,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
       BundleError: There is no bundle.json, a file is damaged, or the format is another one.
     """
     path = pathlib.Path(path)
-    with _reading(path):
+    with reading(path):
         description = json.loads((path / _DESCRIPTION).read_text(encoding="utf-8"))
         if description["format"] != FORMAT:
             raise BundleError(
@@ -202,7 +202,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     path = pathlib.Path(path)
     description = read_description(path)
-    with _reading(path):
+    with reading(path):
         if "export" in description:
             raise BundleError(
                 f"{path} is an exported model, which has no weights for this purpose; name the "
@@ -226,7 +226,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 @contextlib.contextmanager
-def _reading(path: pathlib.Path) -> Iterator[None]:
+def reading(path: pathlib.Path) -> Iterator[None]:
     """Converts the errors of reading a bundle to BundleError."""
     try:
         yield

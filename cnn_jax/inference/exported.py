@@ -16,6 +16,7 @@ from cnn_jax.inference.bundle import (
     read_bundle,
     read_description,
     read_preprocessing,
+    reading,
 )
 from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor, check_images
 from cnn_jax.system.errors import BundleError, ConfigError
@@ -46,17 +47,42 @@ class OnnxPredictor(TrainedPredictor):
         """
         path = pathlib.Path(path)
         description = read_description(path)
-        if ONNX_MODEL not in description["files"]:
+        with reading(path):
+            if ONNX_MODEL not in description["files"]:
+                raise BundleError(
+                    f"{path} is an export to {description['export']['format']}, which cnn_jax does "
+                    "not load; name a bundle or an export to onnx"
+                )
+            self.class_names = description["class_names"]
+            self.preprocessing = read_preprocessing(description)
+            self.temperature = description["temperature"]
+            self.data = description["data"]
+            self.metrics = description["metrics"]
+            self._session = self._open(path / ONNX_MODEL)
+
+    def _open(self, path: pathlib.Path) -> Any:
+        """Returns the session of the model, which must have the shapes of the description."""
+        try:
+            session = open_session(path.read_bytes())
+        except (ConfigError, OSError):
+            raise
+        except Exception as error:  # ONNX Runtime has a class of exceptions for each status.
+            reason = str(error).partition("\n")[0]
+            raise BundleError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
+        described = [
+            ("images", "tensor(uint8)", [*self.preprocessing.image_size, 3]),
+            ("probabilities", "tensor(float)", [len(self.class_names)]),
+        ]
+        found = [
+            (value.name, value.type, value.shape[1:])
+            for value in (*session.get_inputs(), *session.get_outputs())
+        ]
+        if found != described:
             raise BundleError(
-                f"{path} is an export to {description['export']['format']}, which cnn_jax does not "
-                "load; name a bundle or an export to onnx"
+                f"{path} does not fit bundle.json: the model has {found}, and bundle.json "
+                f"describes {described}"
             )
-        self.class_names = description["class_names"]
-        self.preprocessing = read_preprocessing(description)
-        self.temperature = description["temperature"]
-        self.data = description["data"]
-        self.metrics = description["metrics"]
-        self._session = open_session((path / ONNX_MODEL).read_bytes())
+        return session
 
     def __call__(
         self, images: UInt8[np.ndarray, "batch height width 3"]

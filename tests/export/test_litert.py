@@ -62,6 +62,6 @@ def test_a_bundle_is_exported_with_its_certificate(python, image_folder, tmp_pat
     readme = (tmp_path / "out" / "README.md").read_text()
     code = "\n".join(line[4:] for line in readme.splitlines() if line.startswith("    "))
     subprocess.run([python, "-c", code], cwd=tmp_path / "out", check=True, capture_output=True)
-    assert len(json.loads((tmp_path / "out" / "certificate.json").read_text())["golden"]) == 6
+    assert len(json.loads((tmp_path / "out" / "certificate.json").read_text())["golden"]) == 8
     with pytest.raises(BundleError, match="an export to litert, which cnn_jax does not load"):
         load_predictor(tmp_path / "out")
