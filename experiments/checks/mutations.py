@@ -364,6 +364,8 @@ MUTATIONS = [
     ("export/translate.py", "permutation.index(axis) for axis in x.order", "permutation[axis] for axis in x.order", "export/test_translate.py"),
     ("export/translate.py", "order.index(equation.params[\"dimension\"])", "equation.params[\"dimension\"]", "export/test_translate.py"),
     ("export/quantize.py", "np.abs(kernel).max((1, 2, 3))", "np.abs(kernel).max() + np.zeros(len(kernel))", "export/test_quantize.py"),
+    ("export/quantize.py", "np.minimum(values[:, ::2].min(0), 0)", "0 * values[0, ::2]", "export/test_quantize.py"),
+    ("export/quantize.py", "np.maximum(values[:, 1::2].max(0), 0)", "values[:, 1::2].max(0) / 2", "export/test_quantize.py"),
     ("export/quantize.py", "smallest = np.abs(bias)", "smallest = 0.0 * np.abs(bias)", "export/test_quantize.py"),
     ("export/quantize.py", "scales * np.float32(x.scale)", "scales", "export/test_quantize.py"),
     ("export/certificate.py", "if not lost <= max_loss", "if lost > max_loss", "export/test_exporter.py"),
