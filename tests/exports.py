@@ -74,14 +74,14 @@ def random_images(predictor, count):
     return np.random.default_rng(count).integers(0, 256, shape, np.uint8)
 
 
-def check_rounded(probabilities, expected):
-    """Checks that 8-bit rounding changes log-probabilities less than other images would.
+def check_rounded(probabilities, expected, limit=0.25):
+    """Checks that the error of an 8-bit model is small beside the differences between images.
 
-    For ranges of half the right size, the error of each network is above the limit.
+    For ranges of half the right size, the error of every network is above the limit.
     """
     logs = np.log(expected)
     error = np.sqrt(np.mean((np.log(np.maximum(probabilities, 1e-9)) - logs) ** 2))
-    assert 0 < error < 0.25 * np.sqrt(np.mean((logs - logs.mean(0)) ** 2)) + 0.002
+    assert 0 < error < limit * np.sqrt(np.mean((logs - logs.mean(0)) ** 2)) + 0.003
 
 
 def run_onnx(model, **inputs):

@@ -88,6 +88,7 @@ def export(
     file_format: str = "onnx",
     *,
     int8: bool = False,
+    static_ranges: bool = False,
     max_loss: float = MAX_LOSS,
     source: str | None = None,
     npm_package: str | None = None,
@@ -101,6 +102,8 @@ def export(
       output: The folder to write. An earlier export in this folder is replaced.
       file_format: One of `FORMATS`.
       int8: Whether to quantize the convolutions to 8 bits; not for the format "stablehlo".
+      static_ranges: For the format "litert" with `int8`: whether the ranges of the activations are
+        those of training images. By default, the model measures the ranges of each image.
       max_loss: The largest allowed loss of accuracy on the validation split and on the test
         split, from 0 to 1.
       source: The name of the data for the comparison and the golden images; by default the
@@ -120,6 +123,8 @@ def export(
     """
     _check_output(pathlib.Path(output))
     _check_packages(file_format, int8=int8)
+    if static_ranges and not (int8 and file_format == "litert"):
+        raise ConfigError("--static_ranges: needs --format=litert --int8; onnx has static ranges")
     page = web.page_files(npm_package) if file_format == "web" else {}
     python, versions = sys.executable, _package_versions(file_format)
     if file_format == "litert":
@@ -134,7 +139,7 @@ def export(
     dataset = open_as_trained(predictor, source, track)
     is_training_data = dataset.fingerprint == contents.data["fingerprint"]
     facts, batches = {}, None
-    if int8 and file_format != "litert":
+    if int8 and (file_format != "litert" or static_ranges):
         training_data = dataset
         if source is not None and not is_training_data:
             training_data = open_as_trained(predictor, track=track)
@@ -143,7 +148,7 @@ def export(
     if file_format in ("onnx", "web"):
         model = _make_onnx(predictor, batches)
     elif file_format == "litert":
-        model = _make_litert(predictor, python, int8=int8)
+        model = _make_litert(predictor, python, batches, int8=int8)
     else:
         model = _make_stablehlo(predictor)
     preprocessing = predictor.preprocessing
@@ -166,6 +171,7 @@ def export(
     statement = {
         "format": file_format,
         "int8": int8,
+        "static_ranges": batches is not None,
         "bundle_sha256": bundle_sha256,
         "model": main_file,
         "sha256": {name: _sha256(content) for name, content in model.files.items()},
@@ -226,9 +232,15 @@ def _make_onnx(predictor: BundlePredictor, batches: Iterable[np.ndarray] | None)
     )
 
 
-def _make_litert(predictor: BundlePredictor, python: str, *, int8: bool) -> _Model:
+def _make_litert(
+    predictor: BundlePredictor,
+    python: str,
+    batches: Iterable[np.ndarray] | None,
+    *,
+    int8: bool,
+) -> _Model:
     size = predictor.preprocessing.image_size
-    content = litert.convert(flat_function(predictor), size, python, int8=int8)
+    content = litert.convert(flat_function(predictor), size, python, int8=int8, batches=batches)
     return _Model(
         {_LITERT_MODEL: content},
         litert.LitertPredictor(predictor, content, python),
