@@ -1,6 +1,6 @@
 """The predictor of a model that was exported to ONNX, and the choice of the predictor of a folder.
 
-Importing this module does not import ONNX Runtime.
+Importing this module imports neither ONNX Runtime nor JAX.
 """
 
 import os
@@ -18,7 +18,7 @@ from cnn_jax.inference.bundle import (
     read_preprocessing,
     reading,
 )
-from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor, check_images
+from cnn_jax.inference.protocol import TrainedPredictor, check_images
 from cnn_jax.system.errors import BundleError, ConfigError
 
 ONNX_MODEL = "model.onnx"
@@ -129,4 +129,8 @@ def load_predictor(path: str | os.PathLike[str]) -> TrainedPredictor:
       ConfigError: ONNX Runtime is needed and not installed.
     """
     model = read_model(find_bundle(path))
-    return BundlePredictor(model) if isinstance(model, Bundle) else model
+    if isinstance(model, OnnxPredictor):
+        return model
+    from cnn_jax.inference.predictor import BundlePredictor
+
+    return BundlePredictor(model)
