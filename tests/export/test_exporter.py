@@ -143,6 +143,21 @@ def test_commands_accept_an_export_in_place_of_a_bundle(name, bundle, exported, 
     np.testing.assert_allclose(np.array(first, float), np.array(second, float), atol=1e-3)
 
 
+def test_an_export_is_served_without_importing_jax(exported):
+    code = (
+        "import sys, cnn_jax.serve.server, cnn_jax.serve.loader\n"
+        "from cnn_jax.inference.exported import read_model\n"
+        "from cnn_jax.serve.versions import make_version\n"
+        "version = make_version('name', 1, read_model(sys.argv[1]), 'digest', 10_000, (1, 2))\n"
+        "assert version.explain_program is None\n"
+        "print('jax' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, exported], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "False\n"
+
+
 def test_explanations_need_a_bundle(exported):
     with pytest.raises(BundleError, match=r"is an exported model, .* name the bundle from which"):
         BundlePredictor.load(exported)
