@@ -1,4 +1,4 @@
-"""Exports a bundle to a model for another runtime, and proves that the model is as accurate.
+"""Exports a bundle to a model for another runtime, and checks that it is as accurate.
 
     cnn_jax export --bundle=RUN --output=DIR [--format=onnx] [--int8] [--max_loss=0.005]
 

@@ -28,9 +28,9 @@ from cnn_jax.training.metrics import HEADLINE
 
 # The splits on which an exported model is compared with its bundle.
 SPLITS = ("validation", "test")
-# An exported float32 model may differ from the bundle by at most this probability.
+# A probability of a float32 export may differ by at most this value from the bundle's.
 MAX_DIFFERENCE = 1e-4
-# The model that resizes images itself may differ from Pillow's resizing by this probability.
+# A probability of pixels.onnx may differ by at most this value from that with Pillow's resizing.
 _PIXELS_LIMIT = 0.05
 _IN_FLOAT32 = "largest_difference_in_float32"
 NUM_GOLDEN = 8
@@ -105,7 +105,7 @@ def compare_probabilities(
 
 
 def _paired(differences: Float[np.ndarray, " n"]) -> dict[str, Any]:
-    """Returns the mean of paired differences and its 95 % interval, by the normal distribution."""
+    """Returns the mean of paired differences, and its 95 % interval by the normal distribution."""
     mean = float(np.mean(differences))
     half = _NORMAL_95 * float(np.std(differences)) / np.sqrt(len(differences))
     return {"mean": mean, "interval": [mean - half, mean + half]}

@@ -1,4 +1,4 @@
-"""The export of a bundle: all files of the folder, made, compared with the bundle and written."""
+"""The export of a bundle: makes the files, compares the model with the bundle, writes the folder."""
 
 import contextlib
 import dataclasses
@@ -37,11 +37,11 @@ FORMATS = ("onnx", "litert", "stablehlo", "web")
 _STABLEHLO_MODEL = "model.stablehlo"
 _LITERT_MODEL = "model.tflite"
 _PIXELS_MODEL = "pixels.onnx"
-# The number of training images that determine the ranges of a quantized model.
+# The number of training images from which the ranges of a quantized model are measured.
 _CALIBRATION_IMAGES = 256
-# The largest default loss of accuracy of an exported model, from 0 to 1.
+# The default of the largest allowed loss of accuracy, from 0 to 1.
 MAX_LOSS = 0.005
-# The compatibility that JAX promises for the files of `jax.export`, in days.
+# The number of days for which JAX promises to read the files of `jax.export`.
 _COMPATIBILITY = {"newer_jax_reads_it_for_days": 180, "older_jax_reads_it_for_days": 30}
 
 
@@ -134,7 +134,7 @@ def export(
     contents = read_bundle(path)
     predictor = bundle_predictor = BundlePredictor(contents)
     if contents.precision != "float32":
-        # The exported model computes in float32, also if training used bfloat16.
+        # The exported model computes in float32, even if training used bfloat16.
         predictor = BundlePredictor(dataclasses.replace(contents, precision="float32"))
     dataset = open_as_trained(predictor, source, track)
     is_training_data = dataset.fingerprint == contents.data["fingerprint"]
@@ -205,7 +205,7 @@ def export(
 
 
 def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]:
-    """Yields images of the training split, spread evenly over it."""
+    """Yields evenly spaced images of the training split."""
     indices = dataset.splits["train"]
     if not len(indices):
         raise ConfigError("--int8: the data has no training images to measure the ranges with")
@@ -215,7 +215,7 @@ def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]
 
 
 def _make_onnx(predictor: BundlePredictor, batches: Iterable[np.ndarray] | None) -> _Model:
-    """Makes the ONNX models; they are quantized if there are images to measure the ranges."""
+    """Makes the ONNX models; if there are `batches`, the models have 8 bits and their ranges."""
     from cnn_jax.export.onnx_model import images_model, pixels_model
     from cnn_jax.export.quantize import quantize
 

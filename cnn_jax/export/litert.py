@@ -19,7 +19,7 @@ _WORKER = str(pathlib.Path(__file__).with_name("litert_worker.py"))
 
 
 def check_python(python: str | None) -> tuple[str, dict[str, str]]:
-    """Returns the Python of an environment with LiteRT, and the versions of LiteRT's packages.
+    """Returns the path of a Python with LiteRT, and the versions of LiteRT's packages.
 
     Raises:
       ConfigError: No Python is named, or it lacks a package.
@@ -85,7 +85,7 @@ def convert(
 
 
 class LitertPredictor(Predictor):
-    """A predictor that runs a LiteRT model in a process of another Python.
+    """A predictor that runs a LiteRT model in a process of the Python with LiteRT.
 
     Attributes:
       class_names: The classes in the order of the probabilities.
@@ -132,7 +132,7 @@ class LitertPredictor(Predictor):
 
 
 def _error_line(text: str) -> str:
-    """Returns the first line of a traceback's error; lines about the origin of a node follow it."""
+    """Returns the first line of the error's message at the end of a traceback."""
     errors = [line for line in text.splitlines() if "Error: " in line]
     return errors[0] if errors else _last_line(text)
 

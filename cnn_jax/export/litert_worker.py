@@ -47,7 +47,7 @@ def convert(source: str, target: str, precision: str, images: str = "") -> None:
 
 
 def quantize(model: bytes, images: str | None) -> bytes:
-    """Quantizes a model; with the ranges of images, if a file is named. See `convert`."""
+    """Quantizes a model to 8 bits; if `images` is None, with dynamic ranges. See `convert`."""
     import numpy as np
     from litert_quantizer import (  # type: ignore[import-not-found]
         calibrator,
@@ -79,7 +79,7 @@ def run(path: str) -> None:
     import numpy as np
     from ai_edge_litert.interpreter import Interpreter  # type: ignore[import-not-found]
 
-    # LiteRT prints messages to stdout, so the answers get a copy of it.
+    # LiteRT prints messages to stdout, so the probabilities are written to a copy of stdout.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     interpreter = Interpreter(path, num_threads=1)

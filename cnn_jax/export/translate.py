@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cnn_jax.export.function import BATCH, ExportError, array_shape
 
-# ONNX Runtime has this operator set since version 1.14. `Resize` with antialiasing needs it.
+# ONNX Runtime supports this operator set since version 1.14. `Resize` with antialiasing needs it.
 OPSET, IR_VERSION = 18, 8
 
 _DTYPES = {

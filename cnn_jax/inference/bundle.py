@@ -212,7 +212,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         if description["files"].keys() != {_WEIGHTS}:
             raise ValueError(f"its only file must be {_WEIGHTS}")
         _check_network(path, description["model"])
-        # This import takes as long as all other imports of a server together.
+        # Flax imports JAX, which the server of an exported model does not need.
         import flax.traverse_util
 
         weights = safetensors.numpy.load_file(path / _WEIGHTS)

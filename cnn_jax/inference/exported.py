@@ -1,4 +1,4 @@
-"""The predictor of a model that was exported to ONNX, and the choice of the predictor of a folder.
+"""The predictor of a model that was exported to ONNX, and `load_predictor` for any folder.
 
 Importing this module imports neither ONNX Runtime nor JAX.
 """
@@ -61,12 +61,12 @@ class OnnxPredictor(TrainedPredictor):
             self._session = self._open(path / ONNX_MODEL)
 
     def _open(self, path: pathlib.Path) -> Any:
-        """Returns the session of the model, which must have the shapes of the description."""
+        """Returns the session of a model, whose shapes must be those in bundle.json."""
         try:
             session = open_session(path.read_bytes())
         except (ConfigError, OSError):
             raise
-        except Exception as error:  # ONNX Runtime has a class of exceptions for each status.
+        except Exception as error:  # ONNX Runtime raises many classes of exceptions.
             reason = str(error).partition("\n")[0]
             raise BundleError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
         described = [

@@ -1,4 +1,4 @@
-"""The interfaces of predictors, without the imports that running a network needs."""
+"""The interfaces of predictors. Importing this module does not import JAX."""
 
 from typing import Any, Protocol, runtime_checkable
 

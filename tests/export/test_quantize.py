@@ -33,7 +33,7 @@ def test_every_network_is_quantized(name):
     single = run_onnx(quantized, images=case.images[:1])
     np.testing.assert_allclose(single, probabilities[:1], atol=1e-3)
     assert _operators(quantized, "QuantizeLinear")
-    # The model that was the argument is unchanged.
+    # `quantize` does not change its argument.
     np.testing.assert_allclose(run_onnx(model, images=case.images), case.expected, atol=5e-6)
 
 
