@@ -1,4 +1,4 @@
-"""The export of a bundle: makes the files, compares the model with the bundle, writes the folder."""
+"""The export of a bundle: makes the files, compares them with the bundle, writes the folder."""
 
 import contextlib
 import dataclasses

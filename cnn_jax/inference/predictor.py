@@ -109,7 +109,7 @@ def _compiled(model: Network, preprocessing: Preprocessing) -> Callable[..., Arr
 def _compiled_with_embeddings(
     model: Network, preprocessing: Preprocessing
 ) -> Callable[..., tuple[Array, Array]]:
-    """Returns the compiled function that also returns the embeddings in float32; see `_compiled`."""
+    """Returns the compiled function for both probabilities and embeddings in float32."""
 
     def run(variables: PyTree, temperature: Array, images: Array) -> tuple[Array, Array]:
         outputs = stages(model, variables, images, preprocessing)

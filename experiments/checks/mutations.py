@@ -140,7 +140,7 @@ MUTATIONS = [
     ("models/vit.py", "deterministic=not self.is_training", "deterministic=False", "models/test_vit.py"),
     ("models/vit.py", "for i in range(self.depth - 1) if i % 3 == 2 or i == last", "for i in range(self.depth) if i % 3 == 2", "models/test_networks.py"),
     ("system/runtime.py", "in _CPU_OPTIONS.items() if _is_known(name, value)}", "in _CPU_OPTIONS.items() if not _is_known(name, value)}", "training/test_programs.py"),
-    ("data/preprocessing.py", "jnp.float32) - mean) / std", "jnp.float32) - mean) * std", "training/test_step.py"),
+    ("data/preprocessing.py", "np.float32) - mean) / std", "np.float32) - mean) * std", "training/test_step.py"),
     ("training/step.py", "random_key(self.seed, purpose), step)", "random_key(self.seed, purpose), 0)", "training/test_step.py"),
     ("training/step.py", "jnp.sum(jnp.where(mask, losses, 0))", "jnp.sum(losses)", "training/test_step.py"),
     ("training/step.py", "cross_entropy(logits, targets, self.label_smoothing)", "cross_entropy(logits, targets)", "training/test_step.py"),
