@@ -2,7 +2,7 @@
 
     pip install -e '.[onnx]'
     python experiments/benchmarks/bench_export.py [--bundle=RUN | --network=resnet18 --size=224]
-        [--converter_python=PATH] [--peer_python=PATH] [--repeats=15]
+        [--converter_python=PATH] [--peer_python=PATH] [--peer_models=FILE ...] [--repeats=15]
 
 With --bundle, the models are compared on the validation split and the test split of the bundle's
 data. With --network, the weights are random and only the time and the size are measured. The time
@@ -11,7 +11,8 @@ is CPU time of one thread in milliseconds per image; all models take turns, and 
 "quantize_static" is ONNX Runtime's own quantization of the float32 model, with the same images. The
 LiteRT models run in a process of --converter_python. "torch.onnx" is the same network in PyTorch
 with random weights (for a pretrained network: that of timm), exported by PyTorch; --peer_python
-names a Python with torch, timm, onnx and onnxscript.
+names a Python with torch, timm, onnx and onnxscript. --peer_models are ONNX files of other
+projects, with the input float32 [batch, 3, size, size].
 """
 
 import argparse
@@ -120,6 +121,7 @@ def make_models(
     timm_name: str,
     converter_python: str | None,
     peer_python: str | None,
+    peer_models: list[str],
     folder: pathlib.Path,
 ) -> Iterator[_Model]:
     """Yields the predictor, the exported models and the models of the peers."""
@@ -162,10 +164,17 @@ def make_models(
         path = folder / "timm.onnx"
         size = str(predictor.preprocessing.image_size[0])
         subprocess.run([peer_python, "-c", _TIMM, timm_name, size, str(path)], check=True)
-        peer = _session(str(path))
-        key = peer.get_inputs()[0].name
-        sizes = sum(file.stat().st_size for file in folder.glob("timm.onnx*"))
-        yield _Model("torch.onnx", lambda x: peer.run(None, {key: x})[0], sizes, True)
+        yield _peer("torch.onnx", path)
+    for name in peer_models:
+        yield _peer(pathlib.Path(name).name, pathlib.Path(name))
+
+
+def _peer(name: str, path: pathlib.Path) -> _Model:
+    """Returns a model with floats as input; the weights may be in a second file."""
+    session = _session(str(path))
+    key = session.get_inputs()[0].name
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    return _Model(name, lambda x: session.run(None, {key: x})[0], size, takes_floats=True)
 
 
 def _process_clock(pid: int) -> Callable[[], float]:
@@ -198,6 +207,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--converter_python")
     parser.add_argument("--peer_python")
+    parser.add_argument("--peer_models", nargs="+", default=[])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     flags = parser.parse_args()
@@ -216,8 +226,8 @@ def main() -> None:
         batches = [rng.integers(0, 256, (8, flags.size, flags.size, 3), np.uint8)]
     size = predictor.preprocessing.image_size
     with tempfile.TemporaryDirectory() as folder:
-        pythons = (flags.converter_python, flags.peer_python)
-        models = list(make_models(predictor, batches, timm_name, *pythons, pathlib.Path(folder)))
+        peers = (flags.converter_python, flags.peer_python, flags.peer_models)
+        models = list(make_models(predictor, batches, timm_name, *peers, pathlib.Path(folder)))
         times = {batch: measure(models, size, batch, flags.repeats) for batch in flags.batches}
         heads = [
             "model",
