@@ -150,11 +150,12 @@ def make_models(
         "quantize_static", lambda x: session.run(None, {"images": x})[0], after.stat().st_size
     )
     if converter_python:
-        for name, options in (
-            ("litert", {}),
-            ("litert int8", {"int8": True}),
-            ("litert int8 static", {"int8": True, "batches": batches}),
-        ):
+        kinds: dict[str, dict[str, Any]] = {
+            "litert": {},
+            "litert int8": {"int8": True},
+            "litert int8 static": {"int8": True, "batches": batches},
+        }
+        for name, options in kinds.items():
             content = litert.convert(
                 function, predictor.preprocessing.image_size, converter_python, **options
             )
