@@ -63,5 +63,6 @@ def normalize(
 
     The images are an array of JAX or NumPy, and so is the result.
     """
-    mean, std = np.float32([preprocessing.mean, preprocessing.std]).reshape(2, 1, 1, 1, 3)
+    parameters = np.array([preprocessing.mean, preprocessing.std], np.float32)
+    mean, std = parameters.reshape(2, 1, 1, 1, 3)
     return (images.astype(np.float32) - mean) / std
