@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,6 @@ from cnn_jax.system.console import Console
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.training import run_directory
 from cnn_jax.training.loop import train_and_evaluate
-
 
 # The number of training images that determine the importance of channels.
 _IMPORTANCE_IMAGES = 1024
@@ -75,31 +74,29 @@ def compress(
       Interrupted: The run was saved and stopped.
     """
     console = console or Console()
+    overrides = overrides or {}
     workdir, path = pathlib.Path(workdir), find_bundle(bundle)
     original = read_bundle(path)
-    name = absolute(source or original.data["source"])
     prune.widths(original.model)  # Raises ConfigError if the network cannot be pruned.
+    if path.resolve().is_relative_to(workdir.resolve()):
+        raise ConfigError(f"--workdir: {workdir} contains the bundle; use another folder")
+    source = absolute(source or original.data["source"])
     own_recipe = path.parent / "config.json"
     if recipe is None:
         recipe = str(own_recipe) if path.name == "bundle" and own_recipe.is_file() else "default"
-    fixed = _fixed_values(original, path, workdir, name, epochs)
-    if wrong := sorted(fixed.keys() & (overrides or {}).keys()):
-        raise ConfigError(f"config.{wrong[0]}: cannot be set, because compress determines it")
-    config = files.load(recipe, overrides or {})
-    made_from = {"bundle": str(path.resolve()), "bundle_sha256": digest(path), "keep": keep}
+    config = files.load(recipe, overrides)
+    made_from = {"bundle_sha256": digest(path), "keep": keep}
     if run_directory.read_config(workdir) is None:
-        run_directory.check_apart(workdir, name)
+        run_directory.check_apart(workdir, source)
         with run_directory.lock(workdir):
-            record = made_from | _narrow(original, workdir, name, keep, console.track)
+            record = made_from | _narrow(original, workdir, source, keep, console.track)
             write_text(workdir / _RECORD, json.dumps(record, indent=1) + "\n")
     else:
         record = _read_record(workdir, made_from)
+    _configure(config, read_bundle(workdir / _NARROWED), workdir, source, epochs, overrides)
     for line in describe(record):
         console.print(line)
-    narrowed = read_bundle(workdir / _NARROWED)
-    with config.ignore_type(), config.unlocked():
-        config.model = default_config(narrowed.model["name"]).model
-        config.update_from_flattened_dict(_fixed_values(narrowed, path, workdir, name, epochs))
+    console.print()
     report = train_and_evaluate(config, workdir, console)
     accuracies = {split: report[split]["accuracy"] for split in _SPLITS if split in report}
     return config, record | {"after": record["narrowed"] | accuracies}
@@ -143,9 +140,12 @@ def _narrow(
         widths,
     )
     channels = prune.most_important(scores, widths)
+    # A smaller network needs less dropout (experiments/RESULTS.md).
+    model = prune.with_widths(original.model, widths)
+    model["dropout"] = round(keep * model["dropout"], 3)
     narrowed = dataclasses.replace(
         original,
-        model=prune.with_widths(original.model, widths),
+        model=model,
         variables=prune.narrow(predictor.model, original.variables, size, channels),
         metrics={},
     )
@@ -205,27 +205,36 @@ def _read_record(workdir: pathlib.Path, made_from: Mapping[str, Any]) -> dict[st
         ) from error
     if not same:
         raise ConfigError(
-            f"--workdir: {workdir} has a compression of another bundle or with another --keep "
-            f"({record['bundle']}, {record['keep']:g}); use another folder"
+            f"--workdir: {workdir} has the compression of another bundle or with another --keep; "
+            "use another folder"
         )
     return record
 
 
-def _fixed_values(
-    bundle: Bundle, path: pathlib.Path, workdir: pathlib.Path, source: str, epochs: int
-) -> dict[str, Any]:
-    """Returns the values of the configuration keys that the compression determines, by key.
+def _configure(
+    config: Config,
+    narrowed: Bundle,
+    workdir: pathlib.Path,
+    source: str,
+    epochs: int,
+    overrides: Collection[str],
+) -> None:
+    """Sets the keys of a configuration that the compression determines.
 
     Args:
-      bundle: The original network, or the narrowed one.
-      path: The path of the original bundle.
+      config: The configuration, which is changed.
+      narrowed: The network with which training starts.
       workdir: The run's folder.
       source: The training data.
       epochs: The number of epochs.
+      overrides: The keys that the user has set.
+
+    Raises:
+      ConfigError: The user has set a key that the compression determines.
     """
-    division, preprocessing = bundle.data["division"], dataclasses.asdict(bundle.preprocessing)
-    return {
-        # The same seed and rule give the same splits, so that no test image is trained on.
+    division, preprocessing = narrowed.data["division"], dataclasses.asdict(narrowed.preprocessing)
+    values = {
+        # With the same seed and rule, the splits are the same, so no test image is trained on.
         "seed": division["seed"],
         "data.source": source,
         "data.split": tuple(division["fractions"]),
@@ -234,14 +243,20 @@ def _fixed_values(
         "data.keep_splits": division["keep_splits"],
         **{f"data.{key}": preprocessing[key] for key in (*PREPROCESSING_KEYS, *_IMAGE_KEYS)},
         "data.preprocessing": "config",
-        "data.max_unreadable": bundle.data["max_unreadable"],
-        "data.allow_outside": bundle.data["allow_outside"],
-        **{f"model.{key}": value for key, value in files.flat(bundle.model).items()},
+        "data.max_unreadable": narrowed.data["max_unreadable"],
+        "data.allow_outside": narrowed.data["allow_outside"],
+        **{f"model.{key}": value for key, value in files.flat(narrowed.model).items()},
         "checkpoint.init_from": str(workdir / _NARROWED),
         "checkpoint.restore_step": 0,
-        "train.teacher": str(path),
         "train.epochs": epochs,
         "train.from_stage": "",
         "train.probe": False,
         "optimizer.decay_epochs": 0,
     }
+    if "model.dropout" in overrides:
+        values["model.dropout"] = config.model.dropout
+    if wrong := sorted((values.keys() - {"model.dropout"}) & set(overrides)):
+        raise ConfigError(f"config.{wrong[0]}: cannot be set, because compress determines it")
+    with config.ignore_type(), config.unlocked():
+        config.model = default_config(narrowed.model["name"]).model
+        config.update_from_flattened_dict(values)

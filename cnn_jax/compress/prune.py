@@ -117,9 +117,7 @@ def importance(
 
     @jax.jit
     def sums(variables: PyTree, images: Array, labels: Array) -> dict[str, Array]:
-        shapes = jax.eval_shape(
-            lambda v, x: stages(model, v, x, preprocessing), variables, images
-        )
+        shapes = jax.eval_shape(lambda v, x: stages(model, v, x, preprocessing), variables, images)
         zeros = {name: jnp.zeros(shapes[name].shape, jnp.float32) for name in names}
         gradients, outputs = jax.grad(outputs_and_losses, has_aux=True)(
             zeros, variables, images, labels

@@ -19,7 +19,6 @@ from cnn_jax.models import NETWORKS, hub
 from cnn_jax.models.network import compute_dtype
 from cnn_jax.models.pretrained import check_network, open_weights
 from cnn_jax.system.errors import ConfigError
-from cnn_jax.training.teacher import resolve_teacher
 
 
 def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config:
@@ -28,8 +27,7 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
     `precision` and `augment.place` are not "auto", `optimizer.decay_epochs` is not 0, and
     paths are absolute. `model.pretrained` has its revision, and the preprocessing of these
     weights is in the section `data`; a new run downloads the weights for this.
-    `train.teacher` has the digest of its bundle. (`train.steps_per_execution` may be 0 until the
-    data is opened.)
+    (`train.steps_per_execution` may be 0 until the data is opened.)
 
     Args:
       config: A configuration.
@@ -54,8 +52,6 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
         if config.checkpoint.init_from:
             path = pathlib.Path(config.checkpoint.init_from).expanduser()
             resolved.checkpoint.init_from = str(path.resolve())
-        if config.train.teacher:
-            resolved.train.teacher = resolve_teacher(config.train.teacher)
         if config.model.get("batch_norm_statistics") == "auto":
             # Frozen statistics are useful only with trained weights. The initial statistics, mean 0
             # and variance 1, would not normalise the activations.

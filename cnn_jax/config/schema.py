@@ -289,16 +289,6 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             0.1,
             "The probability that the target spreads over all classes.",
         ),
-        "teacher": text(
-            "",
-            "The path of a bundle or a run whose predictions are a further target (distillation); "
-            "empty: none.",
-            "a path, or empty",
-            lambda v: True,
-        ),
-        "teacher_weight": positive(
-            1.0, "The weight of the loss term that compares the network with train.teacher."
-        ),
         "balance": choice(
             "none",
             "loss: rare classes have larger weights; sampling: they are drawn more often.",

@@ -28,28 +28,6 @@ def cross_entropy(
     return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, label_smoothing))
 
 
-def distillation(
-    logits: Float[Array, "batch classes"],
-    targets: Float[Array, "batch classes"],
-    temperature: float,
-) -> Float[Array, " batch"]:
-    """Returns T^2 times the Kullback-Leibler divergence of each example's prediction, in nats.
-
-    Both predictions are softmax(logits / T). The factor T^2 makes the size of the gradient
-    independent of T (Hinton et al. 2015, "Distilling the Knowledge in a Neural Network",
-    section 2).
-
-    Args:
-      logits: The outputs of the network.
-      targets: The logits of the teacher.
-      temperature: The temperature T, above 0.
-    """
-    log_targets = jax.nn.log_softmax(targets / temperature)
-    log_predictions = jax.nn.log_softmax(logits / temperature)
-    divergence = jnp.sum(jnp.exp(log_targets) * (log_targets - log_predictions), axis=-1)
-    return temperature**2 * divergence
-
-
 def example_weights(
     class_weights: Float[Array, " classes"], targets: Targets
 ) -> Float[Array, " batch"]:

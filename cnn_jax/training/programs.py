@@ -29,7 +29,6 @@ from cnn_jax.training.optimizer import (
     make_optimizer,
 )
 from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, update_statistics
-from cnn_jax.training.teacher import open_teacher
 
 # A suggested batch size is rounded down to a multiple of this number.
 _ROUND_BATCH = 8
@@ -45,9 +44,6 @@ def make_train_step(
       model: The network.
       schedule: The learning rate by step.
       dataset: The data set of the run.
-
-    Raises:
-      ConfigError: The teacher has other classes or another preprocessing.
     """
     train, optimizer = config.train, config.optimizer
     class_weights = None
@@ -83,16 +79,6 @@ def make_train_step(
         class_weights=class_weights,
         mixing=Mixing.from_config(config.augment),
         accumulation_steps=train.accumulation_steps,
-        extra_loss=(
-            open_teacher(
-                train.teacher,
-                train.teacher_weight,
-                dataset.loader.preprocessing,
-                dataset.source.class_names,
-            )
-            if train.teacher
-            else None
-        ),
     )
 
 

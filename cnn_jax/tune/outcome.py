@@ -269,9 +269,9 @@ def best_config_text(plan: Plan, study: Mapping[str, Any], path: pathlib.Path) -
     with config.ignore_type():
         # With absolute paths, the configuration file works in any directory.
         config.data.source = absolute(config.data.source)
-        for section, key in ((config.checkpoint, "init_from"), (config.train, "teacher")):
-            if section[key]:
-                section[key] = str(pathlib.Path(section[key]).expanduser().resolve())
+        if path_of_weights := config.checkpoint.init_from:
+            path_of_weights = pathlib.Path(path_of_weights).expanduser().resolve()
+            config.checkpoint.init_from = str(path_of_weights)
         if name_of_weights := config.model.get("pretrained"):
             config.model.pretrained = hub.absolute(name_of_weights)
     epochs = count(best["epochs"], "epoch")
