@@ -64,8 +64,16 @@ def test_dense_convolutions_equal_lax(kernel_size, stride, size):
 @pytest.mark.parametrize("padding", ["symmetric", "same"])
 @pytest.mark.parametrize(
     ("kernel_size", "stride", "size"),
-    # The first two cases need more than `_WRITTEN_PRODUCTS` products.
-    [(3, 1, (9, 10)), (5, 2, (14, 12)), (3, 2, (8, 7)), (5, 1, (2, 3)), (7, 2, (2, 2))],
+    # The first four cases have more than one tile.
+    [
+        (3, 1, (9, 10)),
+        (3, 1, (4, 30)),
+        (5, 2, (14, 12)),
+        (7, 1, (5, 9)),
+        (3, 2, (8, 7)),
+        (5, 1, (2, 3)),
+        (7, 2, (2, 2)),
+    ],
 )
 def test_depthwise_convolutions_equal_lax(
     monkeypatch, has_onednn, padding, kernel_size, stride, size
