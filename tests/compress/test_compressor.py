@@ -16,7 +16,7 @@ from conftest import REPOSITORY
 from cnn_jax.compress import compressor
 from cnn_jax.compress.compressor import compress
 from cnn_jax.inference.bundle import read_bundle, write_bundle
-from cnn_jax.inference.evaluation import evaluate, open_as_trained
+from cnn_jax.inference.evaluation import evaluate, image_batches, open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system.errors import BundleError, ConfigError, DataError, Interrupted
 from cnn_jax.training import run_directory
@@ -96,6 +96,30 @@ def test_the_narrowed_network_has_the_channels_of_the_record(original, compresse
     )
 
 
+def test_the_ranking_uses_training_images_with_their_classes(original, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr("cnn_jax.inference.evaluation.BATCH_SIZE", 16)
+    monkeypatch.setattr(compressor, "_IMPORTANCE_IMAGES", 24)
+
+    def stop(model, variables, preprocessing, batches, stage_names):
+        found.extend(batches)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compressor.prune, "importance", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(original, tmp_path / "run", 0.7)
+
+    dataset = open_as_trained(BundlePredictor.load(original))
+    indices = dataset.splits["train"]
+    chosen = indices[np.linspace(0, len(indices) - 1, 24).astype(int)]
+    assert [len(images) for images, _ in found] == [16, 8]
+    images, labels = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+    np.testing.assert_array_equal(
+        images, np.concatenate(list(image_batches(dataset.loader, chosen)))
+    )
+    np.testing.assert_array_equal(labels, dataset.source.labels[chosen])
+
+
 def test_an_interrupted_compression_resumes(original, compressed, tmp_path, monkeypatch):
     """The result is that of the uninterrupted compression, to the bit."""
 
@@ -118,9 +142,8 @@ def test_an_interrupted_compression_resumes(original, compressed, tmp_path, monk
 def test_more_epochs_extend_a_compression(original, compressed, tmp_path):
     shutil.copytree(compressed[0], tmp_path / "run")
     config_file = tmp_path / "run" / "config.json"
-    config_file.write_text(
-        config_file.read_text().replace(str(compressed[0]), str(tmp_path / "run"))
-    )
+    text = config_file.read_text().replace(str(compressed[0]), str(tmp_path / "run"))
+    config_file.write_text(text)
     compress(original, tmp_path / "run", 0.7, epochs=3)
     epochs = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in epochs] == [1, 2, 3]
