@@ -17,7 +17,7 @@ _EPOCHS = 6
 def main(argv: Sequence[str]) -> None:
     parser = files.ConfigParser(
         prog="cnn_jax compress",
-        description="Remove the least important channels of a network, then train the rest.",
+        description="Remove channels of a network, then train it as the bundle's run was trained.",
     )
     cli.add_bundle_flag(parser)
     parser.add_argument(

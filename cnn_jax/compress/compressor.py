@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ _IMPORTANCE_IMAGES = 1024
 _SPLITS = ("validation", "test")
 # The keys of the preprocessing that pretrained weights do not determine.
 _IMAGE_KEYS = ("max_pixels", "white_level")
+# The only key of the section `model` that the user can set.
+_DROPOUT = "model.dropout"
 # The files of a compression in the folder of its run.
 _RECORD, _NARROWED = "compress.json", "narrowed"
 
@@ -85,6 +87,9 @@ def compress(
     if recipe is None:
         recipe = str(own_recipe) if path.name == "bundle" and own_recipe.is_file() else "default"
     config = files.load(recipe, overrides)
+    fixed = _fixed_values(original, workdir, source, epochs)
+    if wrong := sorted((fixed.keys() - {_DROPOUT}) & overrides.keys()):
+        raise ConfigError(f"config.{wrong[0]}: cannot be set, because compress determines it")
     made_from = {"bundle_sha256": digest(path), "keep": keep}
     if run_directory.read_config(workdir) is None:
         run_directory.check_apart(workdir, source)
@@ -93,10 +98,15 @@ def compress(
             write_text(workdir / _RECORD, json.dumps(record, indent=1) + "\n")
     else:
         record = _read_record(workdir, made_from)
-    _configure(config, read_bundle(workdir / _NARROWED), workdir, source, epochs, overrides)
     for line in describe(record):
         console.print(line)
-    console.print()
+    narrowed = read_bundle(workdir / _NARROWED)
+    values = _fixed_values(narrowed, workdir, source, epochs)
+    if _DROPOUT in overrides:
+        values[_DROPOUT] = config.model.dropout
+    with config.ignore_type(), config.unlocked():
+        config.model = default_config(narrowed.model["name"]).model
+        config.update_from_flattened_dict(values)
     report = train_and_evaluate(config, workdir, console)
     accuracies = {split: report[split]["accuracy"] for split in _SPLITS if split in report}
     return config, record | {"after": record["narrowed"] | accuracies}
@@ -211,29 +221,19 @@ def _read_record(workdir: pathlib.Path, made_from: Mapping[str, Any]) -> dict[st
     return record
 
 
-def _configure(
-    config: Config,
-    narrowed: Bundle,
-    workdir: pathlib.Path,
-    source: str,
-    epochs: int,
-    overrides: Collection[str],
-) -> None:
-    """Sets the keys of a configuration that the compression determines.
+def _fixed_values(
+    bundle: Bundle, workdir: pathlib.Path, source: str, epochs: int
+) -> dict[str, Any]:
+    """Returns the values of the configuration keys that the compression determines, by key.
 
     Args:
-      config: The configuration, which is changed.
-      narrowed: The network with which training starts.
+      bundle: The original or the narrowed network; only the values of the section `model` differ.
       workdir: The run's folder.
       source: The training data.
       epochs: The number of epochs.
-      overrides: The keys that the user has set.
-
-    Raises:
-      ConfigError: The user has set a key that the compression determines.
     """
-    division, preprocessing = narrowed.data["division"], dataclasses.asdict(narrowed.preprocessing)
-    values = {
+    division, preprocessing = bundle.data["division"], dataclasses.asdict(bundle.preprocessing)
+    return {
         # With the same seed and rule, the splits are the same, so no test image is trained on.
         "seed": division["seed"],
         "data.source": source,
@@ -243,9 +243,9 @@ def _configure(
         "data.keep_splits": division["keep_splits"],
         **{f"data.{key}": preprocessing[key] for key in (*PREPROCESSING_KEYS, *_IMAGE_KEYS)},
         "data.preprocessing": "config",
-        "data.max_unreadable": narrowed.data["max_unreadable"],
-        "data.allow_outside": narrowed.data["allow_outside"],
-        **{f"model.{key}": value for key, value in files.flat(narrowed.model).items()},
+        "data.max_unreadable": bundle.data["max_unreadable"],
+        "data.allow_outside": bundle.data["allow_outside"],
+        **{f"model.{key}": value for key, value in files.flat(bundle.model).items()},
         "checkpoint.init_from": str(workdir / _NARROWED),
         "checkpoint.restore_step": 0,
         "train.epochs": epochs,
@@ -253,10 +253,3 @@ def _configure(
         "train.probe": False,
         "optimizer.decay_epochs": 0,
     }
-    if "model.dropout" in overrides:
-        values["model.dropout"] = config.model.dropout
-    if wrong := sorted((values.keys() - {"model.dropout"}) & set(overrides)):
-        raise ConfigError(f"config.{wrong[0]}: cannot be set, because compress determines it")
-    with config.ignore_type(), config.unlocked():
-        config.model = default_config(narrowed.model["name"]).model
-        config.update_from_flattened_dict(values)
