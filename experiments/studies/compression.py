@@ -8,7 +8,7 @@ Each variant is `cnn_jax.compress.compressor.compress` with one change, in a run
 prints the accuracies after pruning and after training. The same command continues.
 
     taylor        no change: the channels are ranked by their effect on the loss, to first order
-    norm          the channels are ranked by the L2 norm of their kernel (Li et al. 2017)
+    norm          the channels are ranked by the L2 norm of their kernel
     random        the channels are ranked at random
     distillation  the loss also has the divergence from the original network's predictions, with
                   temperature 2 (Hinton et al. 2015)
