@@ -6,13 +6,13 @@
     python experiments/benchmarks/bench_compress.py --pairs runs/first:runs/small ...
         [--size=224] [--repeats=15] [--converter_python=PYTHON]
 
-The accuracies are those of the test split. The bytes are those of the models for the image size of
-the bundles. "LiteRT int8" needs --converter_python; see docs/export.md.
-
 The time is CPU time of one thread in milliseconds for one image of --size pixels, for the first
 pair. All models take turns, and the median counts. "80 % zeros" is the original network with the
 smallest 80 % of the weights of each kernel set to zero. The last rows are networks with random
 weights and other numbers of channels in the first convolution.
+
+The accuracies are those of the test split. The bytes are those of the models for the image size of
+the bundles. LiteRT's 8-bit model needs --converter_python; see docs/export.md.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def show_times(bundles: Mapping[str, Bundle], size: int, repeats: int) -> None:
                 session.run(None, {"images": images})
                 seconds[i, j, repeat] = time.process_time() - start
     medians = 1000 * np.median(seconds, axis=-1)
-    print(f"{size} pixels | float32 ms | ratio | int8 ms | ratio")
+    print(f"{size} pixels | float32 ms | ratio | int8 ms | ratio", flush=True)
     for name, own in zip(bundles, medians, strict=True):
         ratios = medians[0] / own
         print(f"{name} | {own[0]:.2f} | {ratios[0]:.2f} | {own[1]:.2f} | {ratios[1]:.2f}")
@@ -124,9 +124,6 @@ def main() -> None:
     parser.add_argument("--converter_python")
     flags = parser.parse_args()
     pairs = [pair.split(":") for pair in flags.pairs]
-    for pair in pairs:
-        for path in pair:
-            show_models(path, flags.converter_python)
     original, compressed = (read_bundle(find_bundle(path)) for path in pairs[0])
     bundles = {
         "original": original,
@@ -140,6 +137,9 @@ def main() -> None:
         },
     }
     show_times(bundles, flags.size, flags.repeats)
+    for pair in pairs:
+        for path in pair:
+            show_models(path, flags.converter_python)
 
 
 if __name__ == "__main__":
