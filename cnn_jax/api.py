@@ -102,7 +102,7 @@ def train(
 
 
 def _results(run: "Run", page_or_command: str) -> dict[str, str]:
-    """Returns the lines that are shown after training: the test metrics and the report.
+    """Returns the lines shown after training: the test metrics, and the report's path or command.
 
     Args:
       run: The finished run.
@@ -221,7 +221,7 @@ class Run:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The records of all epochs in `metrics.jsonl`; an empty list if there is only a bundle."""
+        """The records in `metrics.jsonl`, one for each epoch; [] if there is only a bundle."""
         if self.workdir is None:
             return []
         lines = (self.workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -335,7 +335,7 @@ class Predictions(list[Prediction]):
 
 
 class Figure:
-    """A chart of a report; a notebook shows the picture.
+    """A chart of a report; a notebook shows the chart as a picture.
 
     Attributes:
       path: The PNG file.

@@ -50,7 +50,7 @@ def main() -> NoReturn:
 
 
 def check_module(name: str) -> None:
-    """Exits with an error if `python -m name` would do nothing.
+    """Exits with an error if the module that `python -m` names is not a command.
 
     Args:
       name: The full name of a module of this package.

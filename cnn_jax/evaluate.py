@@ -71,7 +71,7 @@ def open_by_flags(flags: argparse.Namespace, track: Track) -> tuple[TrainedPredi
         predictor,
         flags.source,
         track,
-        grouped=flags.split != "all",  # Groups are needed only to divide the data.
+        grouped=flags.split != "all",  # Only a division into splits needs the groups.
         max_unreadable=flags.max_unreadable,
         allow_outside=flags.allow_outside,
     )

@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> None:
             try:
                 print(f"mlflow      {mlflow.log_run(flags.workdir, uri)}")
             except UserError as error:
-                # The variable may be meant for other programs.
+                # Without --mlflow, the URI comes from MLFLOW_TRACKING_URI, which may be meant for
+                # other programs. So the error is only a warning.
                 message = f"the run is not logged: {error}; the same command tries it again"
                 if flags.mlflow:
                     raise type(error)(message) from error

@@ -1,4 +1,4 @@
-"""Linear probing: fits only the head of a pretrained network, to the features of all stages.
+"""Linear probing: trains only the head of a pretrained network, on the features of all stages.
 
     cnn_jax train --config=configs/probe.py --config.data.source=folder:PATH --workdir=runs/mine
 

@@ -18,14 +18,14 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "cnn_jax" / "xla")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
-# pytest-xdist and readline set COLUMNS, and commands that the tests start would break their lines
-# at this width. If readline set COLUMNS, `os.environ` does not contain it, and `del` would fail. So
-# COLUMNS is first set here.
+# pytest-xdist and readline set COLUMNS, the width of the terminal. Commands that the tests start
+# would break their lines at this width, so COLUMNS is deleted. COLUMNS is set first, because `del`
+# fails if `os.environ` does not contain COLUMNS, as after readline has set it.
 os.environ["COLUMNS"] = ""
 del os.environ["COLUMNS"]
 if os.environ["JAX_PLATFORMS"] != "cpu":
-    # By default, GPUs multiply float32 numbers as TF32 with 10 bits, which is too inexact for the
-    # tolerances of the tests.
+    # By default, GPUs multiply float32 numbers as TF32. A mantissa of 10 bits is too inexact for
+    # the tolerances of the tests.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import jax
@@ -39,7 +39,7 @@ REPOSITORY = pathlib.Path(__file__).parent.parent
 # The tests import `configs` from the repository, because `configs` is not installed.
 sys.path.insert(0, str(REPOSITORY))
 
-# The hook checks the shapes and dtypes in every signature of the package.
+# With this import hook, jaxtyping checks the shapes and dtypes in all signatures of the package.
 install_import_hook("cnn_jax", "typechecker.check")
 
 if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_NUM_CPU_DEVICES" not in os.environ:
@@ -147,7 +147,7 @@ def imported_modules(*names: str) -> set[str]:
     return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
-# Modules that prediction and serving must not import, because they take seconds.
+# Modules that prediction and serving must not import, because these imports take seconds.
 TRAINING_MODULES = {
     *("tensorflow_datasets", "tensorflow", "optax", "orbax", "grain", "cv2", "matplotlib"),
     *("torch", "tensorboardX", "tensorstore", "imagehash", "ml_collections"),

@@ -62,7 +62,7 @@ class Case(NamedTuple):
 
 @functools.cache
 def network_case(name):
-    """Returns the case of a network; several tests share it."""
+    """Returns the `Case` of a network; the result is cached, because several tests use it."""
     predictor = small_predictor(name)
     images = random_images(predictor, 7)
     return Case(predictor, flat_function(predictor), images, predictor(images))

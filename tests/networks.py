@@ -8,7 +8,7 @@ import numpy as np
 
 
 def random_variables(module, *inputs):
-    """Returns random variables for a module, in which no layer is the identity or zero."""
+    """Returns random variables with which no layer of a module is the identity or zero."""
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):

@@ -33,7 +33,7 @@ _TINY = {
 
 
 class _Recorder(Console):
-    """A silent console that records the table of names and values that a run prints."""
+    """A silent console that records the names and values of a run's table."""
 
     def __init__(self):
         super().__init__(is_silent=True)
@@ -63,7 +63,7 @@ def test_a_run_has_the_requested_configuration(trained, image_folder):
     assert config["data"]["image_size"] == [16, 16]
     assert (config["train"]["epochs"], config["report"]["detail"]) == (3, "figures")
     assert config["model"]["features"] == [4, 8]
-    assert config["data"]["mean"] == [127.5] * 3  # configs/default.py has this value.
+    assert config["data"]["mean"] == [127.5] * 3  # The default in configs/default.py.
     assert trained.class_names == ["blue", "green", "red"]
     assert set(trained.metrics) == {"train", "validation", "test"}
     assert [record["epoch"] for record in trained.history] == [1, 2, 3]

@@ -86,7 +86,8 @@ def test_an_installed_wheel_trains_in_an_empty_directory(run, image_folder):
     assert json.loads((workdir / "config.json").read_text())["data"]["image_size"] == [16, 16]
     assert (workdir / "bundle" / "bundle.json").exists()
 
-    # The console script trains with an edited copy of a configuration in another folder.
+    # The console script accepts a configuration file in any folder, here an edited copy of
+    # configs/folder.py.
     copy = run.here / "my configs" / "mine.py"
     copy.parent.mkdir()
     text = (REPOSITORY / "configs" / "folder.py").read_text()

@@ -170,7 +170,8 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
     try:
         namesake = shipped_folder() / path.name
         if namesake.is_file() and not namesake.samefile(path):
-            # A file that imports the shipped file of the same name must not import itself instead.
+            # A user's file such as default.py can import the shipped file of the same name, because
+            # the shipped file is imported first.
             setattr(package, path.stem, _run(namesake, f"configs.{path.stem}"))
         yield
     finally:
@@ -179,7 +180,8 @@ def _importable(path: pathlib.Path) -> Iterator[None]:
         for name in sys.modules.keys() - modules.keys():
             file = getattr(sys.modules[name], "__file__", None)
             if file and pathlib.Path(file).resolve().parent == folder:
-                del sys.modules[name]  # Another folder may contain a module of the same name.
+                # Otherwise, a file in another folder could import this module by mistake.
+                del sys.modules[name]
         sys.modules |= {name: modules[name] for name in modules if _is_config(name)}
 
 
@@ -281,7 +283,7 @@ def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config
 
 
 def network_section(network: str, section: Config) -> Config:
-    """Returns the default section `model` of a network, with changed values of another section.
+    """Converts a section `model` to another network; keeps the changed values of common keys.
 
     Args:
       network: The name of the network.

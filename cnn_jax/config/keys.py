@@ -56,7 +56,7 @@ def positive(default: float, comment: str) -> Key:
 def numbers(
     default: Sequence[float], comment: str, requirement: str, accepts: Callable[[float], bool]
 ) -> Key:
-    """Creates a key whose value is a sequence of finite numbers with the length of the default."""
+    """Creates a key whose value is a sequence of finite numbers; `default` sets the length."""
 
     def all_accepted(value: Any) -> bool:
         is_sequence = isinstance(value, tuple | list) and len(value) == len(default)

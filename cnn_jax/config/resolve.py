@@ -22,7 +22,7 @@ from cnn_jax.system.errors import ConfigError
 
 
 def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config:
-    """Returns a copy of a configuration that has the same meaning on every machine.
+    """Returns a copy of a configuration; the copy has the same meaning on every machine.
 
     `precision` and `augment.place` are not "auto", `optimizer.decay_epochs` is not 0, and
     paths are absolute. `model.pretrained` has its revision, and the preprocessing of these

@@ -153,7 +153,8 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         "workers": integer(
             -1, "The processes that decode and augment images; -1: chosen automatically.", low=-1
         ),
-        # Pillow refuses to open an image with more pixels than the upper limit.
+        # The upper limit, 178,956,970 pixels, is Pillow's limit. Pillow refuses to open larger
+        # images.
         "max_pixels": integer(
             50_000_000,
             "The largest number of pixels of an image; larger images are not decoded.",

@@ -1,4 +1,4 @@
-"""Functions that scan the images of a data set, divide them into splits and cache their pixels."""
+"""Functions that scan a data set, divide it into splits and cache the pixels of the images."""
 
 import contextlib
 import dataclasses
@@ -81,8 +81,7 @@ def open_dataset(
     Raises:
       DataError: Too many images cannot be read, or the data cannot be divided.
     """
-    # An error in the pattern of groups is reported before the scan, because the scan may take a
-    # long time.
+    # Check data.group before the scan, because the scan may take a long time.
     division.check(listing)
     records, pixels = _scan(listing, preprocessing, residency, track)
     if pixels is None and residency != "none":

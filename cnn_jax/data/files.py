@@ -128,7 +128,7 @@ class Listing:
 
 
 def is_output(names: Collection[str]) -> bool:
-    """Returns whether a folder that contains these names is an output of this project."""
+    """Returns whether a folder that contains `names` is an output of this project."""
     names = set(names)
     if any(marks <= names for marks in _OUTPUTS_WITHOUT_PICTURES):
         return not any(map(_has_image_suffix, names))
@@ -525,7 +525,7 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
 
 
 def _plain_path(root: pathlib.Path, path: str) -> str:
-    """Removes "./" and "//" from a path; makes a path below the root folder relative to it."""
+    """Removes "./", "//" and a leading `root` from a path."""
     plain = pathlib.PurePosixPath(path)
     return str(plain.relative_to(root) if plain.is_relative_to(root) else plain)
 

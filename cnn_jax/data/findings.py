@@ -26,12 +26,12 @@ from cnn_jax.system.errors import printable
 # Class balancing may be recommended if the largest class is at least this many times as large as
 # the smallest class.
 _IMBALANCE = 10
-# Balancing does not help a class with fewer images than this number, because the images have too
+# Balancing does not help a class with fewer images than this number, because so few images have too
 # little variety.
 _TOO_FEW = 20
 _MAX_NAMED = 3
-# A split is called uneven only if the intended number of images of a class in the split is at least
-# this number, because smaller numbers vary much by chance.
+# A class with too few images in a split is reported only if the intended number is at least this
+# value, because smaller numbers vary much by chance.
 _SHARE_TO_SPEAK_OF = 3
 # A warning is given if at least this fraction of the images is dark (see `decode.DARK`).
 _MIN_DARK_FRACTION = 0.9
@@ -155,7 +155,7 @@ def range_warnings(ranges: Sequence[ValueRange]) -> list[str]:
 
 
 def _conflicts(ranges: Sequence[ValueRange]) -> list[str]:
-    """Returns a list with a warning if images of different types need different white levels."""
+    """Returns one warning if image types need different white levels; else an empty list."""
     wanted = {one.kind: one.white_level or one.white for one in ranges if one.kind != "8-bit"}
     if not any(one.white_level for one in ranges) or len(set(wanted.values())) < 2:
         return []
@@ -369,7 +369,7 @@ class Findings:
         return [group for group, splits in group_splits.items() if len(splits) > 1]
 
     def _uneven(self) -> list[str]:
-        """Returns the classes with less than half of the intended number of images in some split.
+        """Returns the classes that have fewer than half of the intended images in a split.
 
         Only the random variation of the rule "stable" is considered. With another rule, with groups
         or with the data's own splits, the result is empty.

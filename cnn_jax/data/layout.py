@@ -151,7 +151,7 @@ def _two_words(word: str) -> list[str] | None:
 
 
 def _is_plain(word: str) -> bool:
-    """Returns whether a word of a folder name, such as "images" or "2017", has no meaning."""
+    """Returns whether a word, such as "images" or "2017", names neither a class nor a split."""
     return word in _PLAIN_WORDS or bool(re.fullmatch(r"\d{1,2}|(19|20)\d\d", word))
 
 

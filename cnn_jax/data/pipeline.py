@@ -350,7 +350,7 @@ def _end_with_the_main_process(worker: int, workers: int) -> None:
 
 @contextlib.contextmanager
 def _ctrl_c_held_back() -> Iterator[None]:
-    """Blocks SIGINT in processes that start in this context; the main process receives it later.
+    """Blocks SIGINT in processes that start in this context; delays SIGINT in the main process.
 
     A terminal sends Ctrl-C to all processes of a command. Only the main process handles it:
     it finishes its step, saves and ends the workers.

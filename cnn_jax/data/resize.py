@@ -33,7 +33,7 @@ Box = tuple[float, float, float, float]
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """The part of an image that the network sees, and its place in the network's input.
+    """The visible part of an image, and the position of this part in the network's input.
 
     Attributes:
       image_box: The box of the visible part in the image.

@@ -85,7 +85,7 @@ def _crescent(thickness: float) -> Outline:
 
 
 def _outlines(name: str, rng: np.random.Generator) -> tuple[Outline, Outline | None]:
-    """Returns a random outline for a class, and the outline of its hole (None without a hole)."""
+    """Returns a random shape of a class: its outline, and the outline of its hole (or None)."""
     if name == "circle":
         return _arc(0, 2 * math.pi), None
     if name == "ring":

@@ -1,4 +1,4 @@
-"""The function that opens a source by its name, which has one of the forms below.
+"""The function that opens a source by its name, such as `folder:PATH` or `tfds:NAME`.
 
 shapes[:N]          the generated data set, or its first N images
 folder:PATH         a folder with one sub-folder of images per class, or with splits of such folders

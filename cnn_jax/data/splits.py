@@ -47,7 +47,7 @@ class Division:
         return cls(**{**fields, "fractions": tuple(fields["fractions"])})
 
     def check(self, source: Source) -> None:
-        """Raises DataError if the path of an example does not match the pattern of groups."""
+        """Raises DataError if an example's path does not match the pattern `group`."""
         self.groups(source)
 
     def groups(self, source: Source) -> list[str] | None:
@@ -159,14 +159,14 @@ def divide(
 def _units(
     size: int, groups: list[str] | None, contents: list[str] | None
 ) -> Int[np.ndarray, " size"]:
-    """Returns the index of each example's unit, a set of examples that is never divided."""
+    """Returns the index of each example's unit; all examples of a unit stay in one split."""
     units = np.arange(size)
     for keys in (groups, contents):
         if keys is not None:
             key_numbers: dict[str, int] = {}
             key = np.array([key_numbers.setdefault(key, len(key_numbers)) for key in keys], int)
-            # The nodes of this graph are units and keys. Its connected components are the new
-            # units.
+            # In this graph, an edge connects the unit of each example to the example's group or
+            # content. The connected components are the new units.
             edges = (np.ones(size), (units, key + size))
             shape = (size + len(key_numbers),) * 2
             _, part = connected_components(coo_array(edges, shape=shape), directed=False)
@@ -177,7 +177,7 @@ def _units(
 def _numbers(
     units: Int[np.ndarray, " m"], names: list[str], seed: int
 ) -> Float[np.ndarray, " units"]:
-    """Returns the hash of each unit's shortest name as a number in [0, 1).
+    """Returns a number in [0, 1) for each unit: a hash of the shortest name in the unit.
 
     The copy of an image usually has a longer name than its original, so adding the copy does not
     change the number.
@@ -237,13 +237,13 @@ def _commonest_label(
 def _exact_bounds(
     sizes: Int[np.ndarray, " members"], cuts: Float[np.ndarray, " cuts"]
 ) -> Int[np.ndarray, " cuts"]:
-    """Returns the positions of the cuts between splits: the number of units before each cut.
+    """Returns the boundaries between splits: the number of units before each boundary.
 
-    With these numbers, the fractions of examples before the cuts are as near as possible to `cuts`.
+    The fractions of examples before the boundaries are as near as possible to `cuts`.
     """
     before = np.concatenate([[0], np.cumsum(sizes)])
-    # Without 1e-9, a rounding error such as 0.7 + 0.2 = 0.8999... would move the boundary of a
-    # split by one unit.
+    # Without 1e-9, a rounding error such as 0.7 + 0.2 = 0.8999... would move the boundary between
+    # two splits by one unit (an example, or examples that stay together).
     wanted = cuts * before[-1] + 1e-9
     after = np.searchsorted(before, wanted)
     nearer_before = wanted - before[after - 1] < before[after] - wanted
@@ -251,7 +251,7 @@ def _exact_bounds(
 
 
 def _none_empty(bounds: Int[np.ndarray, " cuts"], count: int) -> Int[np.ndarray, " cuts"]:
-    """Moves the cuts between splits as little as possible, so that every split gets a unit."""
+    """Moves the boundaries between splits as little as possible, so that no split is empty."""
     bounds = bounds.copy()
     for i in range(len(bounds)):
         bounds[i] = max(bounds[i], bounds[i - 1] + 1 if i else 1)

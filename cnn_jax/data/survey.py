@@ -267,8 +267,8 @@ def survey(
       ConfigError: The division's group is not a pattern.
       DataError: A path does not match the pattern.
     """
-    # An error in the pattern of groups is reported before the images are read, because reading may
-    # take a long time.
+    # Check the pattern for group names before the images are read, because reading may take a long
+    # time.
     division.check(listing)
     preprocessing = Preprocessing(max_pixels=max_pixels, white_level=white_level)
     records, hashes, thumbnails, levels = _pass(listing, preprocessing, track)

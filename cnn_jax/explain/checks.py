@@ -192,15 +192,15 @@ def _mean_and_margin(values: Float[np.ndarray, " n"]) -> tuple[float, float]:
 def _compare(
     scores: Float[np.ndarray, " n"], rivals: dict[str, Float[np.ndarray, " n"]], better: int
 ) -> dict[str, Any]:
-    """Compares a method's scores with the scores of alternative maps on the same images.
+    """Compares a method's scores with the scores of baseline maps on the same images.
 
     Args:
       scores: One score for each image.
-      rivals: For each alternative, such as random maps, one score for each image.
+      rivals: For each kind of baseline maps, such as random maps, one score for each image.
       better: 1 if a larger score is better, -1 if a smaller one is.
 
     Returns:
-      "images"; "mean"; for each alternative its mean and "difference_from_NAME", the 95 %
+      "images"; "mean"; for each baseline its mean and "difference_from_NAME", the 95 %
       confidence interval of the mean difference; and "passes".
     """
     result: dict[str, Any] = {"images": len(scores), "mean": _mean_and_margin(scores)[0]}

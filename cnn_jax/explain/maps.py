@@ -44,8 +44,8 @@ _NOISE = 0.15
 # overlap by half.
 _PATCHES_PER_SIDE = 8
 
-# A function that combines feature maps, their gradients, and the last layer's weights for the class
-# into a saliency map.
+# A function that computes a saliency map from feature maps, their gradients, and the last layer's
+# weights for the class.
 Combine = Callable[[Array, Array, Array], Array]
 # A function that JAX compiles. It takes (variables, images, classes) and returns arrays with one
 # row for each image.
@@ -183,7 +183,7 @@ def method_named(text: str) -> str | None:
 
 
 def allows_cam(predictor: BundlePredictor) -> bool:
-    """Returns whether the method `cam` works: the last layer must receive the mean feature maps."""
+    """Returns whether the method `cam` works: the last layer must receive the feature-map means."""
     return network_parts(predictor.model, predictor.variables).embedding_is_mean_map
 
 

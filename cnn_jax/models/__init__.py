@@ -31,7 +31,8 @@ class Network:
     weights: str = ""
 
 
-# The functions below create the keys and divisors that several networks share.
+# Several networks use the functions below, which create keys and compute divisors of the image
+# size.
 
 
 def _channels(default: Sequence[int], comment: str) -> Key:
@@ -45,7 +46,7 @@ def _channels(default: Sequence[int], comment: str) -> Key:
 
 
 def _divisor_of_pools(section: Mapping[str, Any]) -> int:
-    """Returns the number that must divide the image size, for 2 x 2 pooling between blocks.
+    """Returns the number by which the image size must be divisible, because of 2 x 2 pooling.
 
     Each pooling halves the height and the width. The key `features` has a value for each block.
     """

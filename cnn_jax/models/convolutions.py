@@ -28,9 +28,10 @@ _HAS_ONEDNN = jax.__version_info__ >= (0, 11) and platform.machine() in ("x86_64
 # On a CPU, a convolution with an output of 2 x 2 pixels takes 40 times as long as the equivalent
 # matrix product.
 _FEW_PIXELS = 4
-# The largest numbers of products (kernel positions times output pixels) that the gradient of a
-# depthwise kernel adds in one unrolled sum: for an image that is not divided, and for a tile of a
-# larger image (a part of a row). More products take longer to compile.
+# The gradient of a depthwise kernel consists of sums of products. A product belongs to a kernel
+# position and an output pixel. These are the largest numbers of products that are unrolled
+# together: for a whole image, and for a tile of a larger image (a part of a row). More products
+# take longer to compile.
 _UNROLLED_PRODUCTS = 400
 _UNROLLED_PRODUCTS_OF_TILE = 200
 _FLOAT32 = jnp.dtype("float32")
@@ -179,7 +180,7 @@ def _input_gradient(
     zero = jnp.zeros((), gradient.dtype)
     spread = lax.pad(gradient, zero, ((0, 0, 0), between, between, (0, 0, 0)))
     if stride > 1:
-        # Without this barrier, XLA inserts the zeros again for each kernel position.
+        # Without this barrier, XLA inserts the zeros between pixels again for each kernel position.
         spread = lax.optimization_barrier(spread)
     rows, columns = (
         (last - before, n - length + before)
@@ -257,7 +258,7 @@ def _add_products(
     stride: int,
     offset: tuple[int, int],
 ) -> tuple[Float[Array, "batch channel"], ...]:
-    """Adds to the total of each kernel position its products of images with gradients.
+    """Adds products of images and gradients to `totals`, one total for each kernel position.
 
     Args:
       totals: A total for each position of the kernel, in row-major order, in float32.

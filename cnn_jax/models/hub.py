@@ -152,7 +152,7 @@ def _file(
 
 @contextlib.contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Hides the warnings of huggingface_hub, which logs each failed attempt of a download."""
+    """Hides the warnings of huggingface_hub, such as a warning for each failed download attempt."""
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# The largest block in which `_blockwise_sums` adds values, in rows and in elements. A block fits
-# into a core's first-level cache. XLA rewrites a sum over 33 rows or more as a sum over windows,
-# which takes several times as long.
-_BLOCK_ROWS, _BLOCK_SIZE = 32, 1024
+# The largest number of rows of a block in which `_blockwise_sums` adds values. With more rows, XLA
+# rewrites the sum as a sum over windows, which takes several times as long.
+_BLOCK_ROWS = 31
 
 
 def channel_sums(
@@ -49,11 +48,7 @@ def _blockwise_sums(*arrays: Array) -> tuple[Array, ...]:
     """
     batch, height, width, channels = arrays[0].shape
     pixels = height * width
-    rows = max(
-        rows
-        for rows in range(1, _BLOCK_ROWS + 1)
-        if pixels % rows == 0 and (rows == 1 or rows * channels <= _BLOCK_SIZE)
-    )
+    rows = max(rows for rows in range(1, _BLOCK_ROWS + 1) if pixels % rows == 0)
     blocks = tuple(array.reshape(batch, pixels // rows, rows, channels) for array in arrays)
     sums = lax.reduce(blocks, (jnp.float32(0),) * len(blocks), _add, (2,))
     # Without this barrier, XLA merges the sum within blocks and the sum over blocks into one sum.

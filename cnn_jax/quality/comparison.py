@@ -1,4 +1,4 @@
-"""The result of a comparison of two classifiers, without the imports that the comparison needs."""
+"""The result of a comparison of two classifiers, in a module that is quick to import."""
 
 import dataclasses
 

@@ -41,8 +41,8 @@ _Unit = Float32[np.ndarray, "_height _width _*channels"]
 
 # The side, in pixels, of the images for which the constants of ImageNet-C were chosen.
 _SIDE = 224
-# The maximum aspect ratio of a layer, such as a layer of fog. Layers of longer images are
-# stretched, because an image of 1 x 1000 pixels would need a layer of 224 x 224,000 pixels.
+# The maximum aspect ratio of an overlay, such as fog. The overlay of a longer image is stretched,
+# because an image of 1 x 1000 pixels would need an overlay of 224 x 224,000 pixels.
 _MAX_ASPECT_RATIO = 4
 
 _T = TypeVar("_T")
@@ -76,7 +76,7 @@ def _scale(image: np.ndarray) -> float:
 
 
 def _layer_size(image: np.ndarray) -> tuple[int, int]:
-    """Returns the (height, width) of a layer, such as fog; the shorter side has 224 pixels."""
+    """Returns the (height, width) of an overlay, such as fog; the shorter side has 224 pixels."""
     height, width = (
         min(round(side / _scale(image)), _MAX_ASPECT_RATIO * _SIDE) for side in image.shape[:2]
     )
@@ -84,7 +84,7 @@ def _layer_size(image: np.ndarray) -> tuple[int, int]:
 
 
 def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
-    """Resizes a layer, such as fog, to the size of an image; a larger layer is averaged by area."""
+    """Resizes an overlay, such as fog, to an image's size; averages pixels of a larger overlay."""
     height, width = image.shape[:2]
     if layer.shape[:2] == (height, width):
         return layer
@@ -96,7 +96,7 @@ def _fit(layer: np.ndarray, image: np.ndarray) -> np.ndarray:
 
 @functools.lru_cache(maxsize=256)
 def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
-    """Returns the weights that resample the taps of a scaled filter to integer pixel positions.
+    """Returns the weight of each tap of a scaled filter at each pixel.
 
     Each tap is a box that is one pixel long or, if `scale` is above 1, as long as the distance
     between two taps. A pixel gets the fraction of the box that overlaps it. With a scale below 1
@@ -355,7 +355,7 @@ def _zoom(side: int, factor: float) -> tuple[float, float]:
 
 
 def _scaled_affine(matrix: Float[np.ndarray, "2 3"], scale: float) -> Float[np.ndarray, "2 3"]:
-    """Converts an affine map from the coordinates of ImageNet-C's images to those of an image."""
+    """Adapts an affine map for images of 224 pixels per side to images of another size."""
     # In both coordinate systems, pixel centres have integer coordinates, and the first pixel starts
     # at -0.5.
     shift = 0.5 / scale - 0.5
@@ -639,7 +639,7 @@ def elastic_transform(
 def _smoothed(
     layers: Float32[np.ndarray, "layers height width"], sigma: float
 ) -> Float32[np.ndarray, "layers height width"]:
-    """Blurs layers like SciPy's `gaussian_filter` with mode="reflect" and truncate=3.
+    """Blurs arrays like SciPy's `gaussian_filter` with mode="reflect" and truncate=3.
 
     For an image that is mirrored at its edges, the blur is a multiplication of its cosine
     transform. The time does not depend on sigma. This matters because a filter may have a thousand
@@ -658,8 +658,6 @@ def _response(length: int, sigma: float) -> Float32[np.ndarray, " length"]:
 
     Each value is the factor by which the blur scales a component of the cosine transform of
     `length` pixels.
-
-    These are the cosines of the cosine transform of `length` pixels.
     """
     offsets = np.arange(-int(3 * sigma + 0.5), int(3 * sigma + 0.5) + 1)
     weights = np.exp(-0.5 * (offsets / sigma) ** 2)

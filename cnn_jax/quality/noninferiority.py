@@ -1,4 +1,4 @@
-"""Tests whether a classifier is at most a margin worse than another one on the same images."""
+"""Tests whether one classifier is worse than another by at most a margin, on the same images."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,9 @@ from scipy.stats import binom, norm
 
 from cnn_jax.quality.comparison import Comparison
 
-# The probability of each of two errors: that the score test passes a classifier that is worse by
-# exactly the margin, and that a class of an equal classifier is called worse.
+# The significance level. If a classifier is worse by exactly the margin, the score test passes with
+# about this probability. If two classifiers are equal, one or more classes are called worse with at
+# most this probability.
 LEVEL = 0.05
 
 
@@ -39,7 +40,8 @@ def compare(
     score = score_statistic(np.asarray(gains.sum()), np.asarray(losses.sum()), len(labels), margin)
     worse = [class_names[label] for label in np.flatnonzero(worse_classes(gains, losses)).tolist()]
     counts = np.stack([images, gains, losses], axis=1).tolist()
-    # The variance of the score statistic is at least about the margin.
+    # The variance per image is about the fraction of gains and losses, but at least about the
+    # margin.
     fraction = max((gains.sum() + losses.sum()) / len(labels), margin)
     p_value = float(norm.sf(score))
     return Comparison(
@@ -97,7 +99,7 @@ def score_statistic(
 def worse_classes(
     gains: Int[np.ndarray, "*batch classes"], losses: Int[np.ndarray, "*batch classes"]
 ) -> Bool[np.ndarray, "*batch classes"]:
-    """Returns in which classes the candidate is worse than the reference.
+    """Returns for each class whether the candidate is significantly worse than the reference.
 
     Each class gets the exact test of McNemar (one-sided binomial test of the losses among the gains
     and losses). Holm's correction limits the probability that any class is called worse although

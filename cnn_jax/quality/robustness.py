@@ -348,7 +348,7 @@ def original_pixels(
 def load_images(
     loader: Loader, indices: Int[np.ndarray, " n"], track: Track = no_track
 ) -> UInt8[np.ndarray, "n height width 3"]:
-    """Loads images of a data set into one array, resized to the network's input size."""
+    """Loads images of a data set, and resizes the images to the network's input size."""
     images = np.empty((len(indices), *loader.preprocessing.image_size, 3), np.uint8)
     with contextlib.closing(image_batches(loader, indices, track)) as batches:
         for number, batch in enumerate(batches):

@@ -106,8 +106,9 @@ def explanations(run: Run) -> Figures:
 
 def maps(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
     """Returns the Grad-CAM maps that the report draws over images."""
-    # Compute the maps of all methods in _METHODS, because the program for these methods is usually
-    # compiled already, for the checks. A program for only one method would have to be compiled now.
+    # Compute the maps of all methods in _METHODS. The program for all methods is usually compiled
+    # already, because the checks use the same program. A program for only one method would have to
+    # be compiled now.
     classes = classes.astype(np.int32)
     methods = {name: METHODS[name] for name in _METHODS}
     return maps_by_method(predictor, images, classes, methods)[grad_cam.__name__]
@@ -153,7 +154,7 @@ def _features(network: Network) -> Figures:
 
 
 def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
-    """Draws the filters of the first layer if it is a convolution, and the maps of a test image.
+    """Draws the feature maps of a test image, and the filters if the first layer is a convolution.
 
     The image is the correctly classified test image with the highest confidence.
 

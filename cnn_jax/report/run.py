@@ -85,7 +85,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """The trained network of a run, its data, and its predictions.
+    """The trained network, the data and the predictions of a run.
 
     Attributes:
       predictor: The loaded bundle.
@@ -183,8 +183,9 @@ def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> 
     history, damaged_records = _read_history(workdir / "metrics.jsonl")
     figures = _read_json(workdir / "report" / "metrics.json")
     if figures.get("format") != FORMAT or not all(_are_figures(figures.get(s)) for s in SPLITS):
-        # Keep only the metrics of the splits, because sections in another format cannot be shown.
-        # If the metrics of a split are missing, the sections may belong to another network.
+        # Keep only the metrics of the splits, not the report's sections. Sections in another format
+        # cannot be shown. If the metrics of a split are missing, the sections may belong to another
+        # network.
         figures = {s: figures[s] for s in SPLITS if _are_figures(figures.get(s))}
     network, reason = None, ""
     try:

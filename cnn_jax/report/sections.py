@@ -106,8 +106,8 @@ _CURVES = ("loss", "accuracy")
 def confusion(run: Run) -> Figures:
     """Returns the order of the classes in the confusion matrix, and the most confused pairs."""
     if run.network is None and "confusion" in run.figures:
-        # Without the network, no example images can be selected. The section of an earlier report
-        # contains example images.
+        # Without the network, no new example images can be selected. Keep the section of an earlier
+        # report, which contains example images.
         return run.figures["confusion"]
     test = run.need_figures("test")
     names, matrix = list(test["per_class"]), np.array(test["confusion"])

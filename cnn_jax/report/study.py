@@ -96,10 +96,12 @@ def draw_charts(study: Study) -> dict[str, str]:
     """
     plots = optuna.visualization.matplotlib
     charts, copied = {}, _in_memory(study)
-    with warnings.catch_warnings(), pyplot.rc_context():  # Optuna changes the style of all charts.
-        # Optuna warns that the functions are experimental, Matplotlib about missing characters.
+    # `rc_context` restores Matplotlib's style, which Optuna changes.
+    with warnings.catch_warnings(), pyplot.rc_context():
+        # Optuna warns that the functions are experimental. Matplotlib warns about missing
+        # characters.
         warnings.simplefilter("ignore")
-        # Without this, the charts would become windows on a desktop.
+        # Without the backend "agg", the charts would open as windows on a desktop.
         pyplot.switch_backend("agg")
         complete = [trial for trial in copied.trials if trial.state == TrialState.COMPLETE]
         if complete:
@@ -107,7 +109,7 @@ def draw_charts(study: Study) -> dict[str, str]:
         if any(trial.intermediate_values for trial in copied.trials):
             axes = plots.plot_intermediate_values(copied)
             if len(copied.trials) > 10 and (legend := axes.get_legend()) is not None:
-                legend.remove()  # With a line for each trial, it would be higher than the chart.
+                legend.remove()  # This legend would be higher than the chart.
             charts["curves"] = _png(axes, (5, 3.5))
         if len(complete) > 1 and study["space"]:
             width = max(8, 1.5 * len(study["space"]))
@@ -118,7 +120,7 @@ def draw_charts(study: Study) -> dict[str, str]:
 
 
 def _in_memory(study: Study) -> optuna.Study:
-    """Copies a study into a study of Optuna."""
+    """Converts a study from JSON values to an Optuna study in memory."""
     level = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
@@ -156,7 +158,7 @@ def _distribution(range_: Range) -> BaseDistribution:
 
 
 def _params(study: Study, trial: Trial) -> Iterator[tuple[str, Any]]:
-    """Yields the parameters of a trial whose values are inside the ranges of the study."""
+    """Yields a trial's parameters, except parameters with values outside the study's ranges."""
     for key, value in trial["params"].items():
         range_ = study["space"].get(key)
         if range_ is None:
@@ -169,12 +171,12 @@ def _params(study: Study, trial: Trial) -> Iterator[tuple[str, Any]]:
 
 
 def _choice(value: Any) -> Any:
-    """Returns a choice as Optuna supports it: None, a number, or a text."""
+    """Converts a choice to a type that Optuna supports: None, a number or a text."""
     return value if value is None or isinstance(value, int | float) else _plain(str(value))
 
 
 def _plain(text: str) -> str:
-    """Returns a text that Matplotlib does not read as a formula."""
+    """Escapes unprintable characters, and "$", which would start a formula in Matplotlib."""
     return printable(text).replace("$", r"\$")
 
 
@@ -190,7 +192,7 @@ def _png(axes: Any, size: tuple[float, float]) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
     pyplot.close(figure)
-    # As markup, because escaping such a long text takes a second.
+    # A template does not escape `Markup`. Escaping such a long text would take a second.
     return markupsafe.Markup(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
 
 

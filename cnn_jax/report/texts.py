@@ -13,8 +13,8 @@ _WEAK = 0.1
 # The report remarks on a pair of confused classes if the pair causes at least this fraction of all
 # mistakes.
 _OFTEN = 0.1
-# The smallest fraction of suspected label errors on which the report remarks, and the smallest
-# calibration error on which the report remarks.
+# The report remarks on suspected label errors if their fraction is at least _SUSPECTED, and on a
+# calibration error of at least _MISCALIBRATED.
 _SUSPECTED = 0.01
 _MISCALIBRATED = 0.05
 _MAX_REMARKS = 4

@@ -36,8 +36,8 @@ _RISE_OF_LOSS, _FALL_OF_LOSS = 1.05, 0.02
 _TREND = 0.05
 # A learning rate counts as decayed if it is below this fraction of its maximum.
 _DECAYED = 0.5
-# A prediction counts as sure if its confidence is at least this fraction of the way from 1 /
-# classes to 1.
+# A prediction counts as sure if its confidence exceeds 1 / classes by at least this fraction of the
+# largest possible difference, 1 - 1 / classes.
 _SURE = 0.75
 # The number of simulations of the calibration error, and the maximum number of random numbers in
 # all simulations together.
@@ -107,7 +107,7 @@ def sure_threshold(num_classes: int) -> float:
 
 
 def calibrated_error(confidence: Float[np.ndarray, " n"]) -> dict[str, float]:
-    """Returns the error that a perfectly calibrated network would show on as many images.
+    """Returns the calibration error that a perfectly calibrated network would show by chance.
 
     The error is above 0 on a finite number of images even if every confidence is the true
     probability of a correct prediction. The error is estimated by 1,000 simulations with

@@ -243,7 +243,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> str:
-    """Converts the text of a flag to a path, and expands `~`; an argparse type."""
+    """An argparse type that converts text to a path, and expands `~`."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return str(pathlib.Path(text).expanduser())
@@ -278,14 +278,14 @@ def add_input_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def natural(text: str) -> int:
-    """Converts the text of a flag to an integer, 0 or more; an argparse type."""
+    """An argparse type that converts text to an integer, 0 or more."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be an integer, 0 or more, got {text!r}")
     return int(text)
 
 
 def positive(text: str) -> int:
-    """Converts the text of a flag to an integer, 1 or more; an argparse type."""
+    """An argparse type that converts text to an integer, 1 or more."""
     number = natural(text)
     if not number:
         raise argparse.ArgumentTypeError("must be 1 or more")

@@ -24,7 +24,7 @@ def terminal_width(file: Any) -> int | None:
 
 
 def spreadsheet_cell(text: str) -> str:
-    """Returns a text for a CSV file that a spreadsheet program does not run as a formula.
+    """Returns a CSV cell with a text; a spreadsheet program does not run the cell as a formula.
 
     A spreadsheet program runs a cell that starts with one of the characters =, +, -, @, tab and
     carriage return. An apostrophe in front of the text prevents this.

@@ -92,7 +92,7 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 class _LatestAndBest(checkpoint_managers.PreservationPolicy):
-    """Keeps the latest checkpoints, the best checkpoint, and the checkpoint before the best.
+    """Keeps the latest checkpoints, the best checkpoint, and the last checkpoint before the best.
 
     If any of these is damaged, the run can resume from an earlier checkpoint.
     """

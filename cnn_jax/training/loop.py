@@ -487,7 +487,7 @@ def _restore_or_start(
     """
     config, checkpoints = run.config, run.checkpoints
     state, totals = run.programs.init_state(), run.programs.empty_metrics()
-    # A run is rewound to `restore_step` only once, because a scheduler may repeat the command.
+    # Rewind only if `restore_step` is new, because a scheduler may repeat the same command.
     restore_step = config.checkpoint.restore_step
     if restore_step and restore_step != (previous or {}).get("checkpoint.restore_step"):
         saved = checkpoints.rewind(restore_step, state, totals)
@@ -658,8 +658,8 @@ def _best_variables(run: _Run, progress: _Progress) -> tuple[PyTree, int]:
     kept = set(run.checkpoints.steps())
     if best["step"] not in kept:
         # The checkpoint was deleted when a later epoch was better. The run then resumed from an
-        # earlier step and did not reach the better epoch again, for example with another mesh or
-        # with fewer epochs.
+        # earlier step. The later epoch was not better this time, for example because of another
+        # mesh, or was not reached, for example because of fewer epochs.
         best = best_record([r for r in progress.history if r["step"] in kept], monitor)
         if best is None:
             raise TrainingError(
@@ -781,7 +781,7 @@ def _improvements(history: History, monitor: str) -> set[int]:
 
 
 def _patience_is_over(history: History, config: Config) -> bool:
-    """Returns whether the last `train.patience` epochs did not improve the monitored metric."""
+    """Returns whether the monitored metric did not improve in the last `train.patience` epochs."""
     best = best_record(history, config.train.monitor)
     return best is not None and _last_epoch(history) - best["epoch"] >= config.train.patience
 

@@ -1,4 +1,4 @@
-"""Linear probing: fits only the head of a network, to the features of the other layers.
+"""Linear probing: trains only the head of a network; all other layers stay unchanged.
 
 The features of each image are computed once, and stored in the cache. The head is then a
 logistic regression on the features, which needs no steps of the training loop.
@@ -36,8 +36,8 @@ PENALTIES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4, 1e-4)
 _ITERATIONS, _TOLERANCE = 25, 1e-4
 # The configuration keys of a network that affect only training, and not the features.
 _TRAINING_KEYS = {"batch_norm_statistics", "drop_path", "dropout", "pretrained"}
-# A part of the key of stored features. Increase it when a network computes other features from the
-# same weights.
+# A part of the cache key of stored features. Increase this number when a network computes other
+# features from the same weights.
 _FORMAT = 2
 # The minimum divisor of a feature. Smaller standard deviations are replaced by this value.
 _MIN_DEVIATION = 1e-6

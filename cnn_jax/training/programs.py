@@ -170,7 +170,8 @@ class Programs:
             jit, donate_argnums=0, out_shardings=(state_sharding, replicated)
         )
         # A network that can have pretrained weights has many layers. XLA would need half a minute
-        # to optimise the program of their random initial weights, which are seldom used.
+        # to optimise the program that draws the random initial weights. These weights are seldom
+        # used.
         is_backbone = isinstance(self.model, Backbone)
         self.init_state = jax.jit(
             train_step.init_state,
@@ -215,7 +216,7 @@ class Programs:
         return updates_statistics(self.model, self._image_size)
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
-        """Copies one or more batches to the devices, and selects the training function for them.
+        """Copies batches to the devices; selects the training function for one or several batches.
 
         Args:
           batches: One or more batches, with the rows that this process loads.
@@ -270,7 +271,7 @@ class MemoryEstimate:
         return examples * self.data_devices * self.parts
 
     def fewest_parts(self, available: float) -> int | None:
-        """Returns the smallest number of batch parts with which a step fits into memory.
+        """Returns the smallest train.accumulation_steps with which a step fits into memory.
 
         The number of parts must divide the number of examples on a device. The result is None
         if the step needs more than `available` bytes with every number of parts.

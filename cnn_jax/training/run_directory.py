@@ -350,7 +350,7 @@ class EpochLog:
         shutil.rmtree(self._folder, ignore_errors=True)
         self._folder.mkdir(exist_ok=True)
         # SummaryWriter is not used: on a full disk, its writer thread ends with a traceback, and
-        # the tenth event after that blocks forever.
+        # the tenth event after this error blocks forever.
         with file_errors(self._folder):
             self._events = EventsWriter(str(self._folder / "events"))
         for record in history:

@@ -109,7 +109,7 @@ def synchronized_errors() -> Iterator[None]:
 
 
 def check_equal(what: str, digest: str) -> None:
-    """Checks that all processes have the same digest.
+    """Checks that a digest, such as the configuration's digest, is equal in all processes.
 
     Args:
       what: A noun phrase for the message, "process N has {what} than process 0".
@@ -197,7 +197,7 @@ class Layout:
 
     @functools.cached_property
     def rows(self) -> Int[np.ndarray, " rows"]:
-        """The rows of a global batch that the devices of this process hold, in order."""
+        """The sorted indices of this process's rows in a global batch."""
         slices = self.batch_sharding.addressable_devices_indices_map((self.batch_size,)).values()
         rows = np.arange(self.batch_size)
         return np.unique(np.concatenate([rows[index] for index in slices]))

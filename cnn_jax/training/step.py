@@ -222,7 +222,7 @@ def _accumulate(
     parts: Batch,
     keys: Mapping[str, Key[Array, " parts"]],
 ) -> tuple[PyTree, Metrics]:
-    """Returns the gradients and the metrics, summed over the parts of a batch."""
+    """Returns the gradients and the metrics of a batch, summed over its parts (microbatches)."""
 
     def add(sums: PyTree, part: tuple[Batch, Keys]) -> tuple[PyTree, None]:
         (_, metrics), grads = gradient(state.params, state.batch_stats, *part)

@@ -44,7 +44,7 @@ _STATES = {
 
 
 def conclude(plan: Plan, study: Study) -> dict[str, Any]:
-    """Summarizes a study and writes the result files, while a lock keeps other workers out.
+    """Summarizes a study and writes the result files; a lock admits one worker at a time.
 
     Args:
       plan: The study.

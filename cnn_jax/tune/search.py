@@ -1,4 +1,4 @@
-"""The sampler and the pruner of a study, as functions of the seed and the reported values.
+"""The sampler and the pruner of a study; both are stateless.
 
 A worker can be killed between any two writes to the study's storage. Therefore nothing in
 this module keeps a state: a worker that continues a trial draws the same parameters and
@@ -18,8 +18,8 @@ from optuna.trial import FrozenTrial
 
 from cnn_jax.tune.space import Space
 
-# The best of every REDUCTION trials continues after a rung. The next rung is after REDUCTION times
-# as many epochs (Li et al. 2018).
+# At a rung, trials are compared after the same number of epochs, and the best of every REDUCTION
+# trials continues. The next rung is after REDUCTION times as many epochs (Li et al. 2018).
 REDUCTION = 3
 # Multiples of the golden ratio, modulo 1, are spread more evenly than multiples of other numbers.
 _GOLDEN = (math.sqrt(5) - 1) / 2

@@ -118,7 +118,7 @@ def _parse(value: Any, current: Any) -> Any:
         try:
             return ast.literal_eval(value)
         except (ValueError, SyntaxError):
-            return value  # The check of the configuration reports the wrong value.
+            return value  # A later check of the configuration reports this value.
     return value
 
 

@@ -285,7 +285,7 @@ class _Worker:
         return self._retry(lambda: self.study.get_trials(deepcopy=False, states=states or None))
 
     def check_definition(self, definition: Mapping[str, str]) -> None:
-        """Stores the definition of a new study, or checks the stored definition of an old study.
+        """Stores the definition of a new study, or checks an existing study against the definition.
 
         Raises:
           ConfigError: The definitions differ.
@@ -432,8 +432,8 @@ class _Worker:
             for key, distribution in self.plan.space.items()
         }
         reported = set(self._trials()[number].intermediate_values)
-        # The last reported epoch is judged again, because the worker may have been killed before
-        # the decision.
+        # The pruner judges the last reported epoch again, because the worker may have been killed
+        # before the pruner's decision.
         judged = reported - {max(reported, default=0)}
         saved = _saved_step(trial_folder(self.plan.folder, number))
         starts = [*trial.user_attrs.get("starts", []), saved]
@@ -460,7 +460,7 @@ class _Worker:
         except (TrainingError, ConfigError) as error:
             if _is_disk_error(error):
                 self._note(trial, starts=starts[:-1])
-                raise  # All other trials would fail for the same reason.
+                raise  # All other trials would fail because of the disk too.
             self._end(trial, TrialState.FAIL, error=printable(str(error)))
         except (DataError, OSError):
             self._note(trial, starts=starts[:-1])

@@ -1,4 +1,4 @@
-"""Measures the time of the training and the time from its end to the end of the command.
+"""Measures two parts of a training run: the time until the last epoch ends, and the rest.
 
     python experiments/benchmarks/bench_report.py --source=folder:PATH [--before=CHECKOUT]
         [--epochs=10] [--image_size=64] [--repetitions=3] [--json=FILE]

@@ -88,7 +88,7 @@ def measure_servers(side: int, rounds: int, seconds: float) -> None:
                     start = time.perf_counter()
                     found = load(peer, forms, 1, seconds if round_ else 2)
                     count = found["per_second"] * (time.perf_counter() - start)
-                    time.sleep(0.5)  # The last rows are written.
+                    time.sleep(0.5)  # The server writes the last rows.
                     cpu = 1000 * (cpu_seconds(peer.group) - before) / count
                 if round_:  # The first round is a warm-up.
                     measured[peer.name].append((cpu, found["p50"], found["p99"]))
@@ -174,7 +174,7 @@ def find_sqlite(folder: pathlib.Path, key: tuple[str, int]) -> object:
 
 
 def timed(call: Callable[[], Any], repetitions: int = 1) -> float:
-    """Returns the CPU seconds of a call, the median of repetitions."""
+    """Returns the CPU time of a call in seconds: the median of `repetitions` calls."""
     times = []
     for _ in range(repetitions):
         start = time.process_time()

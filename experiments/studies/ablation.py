@@ -104,10 +104,10 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "no_smoothing": {"train.label_smoothing": 0},
     "float32": {"precision": "float32"},
     "bfloat16": {"precision": "bfloat16"},
-    # The linear rule for large batches assumes a step that grows with the gradient, but the step of
-    # Adam does not. So three rules are compared: the linear rule (Goyal et al. 2017), the
-    # square-root rule (Krizhevsky 2014; Malladi et al. 2022 for adaptive optimizers), and the
-    # unchanged learning rate.
+    # The linear rule for large batches assumes that a step grows with the gradient, but a step of
+    # Adam does not grow with the gradient. So three rules are compared: the linear rule (Goyal et
+    # al. 2017), the square-root rule (Krizhevsky 2014; Malladi et al. 2022 for adaptive
+    # optimizers), and the unchanged learning rate.
     "batch_256_same": {"train.batch_size": 256, **_LARGE},
     "batch_256_root": {"train.batch_size": 256, "optimizer.learning_rate": 2.8e-3, **_LARGE},
     "batch_256_linear": {"train.batch_size": 256, "optimizer.learning_rate": 8e-3, **_LARGE},

@@ -103,7 +103,7 @@ def measure(flags: argparse.Namespace, method: str, size: int, seed: int) -> flo
 
 
 def describe(results: dict[str, float], method: str, size: int) -> tuple[float, float, int]:
-    """Returns the mean, the standard deviation and the number of the accuracies."""
+    """Returns the mean, the standard deviation and the count of a method's accuracies."""
     values = [value for key, value in results.items() if key.startswith(f"{method}-{size}-")]
     return (
         statistics.mean(values),

@@ -1,4 +1,4 @@
-"""The pretrained weights in a resolved configuration."""
+"""Tests of the pretrained weights in a resolved configuration."""
 
 import json
 
@@ -127,7 +127,8 @@ def test_a_model_of_the_hub_keeps_its_revision(monkeypatch):
     assert opened == ["a/b"]
     resolve.resolve(_config("auto"))
     assert opened.pop() == schema.NETWORKS["resnet18"].weights
-    # If the name of the model changes, the new model is read, so that the change can be reported.
+    # If the configuration names another model, that model is opened, so that the change can be
+    # reported.
     resolve.resolve(_config("a/c"), previous)
     assert opened == ["a/b", "a/c"]
 

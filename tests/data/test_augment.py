@@ -46,8 +46,8 @@ def _on_host(images, **changes):
 
 BOTH = pytest.mark.parametrize("apply", [_on_device, _on_host])
 RANGES = dataclasses.fields(Augmentation)
-# An augmentation with all ranges switched on. A range for which 0.4 is not a valid value needs a
-# value here.
+# An augmentation with all ranges switched on. Each range is 0.4, or the value in VALUES if 0.4 is
+# not valid.
 VALUES = {"flip": "horizontal_and_vertical"}
 EVERYTHING = Augmentation(**{field.name: VALUES.get(field.name, 0.4) for field in RANGES})
 
@@ -107,7 +107,7 @@ def test_contrast_moves_levels_away_from_each_channels_mean(apply):
 
 
 def test_the_three_geometric_ones_compose_in_the_order_flip_rotation_zoom():
-    """The matrix of all transforms is the product of the flip, rotation and zoom matrices."""
+    """The matrix of a combined transform is the product of flip, rotation and zoom matrices."""
     flip, turn, zoom = (
         np.vstack([_matrix(**kind)[0], [0, 0, 1]])
         for kind in ({"flip_x": True}, {"turns": 0.1}, {"window": 1.3})
@@ -169,7 +169,7 @@ def test_no_augmentation_keeps_the_images(apply):
 
 @pytest.mark.parametrize("name", [field.name for field in RANGES])
 def test_one_range_changes_no_other_draw(name):
-    """The set of arrays that a range changes does not depend on the other ranges."""
+    """Switching on a range changes the same random arrays with and without the other ranges."""
     default, value = getattr(Augmentation(), name), getattr(EVERYTHING, name)
     one = dataclasses.replace(Augmentation(), **{name: value})
     all_others = dataclasses.replace(EVERYTHING, **{name: default})

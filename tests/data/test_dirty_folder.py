@@ -94,7 +94,7 @@ def _before(marker, inserted):
 
 
 def _cut_png(kind, extra):
-    """Returns a PNG truncated `extra` bytes after the beginning of the given kind of chunk."""
+    """Returns a PNG truncated `extra` bytes after the start of its first `kind` chunk."""
     at = _png().index(kind) - 4
     return _png()[: at + extra]
 
@@ -108,7 +108,7 @@ def _bad_checksum(kind):
 
 
 def _with_chunk(kind, data):
-    """Returns a PNG with an additional chunk before the chunk of the pixels."""
+    """Returns a PNG with an additional chunk before the pixel data (IDAT chunk)."""
     encoded = _png()
     at = encoded.index(b"IDAT") - 4
     return encoded[:at] + png_chunk(kind, data) + encoded[at:]
@@ -438,7 +438,7 @@ def _snapshot(root):
 
 @pytest.fixture(scope="module")
 def opened(folder):
-    """The listing and the data set of `folder`, and the files before and after opening it."""
+    """The listing, the data set, and two snapshots of `folder`: before and after it is opened."""
     before = _snapshot(folder)
     listing = open_folder(folder)
     dataset = open_dataset(listing, Division(), SMALL, max_unreadable=1.0)

@@ -112,7 +112,7 @@ def test_equals_the_definitions_in_float64():
     np.testing.assert_allclose(mixed, expected, atol=1e-5)
     np.testing.assert_allclose(labels, expected_labels, atol=1e-6)
     np.testing.assert_allclose(labels.sum(axis=1), 1, atol=1e-6)
-    # Examples that are not mixed do not change by a single bit.
+    # Examples that are not mixed stay bitwise equal.
     is_plain = ~(draws.is_mixup | draws.is_cutmix)
     assert is_plain.any()
     np.testing.assert_array_equal(mixed[is_plain], images[is_plain])
@@ -147,7 +147,7 @@ def test_centres_are_anywhere_whatever_else_is_drawn(many_draws):
 
 
 def test_the_labels_share_is_that_of_the_pixels_kept():
-    """Images are black for class 0 and white for class 1, so the mean is the weight of class 1."""
+    """Class 0 is black and class 1 is white: a mixed image's mean is the weight of class 1."""
     images = jnp.tile(jnp.array([0.0, 1.0])[:, None, None, None], (8, 7, 9, 1))
     targets = jnp.tile(jnp.eye(2), (8, 1))
     cutmix = Mixing(cutmix_probability=1.0, cutmix_alpha=1.0)

@@ -241,7 +241,7 @@ def test_workers_are_as_many_as_help(monkeypatch, cores, expected):
 
 @pytest.mark.parametrize("place", ["host", "device"])
 def test_processes_that_share_a_batch_make_up_the_whole(source, place):
-    """A process gets its rows of the whole batch, with the same pixels and random draws."""
+    """Each process gets its rows of a batch, with the values that a single process would get."""
     whole = _batches(source, 3, place=place)
     shares = [np.array([0, 1, 2]), np.array([3, 6]), np.array([4, 5, 7])]
     for rows in shares:

@@ -1,4 +1,4 @@
-"""Compares `resize` with Pillow, called with sizes from the rules of other libraries."""
+"""Compares `resize` with Pillow; the sizes follow the rules of torchvision and ultralytics."""
 
 import math
 
@@ -11,8 +11,8 @@ from cnn_jax.data.preprocessing import INTERPOLATIONS, RESIZES, Preprocessing
 from cnn_jax.data.resize import PADDING, resize, view
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-# Image sizes (height, width): ordinary and extreme sizes, the size of a target, a single pixel, and
-# sizes that differ from a target by an odd number.
+# Image sizes (height, width): ordinary sizes, extreme sizes, sizes equal to a target, a single
+# pixel, and sizes that differ from a target by an odd number of pixels.
 _SIZES = [
     *((37, 50), (50, 37), (41, 41), (45, 44), (301, 299)),
     *((1, 1000), (1000, 1), (16, 16), (24, 16), (1, 1)),

@@ -78,7 +78,7 @@ def test_the_stable_rule_keeps_splits_when_images_are_added(images, before, seed
 
 
 def _lent(example_splits, seed):
-    """Returns the examples whose split is not the split that their ID and the seed determine."""
+    """Returns the examples that are not in the split determined by their ID and the seed."""
     return {
         example_id
         for example_id, split in example_splits.items()

@@ -19,7 +19,7 @@ from cnn_jax.system.errors import ConfigError, DataError
 
 
 def _photo(seed, size=(60, 40)):
-    """Returns a smooth picture, because the perceptual hash of such a picture survives a resize."""
+    """Returns a smooth picture, because a resize hardly changes the hash of a smooth picture."""
     noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), np.uint8)
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC)
 

@@ -66,7 +66,7 @@ def training(tmp_path, monkeypatch):
 
 
 def starts(folder):
-    """Returns a dict from the name of each run's folder to the number of starts of the run."""
+    """Returns the number of starts of each run, by the name of the run's folder."""
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
@@ -152,8 +152,8 @@ def test_a_grid_is_run_once_and_written_as_a_table(tmp_path, capsys):
         with pytest.raises(ConfigError, match=f"^--expect: .*{message}"):
             ablation.main([*arguments, f"--expect={empty}"])
     assert set(starts(tmp_path).values()) == {1}
-    # A second grid does not repeat the finished runs that both grids contain, even without the flag
-    # for the path of the data.
+    # A call with another grid (set of variants) does not repeat finished runs, even without the
+    # flag for the path of the data.
     ablation.main(["--grid=label_smoothing", *arguments[1:-1]])
     assert starts(tmp_path)["recipe-2"] == 1
     # Two runs start at the same time, so either run may fail first.

@@ -69,7 +69,8 @@ def test_programs_and_flags_of_the_parts_exist(name, experiments_on_path, monkey
         raise _ParsedError
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-    # The name "plain Linen" has a space, but the list of commands has no quotation marks.
+    # The list of commands does not quote the name "plain Linen", so `split` would cut the name in
+    # two. The underscore prevents this.
     call = " ".join(flags).replace("plain Linen", "plain_Linen").split()
     flags = [flag.replace("plain_Linen", "plain Linen") for flag in call]
     monkeypatch.setattr(sys, "argv", [script, *flags])

@@ -84,10 +84,11 @@ def bytes_by_layer(passes: list[roofline.Pass]) -> dict[str, float]:
 
 @pytest.mark.parametrize("width", [4, 2])
 def test_bytes_of_inference_by_hand(width: int) -> None:
-    # The batch has two images of 4 x 4 x 3 values. The first block pools each image to 2 x 2 x 2
-    # values, and the second block averages them to 3 values. The dense layer has 4 outputs, and the
-    # head has 5. The four layers have 54 + 2 + 4 + 4, 54 + 3 + 6 + 6, 12 + 4 and 20 + 5 parameters
-    # and statistics.
+    # The input is two images of 4 x 4 x 3 values. For each image, the first block outputs 2 x 2 x 2
+    # values, the second block 3 values, the dense layer 4 values, and the head 5 values. The
+    # numbers of weights, biases, BatchNorm parameters and batch statistics are 54 + 2 + 4 + 4 in
+    # the first block, and 54 + 3 + 6 + 6 in the second. The dense layer has 12 weights and 4
+    # biases, and the head has 20 weights and 5 biases.
     assert bytes_by_layer(roofline.inference_passes(TINY, 4, 2, width)) == {
         "conv1": 2 * (48 + 8 * width) + 4 * 64,
         "conv2": 2 * (8 + 3) * width + 4 * 69,
@@ -99,20 +100,23 @@ def test_bytes_of_inference_by_hand(width: int) -> None:
 @pytest.mark.parametrize("width", [4, 2])
 def test_bytes_of_training_by_hand(width: int) -> None:
     # The layers have 60, 63, 16 and 25 parameters. The forward pass, the backward pass (except in
-    # the first layer) and Adam read each parameter, and Adam writes it. The backward pass writes
-    # the gradient of each parameter, and Adam reads it. Adam reads and writes two moments.
+    # the first layer) and Adam read each parameter, and Adam writes each parameter. The backward
+    # pass writes each gradient, and Adam reads it. Adam reads and writes two moments. The next
+    # comments count the accesses (reads and writes) of the other arrays.
     assert bytes_by_layer(roofline.training_passes(TINY, 4, 2, width)) == {
-        # Images are read or written twice, the 4 x 4 x 2 outputs 3 times, their gradients twice,
-        # the 2 x 2 x 2 pooled outputs once, their gradients once, and 4 statistics twice.
+        # Number of accesses: 2 for the images, 3 for the 4 x 4 x 2 outputs, 2 for their gradients,
+        # 1 for the 2 x 2 x 2 pooled outputs, 1 for their gradients, and 2 for the 4 batch
+        # statistics.
         "conv1": 2 * (2 * 48 + (5 * 32 + 2 * 8) * width) + 4 * (9 * 60 + 2 * 4),
-        # The 8 inputs are read or written 3 times, their gradients once, the 2 x 2 x 3 outputs 3
-        # times, their gradients 3 times, the 3 averages once, and their gradients once.
+        # Number of accesses: 3 for the 8 inputs, 1 for their gradients, 3 for the 2 x 2 x 3
+        # outputs, 3 for their gradients, 1 for the 3 averages, 1 for their gradients, and 2 for the
+        # 6 batch statistics.
         "conv2": 2 * (4 * 8 + 6 * 12 + 2 * 3) * width + 4 * (10 * 63 + 2 * 6),
-        # The 3 inputs are read or written 3 times, their gradients once, the 4 outputs once, and
-        # the gradients of the outputs twice.
+        # Number of accesses: 3 for the 3 inputs, 1 for their gradients, 1 for the 4 outputs, and 2
+        # for their gradients.
         "dense": 2 * (4 * 3 + 3 * 4) * width + 4 * 10 * 16,
-        # The 4 inputs are read or written 3 times, their gradients once, and the gradients of the 5
-        # logits 3 times. The logits themselves cause no memory traffic.
+        # Number of accesses: 3 for the 4 inputs, 1 for their gradients, and 3 for the gradients of
+        # the 5 logits. The logits themselves cause no memory traffic.
         "head": 2 * (4 * 4 * width + 3 * 5 * 4) + 4 * 10 * 25,
     }
 

@@ -76,7 +76,7 @@ def test_rank_correlation_equals_scipy():
 
 @pytest.mark.parametrize("sign", [1, -1])
 def test_maps_that_ignore_the_last_layer_fail_the_randomization(sign, monkeypatch):
-    """These maps do not depend on the last layer, which the randomization shuffles first."""
+    """Maps that ignore the last layer fail, because the check shuffles the last layer first."""
     predictor = make_predictor()
     images = np.random.default_rng(1).integers(0, 256, (10, *SIZE, 3), np.uint8)
     classes = np.zeros(10, np.int32)
@@ -242,7 +242,7 @@ def test_methods_that_share_a_gradient_keep_their_maps():
 
 
 def test_the_deletion_curve_equals_a_computation_without_shared_ends():
-    """`Curves` shares end points between curves; the expected area is computed without sharing."""
+    """`Curves` computes shared end points once; the test computes each curve completely."""
     predictor = make_predictor()
     images = np.random.default_rng(2).integers(0, 256, (3, *SIZE, 3), np.uint8)
     classes = np.resize(CLASSES, 3)

@@ -80,7 +80,7 @@ def test_a_model_is_downloaded_once_and_keeps_its_revision(download, hub):
     assert first["license"] == "apache-2.0"
     assert first["sha256"] == hashlib.sha256(WEIGHTS).hexdigest()
     assert pathlib.Path(first["weights"]).read_bytes() == WEIGHTS
-    # A name with a commit needs no connection. In offline mode, a name without a commit needs none.
+    # No request is sent for a name with a commit, and no request is sent in offline mode.
     before = len(hub.requests)
     assert download(first["name"]) == [first]
     assert download(MODEL, HF_HUB_OFFLINE="1") == [first]

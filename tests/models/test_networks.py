@@ -12,8 +12,8 @@ from networks import random_variables
 from cnn_jax.models import NETWORKS
 from cnn_jax.models.network import make_model
 
-# The first stage whose output a layer changes, if this is not the stage to which the layer belongs.
-# The class token belongs to "patch_embed", but the output of "patch_embed" contains only patches.
+# Each layer that changes only the outputs of later stages, and the first of these stages. The class
+# token belongs to "patch_embed", but the output of "patch_embed" contains only patches.
 _CHANGED_LATER = {"cls_token": "blocks_2"}
 
 # The field values of a small network, by class name.
@@ -155,7 +155,7 @@ def test_the_probability_of_drop_path_grows_with_the_depth(name):
         with nn.intercept_methods(record):
             rngs = {"params": jax.random.key(0), "dropout": jax.random.key(0)}
             jax.eval_shape(functools.partial(model.init, train=train), rngs, image)
-        assert rates[-1] == 0.5  # The dropout of the head.
+        assert rates[-1] == 0.5  # The last rate is the dropout rate of the head.
         assert rates[:-1] == sorted(rates[:-1])
         assert rates[0] < 0.05
         assert 0.25 < rates[-2] <= 0.3

@@ -9,7 +9,8 @@ from cnn_jax.models.vit import Attention, Block, vit_small_patch14_dinov2
 
 
 def test_the_number_of_parameters_is_that_of_dinov2():
-    # The sum of timm's backbone, without DINOv2's mask token, and 385 parameters for each class.
+    # The number of parameters of timm's backbone without DINOv2's mask token, plus 385 parameters
+    # for each class.
     assert count_parameters(vit_small_patch14_dinov2(num_classes=10), (28, 28)) == 22_060_042
 
 

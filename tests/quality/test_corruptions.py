@@ -23,8 +23,8 @@ from sklearn.datasets import load_sample_image
 from cnn_jax.quality import corruptions
 from cnn_jax.quality.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITIES
 
-# These corruptions do not depend on the image size: the order of corrupting and downscaling has
-# little effect.
+# The constants of these corruptions are scaled to the image size. So it hardly matters whether an
+# image is corrupted before or after downscaling.
 SCALED = (
     *("gaussian_blur", "defocus_blur", "motion_blur", "zoom_blur", "elastic_transform"),
     *("snow", "frost", "fog", "spatter"),
@@ -52,7 +52,7 @@ def _rng(seed, severity):
 
 
 def _assert_equal(levels, expected, tolerance=0.52):
-    """Compares grey levels with expected values; these are clipped to [0, 1] and scaled to 255."""
+    """Compares grey levels with expected values, which are first clipped to [0, 1]."""
     expected = np.clip(np.asarray(expected, np.float64), 0, 1) * 255
     np.testing.assert_allclose(levels, expected, rtol=0, atol=tolerance)
 
@@ -70,10 +70,12 @@ def _reduced(image, side):
 
 def test_taps_are_distributed_to_whole_pixels():
     np.testing.assert_array_equal(corruptions._taps(2, 1.0), np.eye(5))
-    # The taps lie at -1, -0.5, 0, 0.5 and 1. The taps at -0.5 and 0.5 are shared by two pixels.
+    # The taps of the kernel lie at -1, -0.5, 0, 0.5 and 1. Two pixels share the tap at -0.5, and
+    # two pixels share the tap at 0.5.
     halves = [[1, 0.5, 0, 0, 0], [0, 0.5, 1, 0.5, 0], [0, 0, 0, 0.5, 1]]
     np.testing.assert_array_equal(corruptions._taps(2, 0.5), halves)
-    # The taps lie at -2, 0 and 2. Each tap is two pixels long, so that every pixel gets a weight.
+    # The taps of the kernel lie at -2, 0 and 2. Each tap is two pixels long, so that every pixel
+    # gets a weight.
     twice = [
         *([0.25, 0, 0], [0.5, 0, 0], [0.25, 0.25, 0], [0, 0.5, 0]),
         *([0, 0.25, 0.25], [0, 0, 0.5], [0, 0, 0.25]),
@@ -230,14 +232,14 @@ def test_glass_blur_blurs_shuffles_and_blurs(photograph, severity, constant):
 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_glass_blur_moves_pixels_less_in_a_small_image(axis):
-    """The grey level of each pixel encodes the pixel's position, in 224ths of the image side."""
+    """Grey levels encode pixel positions, in units of 1/224 of the image side."""
     moved = {}
     for side in (56, 224):
         levels = np.indices((side, side))[axis] * (224 // side)
         image = np.repeat(levels[..., np.newaxis], 3, axis=2).astype(np.uint8)
         change = CORRUPTIONS["glass_blur"](image, 5, 0).astype(float) - image
         moved[side] = change[side // 8 : -side // 8, side // 8 : -side // 8].std()
-    # In a small image the final blur covers fewer pixels, so more of the change remains.
+    # In a small image, the final blur covers fewer pixels, so it removes less of the change.
     assert moved[224] < moved[56] < 3 * moved[224]
 
 

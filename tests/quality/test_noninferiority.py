@@ -13,10 +13,11 @@ def score(gains, losses, images, margin):
 
 
 def test_score_interval_equals_a_published_example():
-    """Table 2 has 1, 1, 7 and 12 pairs; the 95 % interval of Tango is -0.517 to -0.026.
+    """For 1 gain and 7 losses in 21 pairs, the published 95 % interval is -0.517 to -0.026.
 
-    Source: Fagerland, Lydersen and Laake, "Recommended tests and confidence intervals for paired
-    binomial proportions", Statistics in Medicine 33, 2014.
+    Source: Tango's interval for the example of table 2 in Fagerland, Lydersen and Laake,
+    "Recommended tests and confidence intervals for paired binomial proportions", Statistics in
+    Medicine 33, 2014. The table has 1, 1, 7 and 12 pairs.
     """
 
     def bound(quantile, low, high):
@@ -31,7 +32,7 @@ def test_score_interval_equals_a_published_example():
     [(20, 25, 1240, 0.01), (0, 3, 100, 0.1), (7, 0, 50, 0.05), (300, 280, 900, 0.02)],
 )
 def test_score_equals_a_numerical_maximum_of_the_likelihood(gains, losses, images, margin):
-    """The rate of losses is found by a search instead of the formula of the root."""
+    """The maximum-likelihood rate of losses is found by a numerical search, not by a formula."""
 
     def deviance(rate):
         others = images - gains - losses
@@ -50,7 +51,7 @@ def test_score_equals_a_numerical_maximum_of_the_likelihood(gains, losses, image
 
 
 def test_score_without_differences_is_known():
-    """Without a differing prediction, the statistic is the square root of n m / (1 - m)."""
+    """If no prediction differs, the score is sqrt(n m / (1 - m)) for n images and margin m."""
     assert score(0, 0, 99, 0.1) == pytest.approx(np.sqrt(11.0))
 
 
@@ -64,7 +65,7 @@ def test_score_is_computed_for_many_studies_at_once():
 
 
 def test_worse_classes_equal_a_closed_test_procedure():
-    """Holm's correction equals the closed procedure: each set of classes with Bonferroni."""
+    """Holm's method finds the same classes as a closed test with Bonferroni for each set."""
     rng = np.random.default_rng(0)
     found = 0
     for _ in range(60):
@@ -84,7 +85,7 @@ def test_worse_classes_equal_a_closed_test_procedure():
 
 
 def test_holm_stops_at_the_first_large_p_value():
-    """Two classes have p = 10 / 512: three times p is above 5 %, but two times p is not."""
+    """Two of three classes have p = 10 / 512; neither is worse, because 3 p is above 5 %."""
     assert not worse_classes(np.array([1, 1, 0]), np.array([8, 8, 0])).any()
 
 
@@ -93,7 +94,7 @@ def test_a_class_without_differences_is_not_worse():
 
 
 def make_predictions(images, gains, losses):
-    """Returns the correctness of a new and an old classifier with these differences."""
+    """Returns whether each prediction is correct, for a new and an old classifier."""
     new, old = np.ones(images, bool), np.ones(images, bool)
     old[:gains] = False
     new[gains : gains + losses] = False
@@ -112,7 +113,7 @@ def test_counts_are_by_class():
 
 
 def test_both_tests_must_pass():
-    """Overall the two classifiers are equal, but the new one loses ten images of one class."""
+    """A new classifier must pass both the test of all images and the test of each class."""
     new, old = make_predictions(5000, 10, 10)
     evenly = np.arange(5000) % 10
     assert compare(new, old, evenly, list("abcdefghij"), 0.01).is_not_worse
@@ -128,7 +129,7 @@ def test_both_tests_must_pass():
 
 
 def test_needed_images_give_the_promised_power():
-    """With 4 % differing predictions, about 2,473 images are needed; see the simulation."""
+    """If 4 % of the predictions differ, 2,473 images give a power of 80 % in a simulation."""
     comparison = compare(*make_predictions(1000, 20, 20), np.zeros(1000, int), ["a"], 0.01)
     needed = comparison.images_needed
     assert needed == pytest.approx(0.04 * (1.6449 + 0.8416) ** 2 / 0.01**2, rel=1e-3)

@@ -270,7 +270,7 @@ def test_quantiles_by_hand():
         ([1.0], [1]),
         ([2, 1], [1, 1]),
         ([1, 1, 1, 1, 1, 1, 1, 1, 2, 3], [8, 2]),
-        # A value at the edge of two bins belongs to the lower bin.
+        # A value at the edge between two bins belongs to the lower bin.
         ([1, 2, 3, 4, 5, 6], [2, 1, 1, 1, 1]),
         ([], []),
     ],

@@ -5,7 +5,7 @@ from cnn_jax.report import label_errors
 
 
 def _noisy():
-    """Returns probabilities that are mostly correct, and labels of which some are wrong."""
+    """Returns probabilities that are mostly correct, and labels, some of which are wrong."""
     rng = np.random.default_rng(0)
     true = rng.integers(0, 4, 60)
     labels = true.copy()

@@ -191,7 +191,7 @@ def test_page_needs_no_other_file(reported):
 
 
 def _forms(value):
-    """Yields all forms in which a page may write a number."""
+    """Yields a number in all formats that a page may use."""
     if isinstance(value, int):
         yield f"{value:,}"
         yield str(value)
@@ -207,7 +207,7 @@ _NUMBER = re.compile(r"(?<![\w.,])\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)?")
 
 
 def _numbers(tree):
-    """Yields all numbers in metrics.json, also those in texts, in each format of the page."""
+    """Yields the numbers in metrics.json, also those in strings, in all formats of the page."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _NUMBER.findall(key)
@@ -343,7 +343,7 @@ def test_suspected_labels_have_ids_and_suggestions(reported):
         expected[run.network.source.ids[position]] = run.network.class_names[label - 1]
     network = dataclasses.replace(run.network, probabilities=certain)
     found = sections.suspected_labels(dataclasses.replace(run, network=network))
-    # The network predicts the label of every other image with a confidence of 0.7.
+    # The network predicts the labels of 16 of the 18 images with a confidence of 0.7.
     assert found["ids"] == list(expected)[::-1]
     assert {shown["id"]: shown["predicted"] for shown in found["examples"]} == expected
     assert [shown["split"] for shown in found["examples"]] == ["test", "validation"]
@@ -407,7 +407,7 @@ def test_small_test_split_shows_command_for_more_seeds(run):
     small = _metrics(run)["summary"]["small_test_split"]
     assert f"--config={run}/config.json --workdir={run}-seed$seed --config.seed=$seed" in text
     assert small["words"] in text
-    assert "stratify" not in small  # The run already uses exact stratification.
+    assert "stratify" not in small  # The run already uses data.stratify=exact.
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -655,7 +655,7 @@ def test_sections_of_unknown_format_are_dropped(reported, tmp_path):
 
 @pytest.mark.usefixtures("undrawn")
 def test_sections_of_an_older_format_are_dropped(run, tmp_path):
-    """In format 1, mistakes with high confidence were not counted separately."""
+    """Sections of a metrics.json in an older format are dropped; split metrics are kept."""
     _written(run)
     _change_bundle(run, source=f"folder:{tmp_path / 'gone'}")
     figures = _metrics(run) | {"format": 1}

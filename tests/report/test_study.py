@@ -146,7 +146,7 @@ def test_unusual_names_and_ranges_are_drawn():
 
 
 def test_values_outside_the_ranges_are_not_drawn():
-    """The range of a parameter may have changed since a trial."""
+    """Values outside a parameter's range are not drawn; an earlier range may have been wider."""
     study = make_study(40, 3)
     for trial in study["trials"]:
         trial["params"]["optimizer.learning_rate"] = 1.0

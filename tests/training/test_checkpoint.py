@@ -55,7 +55,7 @@ def _steps(path):
         ([0.1, 0.9, 0.5, 0.6, 0.7], 2, 20, [10, 20, 40, 50]),
         ([0.1, 0.9, 0.5, 0.6, 0.7], 1, 20, [10, 20, 50]),
         ([0.1, 0.2, 0.3, 0.4], 1, 40, [30, 40]),
-        ([0.5, 0.5, 0.5, 0.5], 2, 10, [10, 30, 40]),  # The first of equally good epochs is best.
+        ([0.5, 0.5, 0.5, 0.5], 2, 10, [10, 30, 40]),  # Of equally good epochs, the first is best.
         ([0.1, 0.2, 0.3, 0.4], 9, 40, [10, 20, 30, 40]),
     ],
 )
@@ -186,8 +186,8 @@ def test_a_checksum_does_not_depend_on_the_sharding():
         assert int(checksums([divided])[0]) == expected
 
 
-# Tests with damaged checkpoints. Epoch 2 of 3 is the best epoch. The checkpoint before the best is
-# also kept, so the steps 10, 20 and 30 exist.
+# Tests with damaged checkpoints. Epoch 2 of 3 is the best epoch. The checkpoint of epoch 1, which
+# precedes the best epoch, is also kept. So the steps 10, 20 and 30 exist.
 
 
 def _files(checkpoint):

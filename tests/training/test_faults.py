@@ -61,7 +61,7 @@ def run(source, workdir, *flags, **options):
 
 
 def wait_for_epochs(workdir, epochs, processes):
-    """Waits until a run has finished `epochs` epochs; no process may end earlier."""
+    """Waits until a run has finished `epochs` epochs; fails if a process ends earlier."""
     log = workdir / "metrics.jsonl"
     while not log.exists() or len(log.read_text().splitlines()) < epochs:
         for process in processes:

@@ -88,7 +88,7 @@ def test_a_run_writes_the_documented_files(finished):
     workdir, config, report = finished
     resolved = json.loads(resolve(config).to_json())
     assert resolved["train"].pop("steps_per_execution") == 0
-    # The automatic value is 1, because the images are not on an accelerator.
+    # The value 0 (automatic) becomes 1, because the images are not on an accelerator.
     resolved["train"]["steps_per_execution"] = 1
     assert json.loads((workdir / "config.json").read_text()) == resolved
     assert (resolved["precision"], resolved["augment"]["place"]) == ("float32", "host")
@@ -496,7 +496,7 @@ def _assert_same_except_times(first, second):
 
 
 def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
-    """Kills a run three times, once during a save, at random moments."""
+    """Kills a run at three random moments, one of which is during a save."""
     outcome = chaos.torment(tmp_path, kills=3, epochs=6, rng=random.Random())
     assert outcome.kills == {"anywhere": 2, "save": 1, "bundle": 0}
     assert outcome.compared > 500_000
@@ -523,7 +523,8 @@ def test_a_run_interrupted_within_an_epoch_saves_and_resumes(smoke, tmp_path):
     for attempt in range(5):
         workdir = tmp_path / str(attempt)
         step = _interrupt(workdir, signal.SIGINT)
-        # An epoch has 22 steps. After a multiple of 22, the signal came between two epochs.
+        # An epoch has 22 steps. At a multiple of 22, the signal arrived between two epochs, and the
+        # test tries again.
         if step % 22:
             break
     else:
@@ -717,7 +718,7 @@ def test_images_on_a_cpu_device_need_augmentation_on_it(image_folder, tmp_path):
 
 
 def test_a_finished_run_can_be_extended(finished, image_folder, tmp_path, capfd):
-    """The result equals that of a run with a constant learning rate in the last epochs."""
+    """An extended run equals a run that was planned with 5 epochs and 3 decay epochs."""
     first, _, _ = finished
     workdir = tmp_path / "run"
     shutil.copytree(first, workdir)
@@ -765,7 +766,7 @@ def test_a_run_is_rewound_to_a_checkpoint_once(finished, tmp_path, capfd):
     train_and_evaluate(back, workdir)
     assert f"continues from step {kept[0]}\n" in capfd.readouterr().err
     _assert_same_except_times(workdir, first)
-    # If a scheduler repeats the command, the later epochs are not lost.
+    # If a scheduler repeats the command, the run is not rewound again, and no epoch is lost.
     train_and_evaluate(back, workdir)
     printed = capfd.readouterr().err
     assert "training is finished already, after step 18\n" in printed
@@ -829,8 +830,7 @@ def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "nowhere")})
     with pytest.raises(ConfigError, match=r"init_from: .*nowhere has no bundle\.json"):
         train_and_evaluate(config, tmp_path / "other")
-    # The folder is still usable after a wrong path. A run without a bundle is refused as the
-    # source.
+    # The refused run left no folder `other`. A run without a bundle is also refused as the source.
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     config = _tiny(image_folder, **{"checkpoint.init_from": str(tmp_path / "other")})

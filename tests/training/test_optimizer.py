@@ -118,7 +118,7 @@ def test_weight_decay_equals_adamw_in_float64():
 
 
 def test_each_stage_has_its_own_learning_rate():
-    """Adam's first step has the length of the learning rate, whatever the gradient is."""
+    """The length of Adam's first step is the learning rate, for any gradient."""
     model = CNN(3, features=(4, 8), dense=16)
     factors = functools.partial(
         learning_rate_factors, model=model, stage_decay=0.5, head_factor=3.0

@@ -37,7 +37,7 @@ def _features(counts=(120, 60), classes=3, size=7, seed=0):
 @pytest.mark.parametrize("weights", [None, np.array([1.0, 3.0, 0.5])])
 def test_the_probe_equals_the_logistic_regression_of_scikit_learn(monkeypatch, l2, weights):
     features, labels = _features()
-    # Each fit starts from the result of the fit before, so that the last one has converged.
+    # Each fit starts from the result of the previous fit, so the last fit has converged.
     monkeypatch.setattr(probe, "PENALTIES", (l2,) * 4)
     fitted = probe.fit(features, labels, 3, weights)
     x, y = features["train"].astype(np.float64), labels["train"]
@@ -64,7 +64,8 @@ def test_the_penalty_with_the_best_validation_accuracy_is_chosen():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(probe, "PENALTIES", (l2,))
             accuracies[l2] = probe.fit(features, labels, 3).metrics["validation"]["accuracy"]
-    # Each fit starts from the result of the stronger penalty, so the results differ slightly.
+    # A fit with several penalties starts from the result for the next stronger penalty, so the
+    # accuracies differ slightly.
     best = max(accuracies.values())
     assert chosen.metrics["validation"]["accuracy"] == pytest.approx(best, abs=0.02)
     assert min(accuracies.values()) < best - 0.03
@@ -149,7 +150,8 @@ def test_a_run_needs_no_cache_for_its_features(tmp_path, monkeypatch):
 
 def test_training_continues_from_the_probe_and_keeps_it_if_it_is_best(tmp_path):
     config = _config(epochs=2)
-    config.optimizer.learning_rate = 0.5  # So high that training makes the network worse.
+    # With this learning rate, training makes the network worse.
+    config.optimizer.learning_rate = 0.5
     config.optimizer.final_learning_rate = 0.5
     config.train.monitor = "validation_loss"
     report = train_and_evaluate(config, tmp_path)
@@ -162,7 +164,7 @@ def test_training_continues_from_the_probe_and_keeps_it_if_it_is_best(tmp_path):
 
 @pytest.mark.parametrize("finished", [0, 1])
 def test_a_run_with_a_probe_resumes_bit_for_bit(tmp_path, finished):
-    """A run that is stopped before its first step or after its first epoch ends the same."""
+    """An interruption before the first step or after an epoch does not change the result."""
     whole = train_and_evaluate(_config(epochs=2), tmp_path / "whole")
 
     def stop(history):

@@ -32,7 +32,7 @@ def _stop_after_one_epoch(history):
 
 
 def test_frozen_stages_keep_their_weights_and_statistics(tmp_path):
-    """The initial weights are from a trained run, so the statistics are not 0 and 1."""
+    """The initial weights are from a trained run, so the batch statistics are not 0 and 1."""
     train_and_evaluate(_config(**{"train.from_stage": ""}), tmp_path / "first")
     changes = {"checkpoint.init_from": str(tmp_path / "first"), "train.epochs": 1}
     train_and_evaluate(_config(**changes), tmp_path / "second")

@@ -311,13 +311,13 @@ def _plain_state():
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 def test_a_batch_in_parts_trains_like_the_whole_batch(parts):
-    """The network has no BatchNorm and no dropout, whose results depend on the size of a part."""
+    """Without BatchNorm and dropout, a batch that is split into parts gives the same update."""
     weights = (0.5, 1.0, 1.5)
     whole = jax.jit(_train_step(PLAIN, class_weights=weights))
     in_parts = jax.jit(_train_step(PLAIN, class_weights=weights, accumulation_steps=parts))
     first, second = _plain_state(), _plain_state()
     for i in range(5):
-        # The parts have different numbers of examples whose mask is True.
+        # Because of the mask, the parts have different numbers of valid examples.
         batch = _batch(16, seed=i) | {"mask": jnp.arange(16) < 11}
         first, metrics = whole(first, batch)
         second, metrics_of_parts = in_parts(second, batch)
@@ -330,7 +330,7 @@ def test_a_batch_in_parts_trains_like_the_whole_batch(parts):
 
 
 def test_each_part_of_a_batch_has_its_own_dropout():
-    """Both parts of the batch have the same images, but each part has its own dropout mask."""
+    """Two equal parts of a batch have different losses: each part has its own dropout mask."""
     model = CNN(num_classes=3, features=(4, 8), dense=64, dropout=0.5, batch_norm=False)
     state = _train_step(model, seed=0).init_state()
     twice = jax.tree.map(lambda rows: jnp.repeat(rows, 2, axis=0), _batch(4))
@@ -422,7 +422,7 @@ def test_mixing_depends_on_step_and_seed_only():
 
 
 def test_without_mixing_nothing_is_computed_for_it():
-    """If no image is mixed, the values of alpha have no effect on the program."""
+    """If MixUp and CutMix are off, the values of alpha have no effect on the program."""
     idle = Mixing(mixup_alpha=3.0, cutmix_alpha=5.0)
     plain, same, mixed = (
         jax.jit(_train_step(mixing=mixing)).lower(_state(), _batch()).as_text()
@@ -433,7 +433,7 @@ def test_without_mixing_nothing_is_computed_for_it():
 
 
 def test_each_part_of_a_batch_is_mixed_within_itself():
-    """Images are mixed only within their part of the batch.
+    """An image is mixed only with images of its own part of the batch.
 
     Part 0 has the even rows, and part 1 has the odd rows; the network has no BatchNorm.
     """
@@ -487,7 +487,7 @@ def test_frozen_parameters_do_not_change_the_training_of_others():
 
 
 def test_gradients_of_frozen_parameters_are_not_computed():
-    """If only the head is trained, a step needs less than half of the operations."""
+    """Training only the head needs less than half of the operations of a full training step."""
     head_only = _train_step(is_trainable=lambda path: path.startswith("head/"))
 
     lowered = jax.jit(head_only).lower(head_only.init_state(), _batch()).compile()

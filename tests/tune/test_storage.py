@@ -185,7 +185,7 @@ def test_a_storage_file_may_have_any_name(tmp_path, form, name):
 
 @pytest.mark.parametrize("form", ["sqlite:///{}/study.db", "journal:{}/study", "journal:{}"])
 def test_a_path_that_cannot_be_written_is_an_error(tmp_path, form):
-    """The parent of the storage is a file or, in the last case, the journal is a folder."""
+    """The storage's parent folder is in fact a file, or the journal is in fact a folder."""
     path = tmp_path / "file"
     path.mkdir() if form.endswith("}") else path.touch()
     url = form.format(path)

@@ -313,7 +313,7 @@ def test_a_study_killed_in_each_epoch_has_the_same_result(tmp_path, log, trainer
 def test_a_trial_that_kills_its_process_repeatedly_fails(
     tmp_path, log, trainer, epoch, deaths, monkeypatch
 ):
-    """The first process killed in epoch 2 does not count, because it also trained epoch 1."""
+    """A trial fails after its process was killed 4 times without finishing a further epoch."""
     monkeypatch.setattr(studies, "_MAX_STARTS", 4)
     trainer.before_epoch = raising(Killed, 1, epoch, times=100)
     plan = make_plan(tmp_path)
@@ -377,7 +377,7 @@ def test_a_study_ends_if_its_first_trials_all_fail(tmp_path, log, trainer):
 
 
 def test_kills_in_different_epochs_fail_no_trial(tmp_path, log, trainer, undisturbed):
-    """A trial that is killed ten times in each of its epochs continues, and does not fail."""
+    """In each epoch, a trial is interrupted nine times and killed once, and does not fail."""
     expected = undisturbed()
     for number, epoch in [(0, 1), (0, 2), (0, 3)]:
         for error in [KeyboardInterrupt] * 5 + [Killed] + [KeyboardInterrupt] * 4:
@@ -485,7 +485,7 @@ def test_a_trial_is_resumed_after_ctrl_c(tmp_path, log, trainer, undisturbed):
 
 
 def test_short_storage_failures_change_no_result(tmp_path, log, trainer, undisturbed):
-    """If half of all storage calls fail after the first trial began, the result is unchanged."""
+    """If half of the storage calls fail during the trials, the result of a study is unchanged."""
     expected = undisturbed(trials=12)
     rng, failures = random.Random(0), []
 
