@@ -108,8 +108,10 @@ def compress(
         config.model = default_config(narrowed.model["name"]).model
         config.update_from_flattened_dict(values)
     report = train_and_evaluate(config, workdir, console)
-    accuracies = {split: report[split]["accuracy"] for split in _SPLITS if split in report}
-    return config, record | {"after": record["narrowed"] | accuracies}
+    after = {name: record["narrowed"][name] for name in ("parameters", "flops")} | {
+        split: report[split]["accuracy"] for split in _SPLITS if split in report
+    }
+    return config, record | {"after": after}
 
 
 def describe(record: Mapping[str, Any]) -> list[str]:
