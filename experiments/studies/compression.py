@@ -19,7 +19,7 @@ prints the accuracies after pruning and after training. The same command continu
 import argparse
 import contextlib
 import dataclasses
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import jax
@@ -57,7 +57,8 @@ def distil(step: TrainStep, teacher: Bundle) -> TrainStep:
     variables = jax.tree.map(jnp.asarray, teacher.variables)
 
     def extra_loss(images: Array, logits: Array) -> Array:
-        targets = jax.nn.log_softmax(model.apply(variables, images) / _TEMPERATURE)
+        teacher_logits = cast(Array, model.apply(variables, images))
+        targets = jax.nn.log_softmax(teacher_logits / _TEMPERATURE)
         predictions = jax.nn.log_softmax(logits / _TEMPERATURE)
         return _TEMPERATURE**2 * jnp.sum(jnp.exp(targets) * (targets - predictions), axis=-1)
 
