@@ -74,6 +74,16 @@ def random_images(predictor, count):
     return np.random.default_rng(count).integers(0, 256, shape, np.uint8)
 
 
+def check_rounded(probabilities, expected, limit=0.25):
+    """Checks that the error of an 8-bit model is small beside the differences between images.
+
+    For ranges of half the right size, the error of every network is above the limit.
+    """
+    logs = np.log(expected)
+    error = np.sqrt(np.mean((np.log(np.maximum(probabilities, 1e-9)) - logs) ** 2))
+    assert 0 < error < limit * np.sqrt(np.mean((logs - logs.mean(0)) ** 2)) + 0.003
+
+
 def run_onnx(model, **inputs):
     """Returns the first output of an ONNX model."""
     options = onnxruntime.SessionOptions()

@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+import numpy as np
+from jaxtyping import Float, Num
 
 MAX_PIXELS = 50_000_000
 RESIZES = ("stretch", "crop", "pad")
@@ -57,8 +57,12 @@ SPECIFICATION = Preprocessing()
 
 
 def normalize(
-    images: Num[Array, "batch height width 3"], preprocessing: Preprocessing
-) -> Float[Array, "batch height width 3"]:
-    """Returns (images - mean) / std in float32; the images are in grey levels, 0 to 255."""
-    mean, std = jnp.array([preprocessing.mean, preprocessing.std]).reshape(2, 1, 1, 1, 3)
-    return (images.astype(jnp.float32) - mean) / std
+    images: Num[Any, "batch height width 3"], preprocessing: Preprocessing
+) -> Float[Any, "batch height width 3"]:
+    """Returns (images - mean) / std in float32; the images are in grey levels, 0 to 255.
+
+    The images are an array of JAX or NumPy, and so is the result.
+    """
+    parameters = np.array([preprocessing.mean, preprocessing.std], np.float32)
+    mean, std = parameters.reshape(2, 1, 1, 1, 3)
+    return (images.astype(np.float32) - mean) / std

@@ -1,4 +1,4 @@
-"""Exports a bundle to a model for another runtime, and proves that the model is as accurate.
+"""Exports a bundle to a model for another runtime, and checks that it is as accurate.
 
     cnn_jax export --bundle=RUN --output=DIR [--format=onnx] [--int8] [--max_loss=0.005]
 
@@ -34,6 +34,11 @@ def main(argv: Sequence[str]) -> None:
         "--int8", action="store_true", help="compute convolutions with 8 bits; not for stablehlo"
     )
     parser.add_argument(
+        "--static_ranges",
+        action="store_true",
+        help="for litert with --int8: use the ranges of training images for the activations",
+    )
+    parser.add_argument(
         "--max_loss",
         type=cli.fraction,
         default=MAX_LOSS,
@@ -62,6 +67,7 @@ def main(argv: Sequence[str]) -> None:
         flags.output,
         flags.format,
         int8=flags.int8,
+        static_ranges=flags.static_ranges,
         max_loss=flags.max_loss,
         source=flags.source,
         npm_package=flags.npm_package,

@@ -28,11 +28,13 @@ from cnn_jax.training.metrics import HEADLINE
 
 # The splits on which an exported model is compared with its bundle.
 SPLITS = ("validation", "test")
-# An exported float32 model may differ from the bundle by at most this probability.
+# A probability of a float32 export may differ by at most this value from the bundle's.
 MAX_DIFFERENCE = 1e-4
-# The model that resizes images itself may differ from Pillow's resizing by this probability.
+# A probability of pixels.onnx may differ by at most this value from that with Pillow's resizing.
 _PIXELS_LIMIT = 0.05
+_IN_FLOAT32 = "largest_difference_in_float32"
 NUM_GOLDEN = 8
+_ORIENTATION = 0x0112  # The number of the EXIF tag.
 # The longest side of a golden image, in pixels. A larger image is reduced before it is stored.
 _MAX_SIDE = 512
 _NORMAL_95 = 1.96
@@ -41,15 +43,28 @@ Probabilities = Float[np.ndarray, "n classes"]
 
 
 def compare(
-    bundle: Predictor, exported: Predictor, dataset: Dataset, track: Track = no_track
+    bundle: Predictor,
+    exported: Predictor,
+    dataset: Dataset,
+    track: Track = no_track,
+    float32: Predictor | None = None,
 ) -> dict[str, Any]:
     """Compares an exported model with its bundle on the validation split and the test split.
+
+    Args:
+      bundle: The predictor of the bundle.
+      exported: The predictor of the exported model.
+      dataset: The data.
+      track: Shows progress.
+      float32: The predictor of the bundle in float32, if the bundle has another precision.
 
     Returns:
       By split: "count"; "agreement", the fraction of images with the same predicted class;
       "largest_difference" of a probability; "before" and "after", the metrics of the bundle and of
       the exported model; "accuracy_lost" and "loss_gained", each with the 95 % interval of the
-      difference over the images, which are paired. A split without images is left out.
+      difference over the images, which are paired; with `float32` also
+      "largest_difference_in_float32", the largest difference from this predictor. A split without
+      images is left out.
     """
     result = {}
     for split in SPLITS:
@@ -61,6 +76,9 @@ def compare(
             for name, predictor in (("bundle", bundle), ("exported model", exported))
         )
         result[split] = compare_probabilities(before, after, labels, bundle.class_names)
+        if float32 is not None:
+            exact = predict_split(float32, dataset.loader, indices, track, f"float32 on {split}")
+            result[split][_IN_FLOAT32] = float(np.max(np.abs(exact - after)))
     return result
 
 
@@ -87,7 +105,7 @@ def compare_probabilities(
 
 
 def _paired(differences: Float[np.ndarray, " n"]) -> dict[str, Any]:
-    """Returns the mean of paired differences and its 95 % interval, by the normal distribution."""
+    """Returns the mean of paired differences, and its 95 % interval by the normal distribution."""
     mean = float(np.mean(differences))
     half = _NORMAL_95 * float(np.std(differences)) / np.sqrt(len(differences))
     return {"mean": mean, "interval": [mean - half, mean + half]}
@@ -119,7 +137,7 @@ def check(comparison: Mapping[str, Any], max_loss: float, is_exact: bool) -> Non
                 f"{100 * values['after']['accuracy']:.2f} %), {100 * (lost - max_loss):.2f} more "
                 f"than --max_loss={max_loss:g} allows; nothing was written"
             )
-        difference = values["largest_difference"]
+        difference = values.get(_IN_FLOAT32, values["largest_difference"])
         if is_exact and not difference <= MAX_DIFFERENCE:
             raise ExportError(
                 f"a probability of the exported model differs by {difference:.1e} from the bundle "
@@ -128,24 +146,36 @@ def check(comparison: Mapping[str, Any], max_loss: float, is_exact: bool) -> Non
 
 
 def golden_images(dataset: Dataset, max_pixels: int, white_level: float) -> dict[str, bytes]:
-    """Returns images of the test split, as PNG files in their original size, by file name.
+    """Returns images of the test split, as files in their original size, by file name.
 
-    Images with a side of more than 512 pixels are reduced.
+    There are up to eight PNG files, a JPEG file that an EXIF orientation turns by 90 degrees, and a
+    PNG file with transparent pixels. Images with a side of more than 512 pixels are reduced.
     """
     indices = dataset.splits["test"]
     if not len(indices):
         indices = np.arange(len(dataset.source))
     chosen = indices[np.linspace(0, len(indices) - 1, min(NUM_GOLDEN, len(indices))).astype(int)]
-    files = {}
-    for number, index in enumerate(chosen):
+    images = []
+    for index in chosen:
         encoded = scan.read_example(dataset.source, int(index), max_pixels)
         _, pixels = decode_any(encoded, max_pixels, white_level)
-        image = Image.fromarray(pixels)
-        image.thumbnail((_MAX_SIDE, _MAX_SIDE))
-        file = io.BytesIO()
-        image.save(file, "PNG")
-        files[f"golden/{number}.png"] = file.getvalue()
+        images.append(Image.fromarray(pixels))
+        images[-1].thumbnail((_MAX_SIDE, _MAX_SIDE))
+    files = {f"golden/{i}.png": _encode(image, "PNG") for i, image in enumerate(images)}
+    exif = Image.Exif()
+    exif[_ORIENTATION] = 6  # To show the image upright, turn it clockwise by 90 degrees.
+    turned = images[0].transpose(Image.Transpose.ROTATE_90)
+    files["golden/orientation.jpg"] = _encode(turned, "JPEG", exif=exif, quality=95, subsampling=0)
+    alpha = np.linspace(0, 255, images[-1].width).astype(np.uint8)
+    images[-1].putalpha(Image.fromarray(np.tile(alpha, (images[-1].height, 1))))
+    files["golden/alpha.png"] = _encode(images[-1], "PNG")
     return files
+
+
+def _encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, file_format, **options)
+    return file.getvalue()
 
 
 def golden_records(files: Mapping[str, bytes], exported: Predictor) -> list[dict[str, Any]]:
@@ -181,7 +211,7 @@ def check_pixels(
     session = open_session(model)
     largest = 0.0
     for record in records:
-        pixels = np.asarray(Image.open(io.BytesIO(files[record["file"]])))
+        _, pixels = decode_any(files[record["file"]])
         probabilities = session.run(None, {"pixels": pixels})[0][0]
         largest = max(largest, float(np.abs(probabilities - record["probabilities"]).max()))
     if not largest <= _PIXELS_LIMIT:

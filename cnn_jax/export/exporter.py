@@ -1,10 +1,9 @@
-"""The export of a bundle: all files of the folder, made, compared with the bundle and written."""
+"""The export of a bundle: makes the files, compares them with the bundle, writes the folder."""
 
 import contextlib
 import dataclasses
 import hashlib
 import importlib
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -38,11 +37,11 @@ FORMATS = ("onnx", "litert", "stablehlo", "web")
 _STABLEHLO_MODEL = "model.stablehlo"
 _LITERT_MODEL = "model.tflite"
 _PIXELS_MODEL = "pixels.onnx"
-# The number of training images that determine the ranges of a quantized model.
+# The number of training images from which the ranges of a quantized model are measured.
 _CALIBRATION_IMAGES = 256
-# The largest default loss of accuracy of an exported model, from 0 to 1.
+# The default of the largest allowed loss of accuracy, from 0 to 1.
 MAX_LOSS = 0.005
-# The compatibility that JAX promises for the files of `jax.export`, in days.
+# The number of days for which JAX promises to read the files of `jax.export`.
 _COMPATIBILITY = {"newer_jax_reads_it_for_days": 180, "older_jax_reads_it_for_days": 30}
 
 
@@ -89,6 +88,7 @@ def export(
     file_format: str = "onnx",
     *,
     int8: bool = False,
+    static_ranges: bool = False,
     max_loss: float = MAX_LOSS,
     source: str | None = None,
     npm_package: str | None = None,
@@ -102,9 +102,12 @@ def export(
       output: The folder to write. An earlier export in this folder is replaced.
       file_format: One of `FORMATS`.
       int8: Whether to quantize the convolutions to 8 bits; not for the format "stablehlo".
+      static_ranges: For the format "litert" with `int8`: whether the ranges of the activations are
+        those of training images. By default, the model measures the ranges of each image.
       max_loss: The largest allowed loss of accuracy on the validation split and on the test
         split, from 0 to 1.
-      source: The name of the data for the comparison; by default the training data.
+      source: The name of the data for the comparison and the golden images; by default the
+        training data. The ranges of a quantized model are always those of the training images.
       npm_package: For the format "web": the file of the npm package; see `web.page_files`.
       converter_python: For the format "litert": the Python of an environment with LiteRT.
       track: Shows progress.
@@ -120,29 +123,47 @@ def export(
     """
     _check_output(pathlib.Path(output))
     _check_packages(file_format, int8=int8)
+    if static_ranges and not (int8 and file_format == "litert"):
+        raise ConfigError("--static_ranges: needs --format=litert --int8; onnx has static ranges")
     page = web.page_files(npm_package) if file_format == "web" else {}
     python, versions = sys.executable, _package_versions(file_format)
     if file_format == "litert":
         python, versions = litert.check_python(converter_python)
     path = find_bundle(bundle)
     bundle_sha256 = digest(path)
-    # The exported model computes in float32, also if training used bfloat16.
-    contents = dataclasses.replace(read_bundle(path), precision="float32")
-    predictor = BundlePredictor(contents)
+    contents = read_bundle(path)
+    predictor = bundle_predictor = BundlePredictor(contents)
+    if contents.precision != "float32":
+        # The exported model computes in float32, even if training used bfloat16.
+        predictor = BundlePredictor(dataclasses.replace(contents, precision="float32"))
     dataset = open_as_trained(predictor, source, track)
+    is_training_data = dataset.fingerprint == contents.data["fingerprint"]
+    facts, batches = {}, None
+    if int8 and (file_format != "litert" or static_ranges):
+        training_data = dataset
+        if source is not None and not is_training_data:
+            training_data = open_as_trained(predictor, track=track)
+        batches = _calibration_batches(training_data, track)
+        facts["calibration_data"] = training_data.source.name
     if file_format in ("onnx", "web"):
-        model = _make_onnx(predictor, _calibration_batches(dataset, track) if int8 else None)
+        model = _make_onnx(predictor, batches)
     elif file_format == "litert":
-        model = _make_litert(predictor, python, int8=int8)
+        model = _make_litert(predictor, python, batches, int8=int8)
     else:
         model = _make_stablehlo(predictor)
     preprocessing = predictor.preprocessing
     golden = certificate.golden_images(dataset, preprocessing.max_pixels, preprocessing.white_level)
     with contextlib.closing(model):
-        comparison = certificate.compare(predictor, model.predictor, dataset, track)
+        comparison = certificate.compare(
+            bundle_predictor,
+            model.predictor,
+            dataset,
+            track,
+            float32=None if predictor is bundle_predictor else predictor,
+        )
         certificate.check(comparison, max_loss, is_exact=not int8)
         golden_records = certificate.golden_records(golden, model.predictor)
-    facts = dict(model.facts)
+    facts |= model.facts
     if (pixels_model := model.files.get(_PIXELS_MODEL)) is not None:
         largest = certificate.check_pixels(pixels_model, golden, golden_records)
         facts["pixels_largest_difference"] = largest
@@ -150,6 +171,7 @@ def export(
     statement = {
         "format": file_format,
         "int8": int8,
+        "static_ranges": batches is not None,
         "bundle_sha256": bundle_sha256,
         "model": main_file,
         "sha256": {name: _sha256(content) for name, content in model.files.items()},
@@ -164,8 +186,11 @@ def export(
             model.runner, model.files[main_file], preprocessing.image_size, python
         ),
     }
+    measured = {split: values["after"] for split, values in comparison.items()}
     description = describe(contents) | {
-        "metrics": {split: values["after"] for split, values in comparison.items()},
+        # The metrics of other data must not replace those of the run.
+        "metrics": measured if is_training_data else contents.metrics,
+        "precision": "float32",
         "export": {"format": file_format, "int8": int8, "bundle": bundle_sha256},
     }
     files = {
@@ -180,7 +205,7 @@ def export(
 
 
 def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]:
-    """Yields images of the training split, spread evenly over it."""
+    """Yields evenly spaced images of the training split."""
     indices = dataset.splits["train"]
     if not len(indices):
         raise ConfigError("--int8: the data has no training images to measure the ranges with")
@@ -190,7 +215,7 @@ def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]
 
 
 def _make_onnx(predictor: BundlePredictor, batches: Iterable[np.ndarray] | None) -> _Model:
-    """Makes the ONNX models; they are quantized if there are images to measure the ranges."""
+    """Makes the ONNX models; if there are `batches`, the models have 8 bits and their ranges."""
     from cnn_jax.export.onnx_model import images_model, pixels_model
     from cnn_jax.export.quantize import quantize
 
@@ -207,9 +232,15 @@ def _make_onnx(predictor: BundlePredictor, batches: Iterable[np.ndarray] | None)
     )
 
 
-def _make_litert(predictor: BundlePredictor, python: str, *, int8: bool) -> _Model:
+def _make_litert(
+    predictor: BundlePredictor,
+    python: str,
+    batches: Iterable[np.ndarray] | None,
+    *,
+    int8: bool,
+) -> _Model:
     size = predictor.preprocessing.image_size
-    content = litert.convert(flat_function(predictor), size, python, int8=int8)
+    content = litert.convert(flat_function(predictor), size, python, int8=int8, batches=batches)
     return _Model(
         {_LITERT_MODEL: content},
         litert.LitertPredictor(predictor, content, python),
@@ -256,7 +287,8 @@ _PACKAGES = {
 
 
 def _package_versions(file_format: str) -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in _PACKAGES[file_format]}
+    # The module onnxruntime may come from another package, such as onnxruntime-gpu.
+    return {name: importlib.import_module(name).__version__ for name in _PACKAGES[file_format]}
 
 
 def _check_output(output: pathlib.Path) -> None:

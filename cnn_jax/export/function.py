@@ -56,7 +56,7 @@ def flat_function(predictor: BundlePredictor) -> core.ClosedJaxpr:
 
 
 def flatten(function: Callable[[Array], Array], image_size: tuple[int, int]) -> core.ClosedJaxpr:
-    """Returns a function of images as a flat function; see the description of this module."""
+    """Converts a function of images to a flat function; see the description of this module."""
     images = jax.ShapeDtypeStruct((BATCH, *image_size, 3), np.uint8)
     traced = jax.make_jaxpr(function)(images)
 
@@ -144,7 +144,7 @@ class _Constant:
     shape: tuple[int, ...]
 
     def channels(self, count: int) -> np.ndarray | None:
-        """Returns the values [count] if they differ at most by the last axis, else None."""
+        """Returns the value of each channel, [count]; None if values of a channel differ."""
         if self.array.size not in (1, count) or (self.array.shape or (1,))[-1] != self.array.size:
             return None
         return np.broadcast_to(self.array.reshape(-1).astype(np.float64), (count,))
@@ -174,7 +174,7 @@ class _Layer:
         return jnp.maximum(x, np.float32(0)) if self.is_rectified else x
 
     def then(self, function: Callable[[Array], Array]) -> "_Layer":
-        """Returns the layer followed by a function that moves no value to another channel."""
+        """Returns the layer followed by a function that keeps the channel of each value."""
         return dataclasses.replace(self, apply=lambda kernel: function(self.apply(kernel)))
 
 
@@ -187,7 +187,7 @@ class _Affine:
     shift: np.ndarray
 
     def simplify(self) -> "_Affine":
-        """Moves the factor and the shift into the weights of the base, where this is exact."""
+        """Includes the factor and the shift in the weights of the base, where this is exact."""
         base, factor, shift = self.base, self.factor, self.shift
         if isinstance(base, _Layer) and (not base.is_rectified or np.all(factor > 0)):
             base, factor = base.scale(factor), np.ones_like(factor)
@@ -317,7 +317,7 @@ def _per_channel(values: np.ndarray, x: Array) -> Array:
 
 
 def _affine(value: _Value) -> _Affine | None:
-    """Returns a value as an affine function of itself; None if it is not float32 with channels."""
+    """Converts a value to `_Affine`; returns None if it is not float32 or has no channels."""
     if isinstance(value, _Affine):
         return value
     if isinstance(value, _Constant) or value.dtype != jnp.float32 or value.ndim < 2:
@@ -379,7 +379,7 @@ def _dot(equation: core.JaxprEqn, inputs: list[_Value]) -> _Value | None:
     def apply(kernel: np.ndarray) -> Array:
         if ndim != 4:
             return equation.primitive.bind(base, kernel, **equation.params)
-        # LiteRT refuses a product of an image and a matrix.
+        # LiteRT cannot convert the product of an array of 4 dimensions and a matrix.
         return lax.conv_general_dilated(
             base,
             jnp.asarray(kernel[None, None]),

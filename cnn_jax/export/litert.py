@@ -4,7 +4,7 @@ import json
 import pathlib
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jax.extend import core
@@ -19,7 +19,7 @@ _WORKER = str(pathlib.Path(__file__).with_name("litert_worker.py"))
 
 
 def check_python(python: str | None) -> tuple[str, dict[str, str]]:
-    """Returns the Python of an environment with LiteRT, and the versions of LiteRT's packages.
+    """Returns the path of a Python with LiteRT, and the versions of LiteRT's packages.
 
     Raises:
       ConfigError: No Python is named, or it lacks a package.
@@ -47,7 +47,12 @@ def check_python(python: str | None) -> tuple[str, dict[str, str]]:
 
 
 def convert(
-    function: core.ClosedJaxpr, image_size: tuple[int, int], python: str, *, int8: bool
+    function: core.ClosedJaxpr,
+    image_size: tuple[int, int],
+    python: str,
+    *,
+    int8: bool = False,
+    batches: Iterable[np.ndarray] | None = None,
 ) -> bytes:
     """Converts a flat function to a LiteRT model for one image.
 
@@ -56,6 +61,9 @@ def convert(
       image_size: The height and the width of the image.
       python: The Python with LiteRT.
       int8: Whether to store the weights with 8 bits, and to compute with them.
+      batches: For `int8`: images of the training data, uint8 [batch, height, width, 3], that
+        determine the ranges of the activations. By default, the model measures the ranges of each
+        image.
 
     Raises:
       ExportError: The conversion fails.
@@ -63,7 +71,11 @@ def convert(
     with tempfile.TemporaryDirectory() as folder:
         source, target = pathlib.Path(folder, "model.mlir"), pathlib.Path(folder, "model.tflite")
         source.write_text(stable_hlo_text(function, image_size))
-        arguments = ["convert", str(source), str(target), "int8" if int8 else "float32"]
+        arguments = ["convert", str(source), str(target), "dynamic" if int8 else "float32"]
+        if batches is not None:
+            images = pathlib.Path(folder, "images.npy")
+            np.save(images, np.concatenate(list(batches)))
+            arguments[-1:] = ["static", str(images)]
         result = subprocess.run(
             [python, _WORKER, *arguments], capture_output=True, text=True, check=False
         )
@@ -73,7 +85,13 @@ def convert(
 
 
 class LitertPredictor(Predictor):
-    """A predictor that runs a LiteRT model in a process of another Python."""
+    """A predictor that runs a LiteRT model in a process of the Python with LiteRT.
+
+    Attributes:
+      class_names: The classes in the order of the probabilities.
+      preprocessing: The preprocessing from an image to the model's input.
+      pid: The id of the process.
+    """
 
     def __init__(self, predictor: Predictor, model: bytes, python: str):
         """Starts the process; `predictor` has the class names and the preprocessing."""
@@ -88,6 +106,7 @@ class LitertPredictor(Predictor):
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
         )
+        self.pid = self._process.pid
 
     def __call__(
         self, images: UInt8[np.ndarray, "batch height width 3"]
@@ -113,7 +132,7 @@ class LitertPredictor(Predictor):
 
 
 def _error_line(text: str) -> str:
-    """Returns the first line of a traceback's error; lines about the origin of a node follow it."""
+    """Returns the first line of the error's message at the end of a traceback."""
     errors = [line for line in text.splitlines() if "Error: " in line]
     return errors[0] if errors else _last_line(text)
 

@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def _peak_memory() -> int | None:
-    """Returns the peak memory of this process in bytes, or None if the system does not tell."""
+    """Returns the peak memory of this process in bytes; None if the system does not report it."""
     # `getrusage` would return the peak memory of the parent process if that is larger.
     status = pathlib.Path("/proc/self/status")
     if not status.exists():

@@ -18,7 +18,7 @@ from cnn_jax.inference.exported import open_session
 
 # The operators that ONNX Runtime computes with 8 bits if their inputs have 8 bits.
 _FOLLOWING = ("Add", "Concat", "MaxPool", "Mul", "Pad", "Sigmoid", "Slice")
-# The output of these operators has only values of their input, so the scale is the same.
+# These operators output only values of their input, so the output has the same scale.
 _SAME_SCALE = ("MaxPool", "Pad", "Slice")
 # ONNX Runtime computes these operators as a part of the convolution before them.
 _FUSED = ("Relu", "Clip")
@@ -30,7 +30,7 @@ _MIN_WEIGHTS = 1024
 
 
 class _Rounded(NamedTuple):
-    """The form of a tensor that was rounded to 8 bits."""
+    """A tensor that was rounded to 8 bits."""
 
     name: str
     scale: float
@@ -158,7 +158,7 @@ class _Quantizer:
         return output
 
     def _quantize_convolution(self, node: onnx.NodeProto) -> None:
-        """Replaces the input, the kernel and the bias of a convolution by dequantized forms."""
+        """Replaces the input, the kernel and the bias of a convolution with dequantized tensors."""
         kernel = self._constants[node.input[1]].astype(np.float64)
         bias = self._constants[node.input[2]].astype(np.float64) if len(node.input) > 2 else 0.0
         x = self._rounded[node.input[0]]
@@ -189,7 +189,7 @@ class _Quantizer:
         node.input[1] = self._dequantize_constant(f"{node.name}_weights", integers, scales, axis=1)
 
     def _quantize_inputs(self, node: onnx.NodeProto, *, is_rounded: bool) -> None:
-        """Replaces the rounded inputs of a node, and its constants if the output is rounded."""
+        """Replaces the rounded inputs of a node, and its constants if its output is rounded too."""
         inputs = []
         for name in node.input:
             if name in self._rounded:

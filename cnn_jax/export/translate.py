@@ -8,7 +8,7 @@ inserted where an operation needs another order.
 import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from cnn_jax.export.function import BATCH, ExportError, array_shape
 
-# ONNX Runtime has this operator set since version 1.14. `Resize` with antialiasing needs it.
+# ONNX Runtime supports this operator set since version 1.14. `Resize` with antialiasing needs it.
 OPSET, IR_VERSION = 18, 8
 
 _DTYPES = {
@@ -152,6 +152,9 @@ class _Translator:
         self._tensors: dict[core.Var, _Tensor] = {}
         # The names of transposed tensors, by (name, order).
         self._transposed: dict[tuple[str, tuple[int, ...]], str] = {}
+        # The first variable with each name. Further variables, such as transposed ones, may have
+        # the same name.
+        self._first: dict[str, core.Var] = {}
         atoms = [atom for equation in jaxpr.eqns for atom in equation.invars]
         names = [atom for atom in atoms if not isinstance(atom, core.Literal)]
         self._used_once = {atom for atom in names if names.count(atom) == 1}
@@ -183,11 +186,14 @@ class _Translator:
                 result = translate(equation, *inputs)
             (output,) = equation.outvars
             self._tensors[output] = result
+            self._first.setdefault(result.name, output)
         (result,) = jaxpr.outvars
         return self._name(self._plain(self._read(result)))
 
     def _read(self, atom: Any) -> _Tensor:
-        return _constant(atom.val) if isinstance(atom, core.Literal) else self._tensors[atom]
+        if isinstance(atom, core.Literal):  # A Python number has the dtype of the operation.
+            return _constant(np.asarray(atom.val, cast(Any, atom.aval).dtype))
+        return self._tensors[atom]
 
     # The names of tensors, their axes, and dimensions of 1.
 
@@ -231,11 +237,16 @@ class _Translator:
         )
         return _Tensor(name, shape, _plain_order(shape))
 
-    def _producer(self, name: str, operator: str) -> onnx.NodeProto | None:
-        """Returns the node with an output if it is the last one and has the given operator."""
-        last = self._graph.nodes[-1] if self._graph.nodes else None
-        is_wanted = last is not None and last.op_type == operator and last.output[0] == name
-        return last if is_wanted else None
+    def _replaceable(self, atom: Any, operator: str) -> onnx.NodeProto | None:
+        """Returns the node that computes `atom` if another node may replace it, else None.
+
+        The node must be the last one, have the operator, and have no other use.
+        """
+        if isinstance(atom, core.Literal) or atom not in self._used_once or not self._graph.nodes:
+            return None
+        last, name = self._graph.nodes[-1], self._tensors[atom].name
+        is_last = last.op_type == operator and last.output[0] == name
+        return last if is_last and self._first.get(name) is atom else None
 
     # Operations on each element.
 
@@ -251,13 +262,12 @@ class _Translator:
 
     def _add(self, equation: core.JaxprEqn, x: _Tensor, y: _Tensor) -> _Tensor:
         """Adds two tensors; a constant for each channel becomes the bias of a convolution."""
-        convolution = self._producer(x.name, "Conv")
+        convolution = self._replaceable(equation.invars[0], "Conv")
         if (
             convolution
             and len(convolution.input) == 2
             and y.array is not None
             and y.array.size == x.shape[-1] == y.shape[-1]
-            and equation.invars[0] in self._used_once
         ):
             convolution.input.append(self._graph.constant(y.array.reshape(-1)))
             return x
@@ -271,8 +281,8 @@ class _Translator:
 
     def _min(self, equation: core.JaxprEqn, x: _Tensor, y: _Tensor) -> _Tensor:
         """Returns the minimum; after ReLU, a constant becomes the upper limit of `Clip`."""
-        for value, other in ((x, y), (y, x)):
-            relu = self._producer(value.name, "Relu")
+        for atom, value, other in zip(equation.invars, (x, y), (y, x), strict=True):
+            relu = self._replaceable(atom, "Relu")
             if relu and other.array is not None and other.array.size == 1:
                 limits = [np.float32(0), np.float32(other.array.reshape(()))]
                 self._graph.nodes.remove(relu)

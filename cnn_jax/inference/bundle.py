@@ -4,7 +4,8 @@
     weights.safetensors    parameters and batch statistics
 
 A bundle contains no code, and reading it needs no training code. An exported model is a directory
-with a bundle.json too, but it has the files of its format in place of the weights.
+with a bundle.json too, but it has the files of its format in place of the weights. Importing this
+module does not import JAX.
 """
 
 import contextlib
@@ -18,11 +19,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax.traverse_util
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jaxtyping import PyTree
 
 import cnn_jax
 from cnn_jax.data.preprocessing import Preprocessing
@@ -68,7 +67,7 @@ class Bundle:
     temperature: float
     data: dict[str, Any]
     metrics: dict[str, Any]
-    variables: PyTree
+    variables: Any
     pretrained: dict[str, Any] | None = None
 
 
@@ -92,6 +91,8 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
       bundle: The bundle.
       path: The directory for the bundle. An existing directory is replaced.
     """
+    import flax.traverse_util
+
     flat = flax.traverse_util.flatten_dict(bundle.variables, sep="/")
     # safetensors 0.8 scrambles arrays that are not contiguous, so arrays are converted to C
     # order. np.ascontiguousarray is not used, because it would convert a scalar to a vector.
@@ -165,7 +166,7 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
       BundleError: There is no bundle.json, a file is damaged, or the format is another one.
     """
     path = pathlib.Path(path)
-    with _reading(path):
+    with reading(path):
         description = json.loads((path / _DESCRIPTION).read_text(encoding="utf-8"))
         if description["format"] != FORMAT:
             raise BundleError(
@@ -202,7 +203,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     """
     path = pathlib.Path(path)
     description = read_description(path)
-    with _reading(path):
+    with reading(path):
         if "export" in description:
             raise BundleError(
                 f"{path} is an exported model, which has no weights for this purpose; name the "
@@ -211,6 +212,9 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         if description["files"].keys() != {_WEIGHTS}:
             raise ValueError(f"its only file must be {_WEIGHTS}")
         _check_network(path, description["model"])
+        # Flax imports JAX, which the server of an exported model does not need.
+        import flax.traverse_util
+
         weights = safetensors.numpy.load_file(path / _WEIGHTS)
         return Bundle(
             model=description["model"],
@@ -226,7 +230,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
 
 
 @contextlib.contextmanager
-def _reading(path: pathlib.Path) -> Iterator[None]:
+def reading(path: pathlib.Path) -> Iterator[None]:
     """Converts the errors of reading a bundle to BundleError."""
     try:
         yield

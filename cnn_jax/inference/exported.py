@@ -1,6 +1,6 @@
-"""The predictor of a model that was exported to ONNX, and the choice of the predictor of a folder.
+"""The predictor of a model that was exported to ONNX, and `load_predictor` for any folder.
 
-Importing this module does not import ONNX Runtime.
+Importing this module imports neither ONNX Runtime nor JAX.
 """
 
 import os
@@ -16,8 +16,9 @@ from cnn_jax.inference.bundle import (
     read_bundle,
     read_description,
     read_preprocessing,
+    reading,
 )
-from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor, check_images
+from cnn_jax.inference.protocol import TrainedPredictor, check_images
 from cnn_jax.system.errors import BundleError, ConfigError
 
 ONNX_MODEL = "model.onnx"
@@ -46,17 +47,42 @@ class OnnxPredictor(TrainedPredictor):
         """
         path = pathlib.Path(path)
         description = read_description(path)
-        if ONNX_MODEL not in description["files"]:
+        with reading(path):
+            if ONNX_MODEL not in description["files"]:
+                raise BundleError(
+                    f"{path} is an export to {description['export']['format']}, which cnn_jax does "
+                    "not load; name a bundle or an export to onnx"
+                )
+            self.class_names = description["class_names"]
+            self.preprocessing = read_preprocessing(description)
+            self.temperature = description["temperature"]
+            self.data = description["data"]
+            self.metrics = description["metrics"]
+            self._session = self._open(path / ONNX_MODEL)
+
+    def _open(self, path: pathlib.Path) -> Any:
+        """Returns the session of a model, whose shapes must be those in bundle.json."""
+        try:
+            session = open_session(path.read_bytes())
+        except (ConfigError, OSError):
+            raise
+        except Exception as error:  # ONNX Runtime raises many classes of exceptions.
+            reason = str(error).partition("\n")[0]
+            raise BundleError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
+        described = [
+            ("images", "tensor(uint8)", [*self.preprocessing.image_size, 3]),
+            ("probabilities", "tensor(float)", [len(self.class_names)]),
+        ]
+        found = [
+            (value.name, value.type, value.shape[1:])
+            for value in (*session.get_inputs(), *session.get_outputs())
+        ]
+        if found != described:
             raise BundleError(
-                f"{path} is an export to {description['export']['format']}, which cnn_jax does not "
-                "load; name a bundle or an export to onnx"
+                f"{path} does not fit bundle.json: the model has {found}, and bundle.json "
+                f"describes {described}"
             )
-        self.class_names = description["class_names"]
-        self.preprocessing = read_preprocessing(description)
-        self.temperature = description["temperature"]
-        self.data = description["data"]
-        self.metrics = description["metrics"]
-        self._session = open_session((path / ONNX_MODEL).read_bytes())
+        return session
 
     def __call__(
         self, images: UInt8[np.ndarray, "batch height width 3"]
@@ -103,4 +129,8 @@ def load_predictor(path: str | os.PathLike[str]) -> TrainedPredictor:
       ConfigError: ONNX Runtime is needed and not installed.
     """
     model = read_model(find_bundle(path))
-    return BundlePredictor(model) if isinstance(model, Bundle) else model
+    if isinstance(model, OnnxPredictor):
+        return model
+    from cnn_jax.inference.predictor import BundlePredictor
+
+    return BundlePredictor(model)

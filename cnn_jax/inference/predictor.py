@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,55 +18,13 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import BATCH_SIZE, map_batches, split_batches
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.inference.images import AnyImage, ImageReader, describe_image, single_images
+from cnn_jax.inference.protocol import Predictor, TrainedPredictor, check_images
 from cnn_jax.models.base import Network
 from cnn_jax.models.network import abstract_variables, forward, make_model, stages
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import BundleError, DataError
 
 logger = logging.getLogger(__name__)
-
-
-@runtime_checkable
-class Predictor(Protocol):
-    """The interface of loaded bundles, ensembles, exported models and user-defined functions.
-
-    Attributes:
-      class_names: The classes in the order of the probabilities.
-      preprocessing: The preprocessing from an image to the predictor's input.
-    """
-
-    class_names: list[str]
-    preprocessing: Preprocessing
-
-    def __call__(
-        self, images: UInt8[np.ndarray, "batch height width 3"]
-    ) -> Float[np.ndarray, "batch classes"]:
-        """Returns the class probabilities of preprocessed images.
-
-        Each row depends only on its own image.
-
-        Args:
-          images: Images of the size `preprocessing.image_size`, one or more.
-
-        Returns:
-          Probabilities, float32; each row sums to 1.
-        """
-        ...
-
-
-@runtime_checkable
-class TrainedPredictor(Predictor, Protocol):
-    """A predictor that knows how it was trained: a loaded bundle or an exported model.
-
-    Attributes:
-      temperature: The logits are divided by the temperature before the softmax.
-      data: The description of the training data; see `Bundle`.
-      metrics: The metrics by split; see `Bundle`.
-    """
-
-    temperature: float
-    data: dict[str, Any]
-    metrics: dict[str, Any]
 
 
 class BundlePredictor(TrainedPredictor):
@@ -134,16 +91,6 @@ class BundlePredictor(TrainedPredictor):
         return np.asarray(probabilities), np.asarray(embeddings)
 
 
-def check_images(images: np.ndarray, preprocessing: Preprocessing) -> None:
-    """Raises ValueError if images are not uint8, or do not have the size of the preprocessing."""
-    size = preprocessing.image_size
-    if images.dtype != np.uint8 or images.shape[1:] != (*size, 3):
-        raise ValueError(
-            f"images must be [B, {size[0]}, {size[1]}, 3] of uint8, got {images.shape} of "
-            f"{images.dtype}"
-        )
-
-
 @functools.lru_cache(64)
 def _compiled(model: Network, preprocessing: Preprocessing) -> Callable[..., Array]:
     """Returns the compiled prediction function of a network with a given preprocessing.
@@ -162,7 +109,7 @@ def _compiled(model: Network, preprocessing: Preprocessing) -> Callable[..., Arr
 def _compiled_with_embeddings(
     model: Network, preprocessing: Preprocessing
 ) -> Callable[..., tuple[Array, Array]]:
-    """Returns a function as `_compiled` does, which also returns the embeddings in float32."""
+    """Returns the compiled function for both probabilities and embeddings in float32."""
 
     def run(variables: PyTree, temperature: Array, images: Array) -> tuple[Array, Array]:
         outputs = stages(model, variables, images, preprocessing)

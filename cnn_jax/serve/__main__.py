@@ -42,10 +42,8 @@ def main(argv: Sequence[str]) -> None:
     from cnn_jax.serve.server import Options, run
     from cnn_jax.serve.tokens import Tokens
     from cnn_jax.system import runtime
-    from cnn_jax.system.compilation_cache import keep_compiled
 
     runtime.keep_freed_memory()
-    keep_compiled()
     start_logging(flags.log_level)
     if flags.bundle:
         source = BundleSource(find_bundle(flags.bundle), (flags.model or ["default"])[0])

@@ -15,7 +15,6 @@ from fastapi.routing import APIRoute
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
-from cnn_jax.explain.maps import method_named
 from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.serve.images import Part, read_images
 from cnn_jax.serve.limits import Refused, cancel_on_disconnect, check_query
@@ -109,7 +108,12 @@ class PredictQuery(BaseModel):
     @field_validator("explain", mode="before")
     @classmethod
     def _resolve_spelling(cls, text: object) -> object:
-        return (method_named(text) if isinstance(text, str) else None) or text
+        if not isinstance(text, str):
+            return text
+        # The module imports JAX, which a server of an exported model does not need.
+        from cnn_jax.explain.maps import method_named
+
+        return method_named(text) or text
 
 
 class _LeanRoute(APIRoute):

@@ -8,18 +8,17 @@ of these requests, the old version is freed.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.explain import maps
 from cnn_jax.inference.bundle import Bundle
 from cnn_jax.inference.exported import OnnxPredictor
 from cnn_jax.inference.images import ImageReader
-from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor
+from cnn_jax.inference.protocol import TrainedPredictor
 from cnn_jax.serve.engine import Program, time_program
 from cnn_jax.system.errors import BundleError
 
@@ -135,34 +134,24 @@ def make_version(
     Raises:
       BundleError: The weights do not fit the network, or its outputs are not probabilities.
     """
-    predictor = BundlePredictor(bundle) if isinstance(bundle, Bundle) else bundle
+    predictor, predict, explain = _predictor_and_functions(bundle)
     allowed = min(max_pixels, bundle.preprocessing.max_pixels)
     preprocessing = dataclasses.replace(bundle.preprocessing, max_pixels=allowed)
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (*preprocessing.image_size, 3), np.uint8)
 
-    def predict(images: np.ndarray) -> Iterable[Output]:
-        if isinstance(predictor, BundlePredictor):
-            return map(Output, *predictor.predict_with_embeddings(images))
-        return (Output(row, np.empty(0, np.float32)) for row in predictor(images))
-
-    def explain(images: np.ndarray) -> Iterable[Output]:
-        assert isinstance(predictor, BundlePredictor)
-        probabilities, embeddings = predictor.predict_with_embeddings(images)
-        class_maps = maps.grad_cam(predictor, images, probabilities.argmax(axis=1))
-        return map(Output, probabilities, embeddings, class_maps)
-
     _check_probabilities(next(iter(predict(image[None]))).probabilities)
     equal = [other for other in loaded if _has_programs(other, predictor, preprocessing, sizes)]
     if equal:
         predict_program = Program(predict, equal[0].predict_program.seconds)
-        explain_program = equal[0].explain_program and Program(
-            explain, equal[0].explain_program.seconds
+        explain_program = (
+            Program(explain, equal[0].explain_program.seconds)
+            if explain and equal[0].explain_program
+            else None
         )
     else:
         predict_program = time_program(predict, image, sizes)
-        has_gradients = isinstance(predictor, BundlePredictor)
-        explain_program = time_program(explain, image, (1,)) if has_gradients else None
+        explain_program = time_program(explain, image, (1,)) if explain else None
     return Version(
         model=model,
         number=number,
@@ -177,6 +166,38 @@ def make_version(
     )
 
 
+_Function = Callable[[np.ndarray], Iterable[Output]]
+
+
+def _predictor_and_functions(
+    bundle: Bundle | OnnxPredictor,
+) -> tuple[TrainedPredictor, _Function, _Function | None]:
+    """Returns a predictor, and the functions of the programs that predict and explain.
+
+    An exported model has no function that explains.
+    """
+    if isinstance(bundle, OnnxPredictor):
+        no_embedding = np.empty(0, np.float32)
+        return bundle, lambda images: (Output(row, no_embedding) for row in bundle(images)), None
+    # JAX is imported only for bundles: without JAX, a server starts faster and needs less memory.
+    from cnn_jax.explain import maps
+    from cnn_jax.inference.predictor import BundlePredictor
+    from cnn_jax.system.compilation_cache import keep_compiled
+
+    keep_compiled()
+    predictor = BundlePredictor(bundle)
+
+    def predict(images: np.ndarray) -> Iterable[Output]:
+        return map(Output, *predictor.predict_with_embeddings(images))
+
+    def explain(images: np.ndarray) -> Iterable[Output]:
+        probabilities, embeddings = predictor.predict_with_embeddings(images)
+        class_maps = maps.grad_cam(predictor, images, probabilities.argmax(axis=1))
+        return map(Output, probabilities, embeddings, class_maps)
+
+    return predictor, predict, explain
+
+
 def _has_programs(
     version: Version,
     predictor: TrainedPredictor,
@@ -184,11 +205,13 @@ def _has_programs(
     sizes: Sequence[int],
 ) -> bool:
     """Returns whether a predictor can reuse the compiled programs of a version."""
+    first: Any = version.predictor
+    second: Any = predictor
     return (
-        isinstance(predictor, BundlePredictor)
-        and isinstance(version.predictor, BundlePredictor)
-        and version.predictor.model == predictor.model
-        and version.predictor.preprocessing == predictor.preprocessing
+        not isinstance(first, OnnxPredictor)
+        and not isinstance(second, OnnxPredictor)
+        and first.model == second.model
+        and first.preprocessing == second.preprocessing
         and version.preprocessing == preprocessing
         and version.sizes == tuple(sizes)
     )

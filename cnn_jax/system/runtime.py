@@ -1,10 +1,11 @@
-"""Options of XLA and of the C library that make training on a CPU faster."""
+"""Options of XLA and of the C library that make training on a CPU faster.
+
+Importing this module does not import JAX.
+"""
 
 import ctypes
 import functools
 import sys
-
-import jax
 
 # Parameters of glibc's function `mallopt`, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
@@ -28,6 +29,8 @@ def compiler_options() -> dict[str, str | bool]:
 
     Options that this version of JAX does not know are left out.
     """
+    import jax
+
     if jax.default_backend() != "cpu":
         return {}
     return {name: value for name, value in _CPU_OPTIONS.items() if _is_known(name, value)}
@@ -39,6 +42,8 @@ def quick_compiler_options() -> dict[str, str | bool]:
 
     Without optimisation, XLA compiles it in a sixth of the time. Rounding errors differ.
     """
+    import jax
+
     if jax.default_backend() != "cpu":
         return {}
     options = {"xla_backend_optimization_level": "0"}
@@ -50,6 +55,8 @@ def _is_known(name: str, value: str | bool) -> bool:
 
     A later XLA may no longer have an experimental option.
     """
+    import jax
+
     try:
         jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except jax.errors.JaxRuntimeError:

@@ -2,15 +2,17 @@
 
     pip install -e '.[onnx]'
     python experiments/benchmarks/bench_export.py [--bundle=RUN | --network=resnet18 --size=224]
-        [--peer_python=PATH] [--repeats=15]
+        [--converter_python=PATH] [--peer_python=PATH] [--peer_models=FILE ...] [--repeats=15]
 
 With --bundle, the models are compared on the validation split and the test split of the bundle's
 data. With --network, the weights are random and only the time and the size are measured. The time
 is CPU time of one thread in milliseconds per image; all models take turns, and the median counts.
 
-"quantize_static" is ONNX Runtime's own quantization of the float32 model, with the same images.
-"torch.onnx" is timm's network, exported by PyTorch; --peer_python names a Python with torch, timm,
-onnx and onnxscript.
+"quantize_static" is ONNX Runtime's own quantization of the float32 model, with the same images. The
+LiteRT models run in a process of --converter_python. "torch.onnx" is the same network in PyTorch
+with random weights (for a pretrained network: that of timm), exported by PyTorch; --peer_python
+names a Python with torch, timm, onnx and onnxscript. --peer_models are ONNX files of other
+projects, with the input float32 [batch, 3, size, size].
 """
 
 import argparse
@@ -34,7 +36,7 @@ import onnxruntime
 from onnxruntime import quantization
 
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.export import certificate
+from cnn_jax.export import certificate, litert
 from cnn_jax.export.function import flat_function
 from cnn_jax.export.onnx_model import images_model
 from cnn_jax.export.quantize import quantize
@@ -48,7 +50,17 @@ _CLASSES = 10
 _TIMM = """
 import sys, timm, torch
 name, size, path = sys.argv[1:]
-model = timm.create_model(name, num_classes=10).eval()
+if name == "cnn":
+    layers, channels = [], 3
+    for features in (32, 64, 128):
+        layers += [torch.nn.Conv2d(channels, features, 3, padding=1), torch.nn.ReLU()]
+        layers += [torch.nn.BatchNorm2d(features), torch.nn.MaxPool2d(2)]
+        channels = features
+    layers[-1] = torch.nn.AdaptiveAvgPool2d(1)
+    layers += [torch.nn.Flatten(), torch.nn.Linear(128, 256), torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(256, 10)).eval()
+else:
+    model = timm.create_model(name, num_classes=10).eval()
 images = torch.zeros(2, 3, int(size), int(size))
 batch = torch.export.Dim("batch", min=1, max=4096)
 shapes = ({0: batch},)
@@ -64,6 +76,7 @@ class _Model:
     run: Callable[[np.ndarray], Any]
     bytes: int
     takes_floats: bool = False  # Whether the input is float32 [batch, 3, height, width].
+    clock: Callable[[], float] = time.process_time  # The CPU time in seconds.
 
 
 class _Calibration(quantization.CalibrationDataReader):
@@ -106,14 +119,17 @@ def make_models(
     predictor: BundlePredictor,
     batches: list[np.ndarray],
     timm_name: str,
+    converter_python: str | None,
     peer_python: str | None,
+    peer_models: list[str],
     folder: pathlib.Path,
 ) -> Iterator[_Model]:
     """Yields the predictor, the exported models and the models of the peers."""
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(predictor.variables))
     yield _Model("predictor", predictor, weights)
     start = time.perf_counter()
-    exact = images_model(flat_function(predictor), predictor)
+    function = flat_function(predictor)
+    exact = images_model(function, predictor)
     print(f"translation: {time.perf_counter() - start:.2f} s")
     rounded = quantize(exact, batches)
     for name, model in (("onnx", exact), ("onnx int8", rounded)):
@@ -133,14 +149,39 @@ def make_models(
     yield _Model(
         "quantize_static", lambda x: session.run(None, {"images": x})[0], after.stat().st_size
     )
+    if converter_python:
+        kinds: dict[str, dict[str, Any]] = {
+            "litert": {},
+            "litert int8": {"int8": True},
+            "litert int8 static": {"int8": True, "batches": batches},
+        }
+        for name, options in kinds.items():
+            content = litert.convert(
+                function, predictor.preprocessing.image_size, converter_python, **options
+            )
+            run = litert.LitertPredictor(predictor, content, converter_python)
+            yield _Model(name, run, len(content), clock=_process_clock(run.pid))
     if peer_python:
         path = folder / "timm.onnx"
         size = str(predictor.preprocessing.image_size[0])
         subprocess.run([peer_python, "-c", _TIMM, timm_name, size, str(path)], check=True)
-        peer = _session(str(path))
-        key = peer.get_inputs()[0].name
-        sizes = sum(file.stat().st_size for file in folder.glob("timm.onnx*"))
-        yield _Model("torch.onnx", lambda x: peer.run(None, {key: x})[0], sizes, True)
+        yield _peer("torch.onnx", path)
+    for name in peer_models:
+        yield _peer(pathlib.Path(name).name, pathlib.Path(name))
+
+
+def _peer(name: str, path: pathlib.Path) -> _Model:
+    """Returns a model with floats as input; the weights may be in a second file."""
+    session = _session(str(path))
+    key = session.get_inputs()[0].name
+    size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
+    return _Model(name, lambda x: session.run(None, {key: x})[0], size, takes_floats=True)
+
+
+def _process_clock(pid: int) -> Callable[[], float]:
+    """Returns the clock of the CPU time of another process, on Linux."""
+    # Linux numbers these clocks: ~pid << 3, plus 2 for the scheduler's time of all threads.
+    return lambda: time.clock_gettime((~pid << 3) | 2)
 
 
 def measure(models: list[_Model], size: tuple[int, int], batch: int, repeats: int) -> list[float]:
@@ -151,10 +192,10 @@ def measure(models: list[_Model], size: tuple[int, int], batch: int, repeats: in
     seconds: list[list[float]] = [[] for _ in models]
     for repeat in range(repeats + 1):
         for model, times in zip(models, seconds, strict=True):
-            start = time.process_time()
+            start = model.clock()
             model.run(floats if model.takes_floats else images)
             if repeat:  # The first call compiles.
-                times.append(time.process_time() - start)
+                times.append(model.clock() - start)
     return [1000 * float(np.median(times)) / batch for times in seconds]
 
 
@@ -165,7 +206,9 @@ def main() -> None:
     parser.add_argument("--bundle")
     parser.add_argument("--network", default="cnn", choices=NETWORKS)
     parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--converter_python")
     parser.add_argument("--peer_python")
+    parser.add_argument("--peer_models", nargs="+", default=[])
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     flags = parser.parse_args()
@@ -184,9 +227,8 @@ def main() -> None:
         batches = [rng.integers(0, 256, (8, flags.size, flags.size, 3), np.uint8)]
     size = predictor.preprocessing.image_size
     with tempfile.TemporaryDirectory() as folder:
-        models = list(
-            make_models(predictor, batches, timm_name, flags.peer_python, pathlib.Path(folder))
-        )
+        peers = (flags.converter_python, flags.peer_python, flags.peer_models)
+        models = list(make_models(predictor, batches, timm_name, *peers, pathlib.Path(folder)))
         times = {batch: measure(models, size, batch, flags.repeats) for batch in flags.batches}
         heads = [
             "model",

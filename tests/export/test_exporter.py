@@ -1,5 +1,7 @@
 import dataclasses
 import errno
+import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -10,13 +12,16 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import write_images
 from exports import write_test_bundle
 from PIL import Image
 
 from cnn_jax import evaluate, predict, robustness
+from cnn_jax.data.decode import decode
 from cnn_jax.export import __main__ as command
 from cnn_jax.export import certificate, exporter, onnx_model
 from cnn_jax.export.function import ExportError
+from cnn_jax.inference import evaluation
 from cnn_jax.inference.bundle import digest, read_bundle
 from cnn_jax.inference.exported import OnnxPredictor, load_predictor
 from cnn_jax.inference.images import preprocess_for_inference
@@ -67,15 +72,32 @@ def test_the_golden_images_have_their_probabilities(exported):
     session = onnxruntime.InferenceSession(exported / "model.onnx")
     pixels_session = onnxruntime.InferenceSession(exported / "pixels.onnx")
     preprocessing = OnnxPredictor(exported).preprocessing
-    assert len(statement["golden"]) == 6  # The test split has no more images.
+    # The test split has six images.
+    names = [*(f"golden/{i}.png" for i in range(6)), "golden/orientation.jpg", "golden/alpha.png"]
+    assert [record["file"] for record in statement["golden"]] == names
     for record in statement["golden"]:
         path = exported / record["file"]
         images = preprocess_for_inference(path, preprocessing)[None]
         (probabilities,) = session.run(None, {"images": images})[0]
         np.testing.assert_allclose(probabilities, record["probabilities"], atol=1e-6)
-        pixels = np.asarray(Image.open(path))
+        pixels = decode(path.read_bytes())
         (probabilities,) = pixels_session.run(None, {"pixels": pixels})[0]
         np.testing.assert_allclose(probabilities, record["probabilities"], atol=0.01)
+
+
+def test_two_golden_images_need_their_orientation_and_their_transparency(exported):
+    plain = np.asarray(Image.open(exported / "golden" / "0.png"), int)
+    turned = np.asarray(Image.open(exported / "golden" / "orientation.jpg"), int)
+    assert turned.shape == (plain.shape[1], plain.shape[0], 3)
+    assert np.abs(np.rot90(turned, -1) - plain).mean() < 5
+    assert np.abs(decode((exported / "golden" / "orientation.jpg").read_bytes()) - plain).mean() < 5
+    last = np.asarray(Image.open(exported / "golden" / "5.png"), float)
+    rgba = np.asarray(Image.open(exported / "golden" / "alpha.png"), float)
+    np.testing.assert_array_equal(rgba[..., :3], last)
+    opacity = rgba[..., 3:] / 255
+    assert set(opacity[0, [0, -1], 0]) == {0, 1}
+    pixels = decode((exported / "golden" / "alpha.png").read_bytes())
+    np.testing.assert_allclose(pixels, opacity * last + (1 - opacity) * 255, atol=1)
 
 
 def test_the_readme_runs(exported):
@@ -121,6 +143,21 @@ def test_commands_accept_an_export_in_place_of_a_bundle(name, bundle, exported, 
     np.testing.assert_allclose(np.array(first, float), np.array(second, float), atol=1e-3)
 
 
+def test_an_export_is_served_without_importing_jax(exported):
+    code = (
+        "import sys, cnn_jax.serve.server, cnn_jax.serve.loader\n"
+        "from cnn_jax.inference.exported import read_model\n"
+        "from cnn_jax.serve.versions import make_version\n"
+        "version = make_version('name', 1, read_model(sys.argv[1]), 'digest', 10_000, (1, 2))\n"
+        "assert version.explain_program is None\n"
+        "print('jax' in sys.modules)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, exported], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "False\n"
+
+
 def test_explanations_need_a_bundle(exported):
     with pytest.raises(BundleError, match=r"is an exported model, .* name the bundle from which"):
         BundlePredictor.load(exported)
@@ -140,6 +177,44 @@ def test_a_changed_file_is_refused(copied, file):
     (copied / file).unlink()
     with pytest.raises(BundleError, match=f"there is no .*{file}"):
         load_predictor(copied)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"class_names": None}, "is not a bundle: TypeError"),
+        ({"class_names": ["a", "b"]}, r"model.onnx does not fit bundle.json: .*\[3\].*\[2\]"),
+        ({"preprocessing": None}, "is not a bundle: TypeError"),
+        ({"export": None, "files": {}}, "is not a bundle: TypeError"),
+        ({"temperature": ...}, "is not a bundle: KeyError"),
+    ],
+)
+def test_a_damaged_description_is_one_line(copied, changes, message):
+    description = json.loads((copied / "bundle.json").read_text()) | changes
+    description = {key: value for key, value in description.items() if value is not ...}
+    (copied / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(BundleError, match=message) as caught:
+        load_predictor(copied)
+    assert "\n" not in str(caught.value)
+
+
+def test_images_of_another_size_do_not_fit_the_model(copied):
+    description = json.loads((copied / "bundle.json").read_text())
+    description["preprocessing"]["image_size"] = [24, 16]
+    (copied / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(BundleError, match=r"\[16, 16, 3\].*, and bundle.json .*\[24, 16, 3\]"):
+        load_predictor(copied)
+
+
+@pytest.mark.parametrize("content", [b"", b"no model"])
+def test_a_file_that_is_no_model_is_one_line(copied, content):
+    (copied / "model.onnx").write_bytes(content)
+    description = json.loads((copied / "bundle.json").read_text())
+    description["files"]["model.onnx"]["sha256"] = hashlib.sha256(content).hexdigest()
+    (copied / "bundle.json").write_text(json.dumps(description))
+    with pytest.raises(BundleError, match=r"model.onnx cannot be loaded by ONNX Runtime") as caught:
+        load_predictor(copied)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd"])
@@ -184,10 +259,47 @@ def test_stablehlo_states_its_compatibility_and_is_not_loaded(bundle, tmp_path):
         load_predictor(tmp_path / "out")
 
 
-def test_a_bfloat16_bundle_is_exported_in_float32(image_folder, tmp_path):
+def test_a_bfloat16_bundle_is_compared_in_both_precisions(image_folder, tmp_path):
     path = write_test_bundle(tmp_path / "bundle", image_folder, precision="bfloat16")
-    statement = exporter.export(path, tmp_path / "out")
-    assert statement["comparison"]["test"]["largest_difference"] < 5e-6
+    values = exporter.export(path, tmp_path / "out")["comparison"]["test"]
+    assert values["largest_difference_in_float32"] < 5e-6
+    assert 1e-4 < values["largest_difference"] < 0.05
+    assert values["before"]["loss"] == evaluate_test_split(path)["loss"]
+    assert values["before"]["loss"] != values["after"]["loss"]
+
+
+def evaluate_test_split(path):
+    predictor = load_predictor(path)
+    return evaluation.evaluate(predictor, evaluation.open_as_trained(predictor))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_other_data_changes_neither_the_metrics_nor_the_ranges(bundle, tmp_path, int8):
+    write_images(tmp_path / "images", per_class=20, seed=3)
+    source = f"folder:{tmp_path / 'images'}"
+    options = {"int8": int8, "max_loss": 1.0}
+    statement = exporter.export(bundle, tmp_path / "other", source=source, **options)
+    usual = exporter.export(bundle, tmp_path / "usual", **options)
+    assert statement["data"] == source != usual["data"]
+    assert statement["comparison"] != usual["comparison"]
+    assert statement["sha256"] == usual["sha256"]
+    assert statement.get("calibration_data") == (usual["data"] if int8 else None)
+    assert load_predictor(tmp_path / "other").metrics == read_bundle(bundle).metrics
+    metrics = load_predictor(tmp_path / "usual").metrics
+    assert metrics["test"] == usual["comparison"]["test"]["after"]
+
+
+def test_onnxruntime_may_come_from_another_package(bundle, tmp_path, monkeypatch):
+    version = importlib.metadata.version
+
+    def find(name):
+        if name == "onnxruntime":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", find)
+    statement = exporter.export(bundle, tmp_path / "out")
+    assert statement["versions"]["onnxruntime"] == onnxruntime.__version__
 
 
 def _wrong_model(monkeypatch, change):

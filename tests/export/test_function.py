@@ -30,7 +30,7 @@ def test_no_factor_remains_if_all_scales_are_positive(batch_norm):
     predictor = small_predictor("cnn", features=(4, 8, 12), batch_norm=batch_norm)
     function = flat_function(predictor)
     _check(predictor, function)
-    # The division is that of the softmax.
+    # The softmax has a division.
     assert [name for name in _primitives(function) if name in ("mul", "div")] == ["div"]
     assert _primitives(function).count("reduce_window_max") == 2
 

@@ -58,6 +58,10 @@ def _convolve(x, channels=3, **options):
     return lax.conv_general_dilated(_float(x), kernel, dimension_numbers=numbers, **options)
 
 
+def _swap(x):
+    return lax.transpose(x, (0, 1, 3, 2))
+
+
 def _attention(x):
     x = _float(x).reshape(x.shape[0], 24, 3)
     products = jnp.einsum("bic,bjc->bij", x, x)
@@ -115,9 +119,20 @@ def test_an_operation_equals_jax(name):
     np.testing.assert_allclose(evaluate(flat, images)[0], expected, atol=3e-6)
 
 
-def test_a_convolution_has_at_most_one_bias():
-    function = _FUNCTIONS["two biases"]
-    # `flatten` would add both biases in advance.
+@pytest.mark.parametrize(
+    "function",
+    [
+        _FUNCTIONS["two biases"],
+        # The six columns of the transposed result are not the six channels.
+        lambda x: _swap(_convolve(x)) + _SHIFT,
+        lambda x: (y := _convolve(x)) * (_swap(_swap(y)) + _SHIFT),
+        lambda x: (y := lax.max(_convolve(x), 0.0)) * lax.min(y, 0.3),
+        lambda x: (y := lax.max(_convolve(x), 0.0)) * lax.min(_swap(y), 0.3),
+    ],
+    ids=["two biases", "columns", "transposed", "relu used twice", "transposed relu"],
+)
+def test_operations_are_fused_only_if_the_result_is_equal(function):
+    # `flatten` would add a bias in advance.
     traced = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((BATCH, 4, 6, 3), np.uint8))
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), np.uint8)
     result = run_onnx(_model(traced), images=images)

@@ -1,5 +1,6 @@
 """Tests of the exported web page in a browser. ONNX Runtime Web comes from the npm registry."""
 
+import hashlib
 import http.server
 import json
 import os
@@ -112,8 +113,17 @@ def _open(browser, url, width=390):
 def test_the_page_agrees_with_the_golden_images(browser, folder, served):
     _open(browser, served.url)
     message = _text(browser, "check")
-    golden = json.loads((folder / "certificate.json").read_text())["golden"]
+    statement = json.loads((folder / "certificate.json").read_text())
+    golden = statement["golden"]
+    assert [record["file"] for record in golden][-2:] == [
+        "golden/orientation.jpg",
+        "golden/alpha.png",
+    ]
     assert f"{len(golden)} of {len(golden)} test images agree" in message
+    # The certificate was measured with model.onnx. The page loads pixels.onnx.
+    assert statement["sha256"].keys() == {statement["model"], "pixels.onnx"}
+    for name, sha256 in statement["sha256"].items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
     assert float(re.search(r"([\d.]+\d)\.$", message)[1]) <= 0.05
     assert [line for line in browser.get_log("browser") if line["level"] != "DEBUG"] == []
     # The page fits on a telephone.

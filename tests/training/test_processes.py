@@ -125,6 +125,22 @@ def test_parameters_may_be_divided_between_processes(image_folder, tmp_path, one
     _assert_same_to_rounding(tmp_path / "run", one_process_run)
 
 
+def test_processes_start_from_trained_weights_and_a_probe(image_folder, tmp_path, one_process_run):
+    flags = (
+        "--config.train.epochs=2",
+        f"--config.checkpoint.init_from={one_process_run}",
+        "--config.train.probe=True",
+    )
+    _run_one_process(image_folder, tmp_path / "one", *flags, devices=4)
+    with _processes(image_folder, tmp_path / "two", *flags) as processes:
+        codes, outputs = _finish(processes)
+    assert codes == [0, 0], outputs
+    assert "the probe fitted the head" in outputs[0]
+    assert "the probe fitted the head" not in outputs[1]
+    assert [row["epoch"] for row in _history(tmp_path / "two")] == [0, 1, 2]
+    _assert_same_to_rounding(tmp_path / "two", tmp_path / "one")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 def test_processes_stop_at_the_same_step_and_resume(
     image_folder, tmp_path, one_process_run, signum
