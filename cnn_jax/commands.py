@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "measure a bundle on a split"),
     "report": ("report", "write the report of a run"),
     "explain": ("explain", "show what a network looks at"),
+    "compress": ("compress", "make a smaller and faster network"),
     "export": ("export", "write a model for other runtimes"),
     "robustness": ("robustness", "measure a bundle on corrupted images"),
     "tune": ("tune", "search for better hyper-parameters"),

@@ -52,7 +52,7 @@ FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.re
 _CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
 _PRETRAINED, _CHECKPOINTS = "pretrained.json", "checkpoints"
 # The sub-folders of a run's folder.
-_FOLDERS = (_CHECKPOINTS, "bundle", "damaged", "profile", "report", "tensorboard")
+_FOLDERS = (_CHECKPOINTS, "bundle", "damaged", "narrowed", "profile", "report", "tensorboard")
 # The minimum time between two heartbeats of the same activity.
 _HEARTBEAT_SECONDS = 5.0
 

@@ -1,0 +1,1 @@
+"""Smaller networks, made from a bundle by structured pruning and further training."""

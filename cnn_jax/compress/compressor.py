@@ -1,0 +1,257 @@
+"""The compression of a bundle: pruning, then training in a run of its own."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from cnn_jax.compress import prune
+from cnn_jax.config import files
+from cnn_jax.config.schema import PREPROCESSING_KEYS, Config, default_config
+from cnn_jax.data import Track
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.sources import absolute
+from cnn_jax.inference.bundle import Bundle, digest, find_bundle, read_bundle, write_bundle
+from cnn_jax.inference.evaluation import evaluate, image_batches, open_as_trained
+from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.models.network import count_parameters, forward_flops
+from cnn_jax.system.atomic import write_text
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import ConfigError
+from cnn_jax.training import run_directory
+from cnn_jax.training.loop import train_and_evaluate
+
+# The number of training images that determine the importance of channels.
+_IMPORTANCE_IMAGES = 1024
+_SPLITS = ("validation", "test")
+# The keys of the preprocessing that pretrained weights do not determine.
+_IMAGE_KEYS = ("max_pixels", "white_level")
+# The only key of the section `model` that the user can set.
+_DROPOUT = "model.dropout"
+# The files of a compression in the folder of its run.
+_RECORD, _NARROWED = "compress.json", "narrowed"
+
+
+def compress(
+    bundle: str | os.PathLike[str],
+    workdir: str | os.PathLike[str],
+    keep: float,
+    *,
+    epochs: int = 6,
+    source: str | None = None,
+    recipe: str | None = None,
+    overrides: Mapping[str, str] | None = None,
+    console: Console | None = None,
+) -> tuple[Config, dict[str, Any]]:
+    """Removes the least important channels of a network, and trains the smaller network.
+
+    The same call with the same folder resumes an interrupted run.
+
+    Args:
+      bundle: A bundle, or a run that has a bundle.
+      workdir: The folder of the new run, which has the files of a training run. Its folder
+        "narrowed" is the bundle with which training starts, and compress.json is the record.
+      keep: The largest number of operations of the new network, as a fraction of the original
+        number; above 0, at most 1.
+      epochs: The number of epochs.
+      source: The training data; by default that of the bundle.
+      recipe: A configuration for the training, as for `--config`; by default that of the run
+        which the bundle belongs to, or the default configuration if there is no such run.
+      overrides: New values of configuration keys, as text, by key.
+      console: Shows the progress.
+
+    Returns:
+      The configuration of the run, and the record: "before", "narrowed" and "after" have the
+      parameters, the operations per image ("flops") and the accuracies by split.
+
+    Raises:
+      ConfigError: The network cannot be pruned, a key cannot be set, or the folder is in use.
+      BundleError: There is no bundle, or the bundle is damaged.
+      DataError: The data cannot be used.
+      TrainingError: Training cannot continue.
+      Interrupted: The run was saved and stopped.
+    """
+    console = console or Console()
+    overrides = overrides or {}
+    workdir, path = pathlib.Path(workdir), find_bundle(bundle)
+    original = read_bundle(path)
+    prune.widths(original.model)  # Raises ConfigError if the network cannot be pruned.
+    if path.resolve().is_relative_to(workdir.resolve()):
+        raise ConfigError(f"--workdir: {workdir} contains the bundle; use another folder")
+    source = absolute(source or original.data["source"])
+    own_recipe = path.parent / "config.json"
+    if recipe is None:
+        recipe = str(own_recipe) if path.name == "bundle" and own_recipe.is_file() else "default"
+    config = files.load(recipe, overrides)
+    fixed = _fixed_values(original, workdir, source, epochs)
+    if wrong := sorted((fixed.keys() - {_DROPOUT}) & overrides.keys()):
+        raise ConfigError(f"config.{wrong[0]}: cannot be set, because compress determines it")
+    made_from = {"bundle_sha256": digest(path), "keep": keep}
+    if run_directory.read_config(workdir) is None:
+        run_directory.check_apart(workdir, source)
+        with run_directory.lock(workdir):
+            record = made_from | _narrow(original, workdir, source, keep, console.track)
+            write_text(workdir / _RECORD, json.dumps(record, indent=1) + "\n")
+    else:
+        record = _read_record(workdir, made_from)
+    for line in describe(record):
+        console.print(line)
+    narrowed = read_bundle(workdir / _NARROWED)
+    values = _fixed_values(narrowed, workdir, source, epochs)
+    if _DROPOUT in overrides:
+        values[_DROPOUT] = config.model.dropout
+    with config.ignore_type(), config.unlocked():
+        config.model = default_config(narrowed.model["name"]).model
+        config.update_from_flattened_dict(values)
+    report = train_and_evaluate(config, workdir, console)
+    after = {name: record["narrowed"][name] for name in ("parameters", "flops")} | {
+        split: report[split]["accuracy"] for split in _SPLITS if split in report
+    }
+    return config, record | {"after": after}
+
+
+def describe(record: Mapping[str, Any]) -> list[str]:
+    """Returns a table of the networks in the record of a compression, one line each."""
+    lines = []
+    for name in ("before", "narrowed", "after"):
+        if name not in record:
+            continue
+        values = record[name]
+        accuracies = "".join(
+            f", {split} accuracy {values[split]:.2%}" for split in _SPLITS if split in values
+        )
+        lines.append(
+            f"{name:12}{values['parameters']:,} parameters, {values['flops'] / 1e6:,.2f} MFLOP an "
+            f"image{accuracies}"
+        )
+    return lines
+
+
+def _narrow(
+    original: Bundle, workdir: pathlib.Path, source: str, keep: float, track: Track
+) -> dict[str, Any]:
+    """Writes the bundle of the pruned network; returns "before" and "narrowed" of the record."""
+    predictor = BundlePredictor(original)
+    dataset = open_as_trained(predictor, source, track)
+    if dataset.source.class_names != original.class_names:
+        raise ConfigError(
+            f"--source: the classes must be those of the bundle, {', '.join(original.class_names)};"
+            f" got {', '.join(dataset.source.class_names)}"
+        )
+    size = original.preprocessing.image_size
+    widths = prune.choose_widths(original.model, len(original.class_names), size, keep)
+    scores = prune.importance(
+        predictor.model,
+        predictor.variables,
+        original.preprocessing,
+        _labelled_batches(dataset, track),
+        widths,
+    )
+    channels = prune.most_important(scores, widths)
+    # A smaller network needs less dropout (experiments/RESULTS.md).
+    model = prune.with_widths(original.model, widths)
+    model["dropout"] = round(keep * model["dropout"], 3)
+    narrowed = dataclasses.replace(
+        original,
+        model=model,
+        variables=prune.narrow(predictor.model, original.variables, size, channels),
+        metrics={},
+    )
+    record = {
+        name: _measure(BundlePredictor(bundle), dataset, track)
+        for name, bundle in (("before", original), ("narrowed", narrowed))
+    }
+    write_bundle(narrowed, workdir / _NARROWED)
+    return record | {"channels": {name: kept.tolist() for name, kept in channels.items()}}
+
+
+def _labelled_batches(dataset: Dataset, track: Track) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yields images of the training split, spread evenly over it, and their classes."""
+    indices = dataset.splits["train"]
+    count = min(len(indices), _IMPORTANCE_IMAGES)
+    chosen = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
+    labels = dataset.source.labels[chosen]
+    for images in image_batches(dataset.loader, chosen, track, "ranking channels"):
+        yield images, labels[: len(images)]
+        labels = labels[len(images) :]
+
+
+def _measure(predictor: BundlePredictor, dataset: Dataset, track: Track) -> dict[str, Any]:
+    """Returns the parameters, the operations per image and the accuracies of a network."""
+    size = predictor.preprocessing.image_size
+    return {
+        "parameters": count_parameters(predictor.model, size),
+        "flops": forward_flops(predictor.model, size),
+        **{
+            split: evaluate(predictor, dataset, split, track)["accuracy"]
+            for split in _SPLITS
+            if len(dataset.splits[split])
+        },
+    }
+
+
+def _read_record(workdir: pathlib.Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the record of an earlier call with the same folder.
+
+    Args:
+      workdir: The folder of a run.
+      made_from: The values of the record that must be the same.
+
+    Raises:
+      ConfigError: The folder has another run, or the bundle or --keep has changed.
+    """
+    try:
+        record = json.loads((workdir / _RECORD).read_text(encoding="utf-8"))
+        same = {key: record[key] for key in made_from} == made_from
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"--workdir: {workdir} has a run that is not a compression; use another folder"
+        ) from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"--workdir: {workdir / _RECORD} cannot be read: {error!r}; use another folder"
+        ) from error
+    if not same:
+        raise ConfigError(
+            f"--workdir: {workdir} has the compression of another bundle or with another --keep; "
+            "use another folder"
+        )
+    return record
+
+
+def _fixed_values(
+    bundle: Bundle, workdir: pathlib.Path, source: str, epochs: int
+) -> dict[str, Any]:
+    """Returns the values of the configuration keys that the compression determines, by key.
+
+    Args:
+      bundle: The original or the narrowed network; only the values of the section `model` differ.
+      workdir: The run's folder.
+      source: The training data.
+      epochs: The number of epochs.
+    """
+    division, preprocessing = bundle.data["division"], dataclasses.asdict(bundle.preprocessing)
+    return {
+        # With the same seed and rule, the splits are the same, so no test image is trained on.
+        "seed": division["seed"],
+        "data.source": source,
+        "data.split": tuple(division["fractions"]),
+        "data.stratify": division["rule"],
+        "data.group": division["group"],
+        "data.keep_splits": division["keep_splits"],
+        **{f"data.{key}": preprocessing[key] for key in (*PREPROCESSING_KEYS, *_IMAGE_KEYS)},
+        "data.preprocessing": "config",
+        "data.max_unreadable": bundle.data["max_unreadable"],
+        "data.allow_outside": bundle.data["allow_outside"],
+        **{f"model.{key}": value for key, value in files.flat(bundle.model).items()},
+        "checkpoint.init_from": str(workdir / _NARROWED),
+        "checkpoint.restore_step": 0,
+        "train.epochs": epochs,
+        "train.from_stage": "",
+        "train.probe": False,
+        "optimizer.decay_epochs": 0,
+    }

@@ -1,0 +1,108 @@
+"""Compares ways to compress a network: the ranking of the channels, distillation and dropout.
+
+    cnn_jax train --workdir=runs/first
+    python experiments/studies/compression.py --bundle=runs/first --workdir=runs/compression
+        [--keep=0.3] [--epochs=8] [--variants taylor random ...]
+
+Each variant is `cnn_jax.compress.compressor.compress` with one change, in a run of its own, and
+prints the accuracies after pruning and after training. The same command continues.
+
+    taylor        no change: the channels are ranked by their effect on the loss, to first order
+    norm          the channels are ranked by the L2 norm of their kernel
+    random        the channels are ranked at random
+    distillation  the loss also has the divergence from the original network's predictions, with
+                  temperature 2 (Hinton et al. 2015)
+    dropout       the dropout of the original network
+    fast          the learning rate 3e-3, three times that of the default recipe
+"""
+
+import argparse
+import contextlib
+import dataclasses
+from typing import Any, cast
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from cnn_jax.compress import prune
+from cnn_jax.compress.compressor import compress
+from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
+from cnn_jax.models.network import make_model
+from cnn_jax.system.compilation_cache import keep_compiled
+from cnn_jax.training import loop
+from cnn_jax.training.step import TrainStep
+
+_VARIANTS = ("taylor", "norm", "random", "distillation", "dropout", "fast")
+_TEMPERATURE = 2.0
+
+
+def rank(variant: str, bundle: Bundle) -> dict[str, np.ndarray]:
+    """Returns the importance of each channel by the variant "norm" or "random"."""
+    rng = np.random.default_rng(bundle.data["division"]["seed"])
+    scores = {}
+    for stage, width in prune.widths(bundle.model).items():
+        layer = "dense" if stage == "embedding" else stage
+        kernel = np.asarray(bundle.variables["params"][layer]["kernel"], np.float64)
+        norms = np.sqrt((kernel**2).reshape(-1, width).sum(axis=0))
+        scores[stage] = norms if variant == "norm" else rng.random(width)
+    return scores
+
+
+def distil(step: TrainStep, teacher: Bundle) -> TrainStep:
+    """Adds the divergence from a teacher's predictions to the loss of a training step."""
+    model = make_model(teacher.model, len(teacher.class_names), "float32")
+    variables = jax.tree.map(jnp.asarray, teacher.variables)
+
+    def extra_loss(images: Array, logits: Array) -> Array:
+        teacher_logits = cast(Array, model.apply(variables, images))
+        targets = jax.nn.log_softmax(teacher_logits / _TEMPERATURE)
+        predictions = jax.nn.log_softmax(logits / _TEMPERATURE)
+        return _TEMPERATURE**2 * jnp.sum(jnp.exp(targets) * (targets - predictions), axis=-1)
+
+    return dataclasses.replace(step, extra_loss=extra_loss)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--bundle", required=True)
+    parser.add_argument("--workdir", required=True)
+    parser.add_argument("--keep", type=float, default=0.3)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--variants", nargs="+", default=_VARIANTS, choices=_VARIANTS)
+    flags = parser.parse_args()
+    keep_compiled()
+    bundle = read_bundle(find_bundle(flags.bundle))
+    make_train_step = loop.make_train_step
+    for variant in flags.variants:
+        overrides: dict[str, Any] = {"report.detail": "none"}
+        patch: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if variant in ("norm", "random"):
+            scores = rank(variant, bundle)
+            patch = mock.patch.object(prune, "importance", lambda *_, s=scores: s)
+        elif variant == "distillation":
+            patch = mock.patch.object(
+                loop, "make_train_step", lambda *inputs: distil(make_train_step(*inputs), bundle)
+            )
+        elif variant == "dropout":
+            overrides["model.dropout"] = str(bundle.model["dropout"])
+        elif variant == "fast":
+            overrides["optimizer.learning_rate"] = "3e-3"
+        with patch:
+            _, record = compress(
+                flags.bundle,
+                f"{flags.workdir}/{variant}",
+                flags.keep,
+                epochs=flags.epochs,
+                overrides=overrides,
+            )
+        cells = [f"{record[name]['test']:.2%}" for name in ("before", "narrowed", "after")]
+        print(" | ".join([variant, *cells, f"{record['after']['validation']:.2%}"]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
