@@ -347,6 +347,20 @@ def test_large_images_leave_threads_for_others():
     run_with(engine, test)
 
 
+def test_no_thread_group_keeps_answered_clients():
+    engine = Engine(capacity=100)
+    groups = (engine._decoders, engine._large_decoders, engine._parser)
+
+    async def test():
+        program = Device().program()
+        for number in range(50):
+            reads = [functools.partial(image, number)]
+            await engine.compute(program, reads, later(), client=f"client{number}")
+        await until(lambda: not any(group._waiting or group._tags for group in groups))
+
+    run_with(engine, test)
+
+
 def test_retry_after_follows_measured_times():
     engine = Engine(capacity=200)
 
