@@ -50,11 +50,11 @@ class Call(NamedTuple):
 class FairThreads:
     """Threads that run calls, and divide their time fairly between the clients.
 
-    Each client with waiting calls has a tag, and the client with the smallest tag is next. Each call
-    adds its cost to the tag of its client. A client that had no waiting call gets no credit for that
-    time: it starts behind the tag of the last call that was started. Therefore new clients cannot
-    delay a waiting client forever. (This is self-clocked fair queueing; Golestani, 1994.) The
-    requests of one client take turns.
+    Each client with waiting calls has a tag, and the client with the smallest tag is next. Each
+    call adds its cost to the tag of its client. A client that had no waiting call gets no credit
+    for that time: it starts behind the tag of the last call that was started. So new clients
+    cannot delay a waiting client forever. (The method follows self-clocked fair queueing;
+    Golestani, 1994.) The requests of one client take turns.
     """
 
     def __init__(self, num_threads: int, name: str):
