@@ -16,13 +16,15 @@ batches of rows, and a reader sees all complete batches. A file that is complete
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import re
 import secrets
+import struct
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -30,6 +32,8 @@ import pyarrow.parquet as pq
 
 from cnn_jax.system.atomic import replacing, write_text
 from cnn_jax.system.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 # The version of the columns. It is stored in the metadata of each file. A change of the meaning or
 # of the type of a column needs a new version; a new column does not.
@@ -79,6 +83,11 @@ _MAX_DELAY = 900.0
 _FOLDERS = ("requests", "feedback", "labelled", "models")
 # The name of a file: when it was created, in milliseconds since the epoch, and its server.
 _FILE_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}(\.claimed)?\.(arrows|parquet)")
+# The first bytes of each message of an Arrow stream, the type of a message that is a batch, and a
+# bound of the size of its metadata.
+_MARKER, _RECORD_BATCH, _MAX_METADATA = b"\xff\xff\xff\xff", 3, 65_536
+# The suffix of a stream with unreadable parts. Readers ignore such files, and nothing deletes them.
+_DAMAGED = ".damaged"
 # The middle part of the name of a file that a server is deleting.
 _CLAIMED = ".claimed"
 # A claimed file of this age, in seconds, was left by a server that ended while deleting the file.
@@ -180,7 +189,7 @@ class Segments:
 
         Raises:
           OSError: The Parquet file cannot be written. The Arrow stream then remains.
-          DataError: Rows are missing in one of the files. The Arrow stream then remains.
+          DataError: The stream cannot be read, or the Parquet file lacks rows. The stream remains.
         """
         if (path := self.path) is None:
             return
@@ -209,7 +218,10 @@ def _write(descriptor: int, data: bytes) -> None:
 
 
 def complete(path: pathlib.Path, rows: int = 0) -> None:
-    """Replaces an Arrow stream with a Parquet file; only deletes a stream that has no rows.
+    """Replaces an Arrow stream with a Parquet file of its rows.
+
+    A stream without rows is deleted. A damaged stream is renamed instead, because it may have rows
+    that cannot be read. A stream is not damaged if only its last batch is incomplete.
 
     Args:
       path: The stream, to which nobody writes.
@@ -217,17 +229,26 @@ def complete(path: pathlib.Path, rows: int = 0) -> None:
 
     Raises:
       OSError: A file cannot be read or written. The stream then remains.
-      DataError: Rows are missing in one of the files. The stream then remains.
+      DataError: The stream cannot be read, or the Parquet file lacks rows. The stream then remains.
     """
-    table = read_file(path)
+    table, rest = _read_stream(path)
     if table.num_rows:
         parquet = path.with_suffix(".parquet")
         write_table(table, parquet)
-        rows = max(rows, table.num_rows)
-        table = read_file(parquet, ("request_id",))
-    if table.num_rows < rows:
-        raise DataError(f"{path} or its Parquet file has {table.num_rows} of {rows} rows")
-    path.unlink()
+        if (written := read_file(parquet, ("request_id",)).num_rows) < table.num_rows:
+            raise DataError(f"{parquet} has only {written} of {table.num_rows} rows of {path}")
+    if table.num_rows >= rows and _is_incomplete_batch(rest):
+        path.unlink()
+        return
+    path.rename(damaged := path.with_suffix(_DAMAGED))
+    expected = f" of {rows}" if rows else ""
+    logger.error(
+        "%s was damaged: %d%s rows could be read; the damaged file is kept as %s",
+        path,
+        table.num_rows,
+        expected,
+        damaged.name,
+    )
 
 
 def write_table(table: pa.Table, path: pathlib.Path) -> None:
@@ -251,35 +272,82 @@ def read_file(path: pathlib.Path, columns: Sequence[str] | None = None) -> pa.Ta
       FileNotFoundError: The file does not exist.
       DataError: A later version of this package wrote the file, or the file is damaged.
     """
-    try:
-        if path.suffix == ".parquet":
+    if path.suffix == ".parquet":
+        with _converted_errors(path):
             schema = pq.read_schema(path)
             _check_version(path, schema)
             return pq.read_table(path, columns=None if columns is None else list(columns))
-        with pa.OSFile(str(path)) as file:
-            table = _read_stream(path, file)
-        known = table.column_names
-        return table.select(known if columns is None else [c for c in columns if c in known])
+    table, _ = _read_stream(path)
+    known = table.column_names
+    return table.select(known if columns is None else [c for c in columns if c in known])
+
+
+@contextlib.contextmanager
+def _converted_errors(path: pathlib.Path) -> Iterator[None]:
+    """Converts errors of reading a file, except FileNotFoundError, to DataError."""
+    try:
+        yield
     except FileNotFoundError:
         raise
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _read_stream(path: pathlib.Path, file: pa.OSFile) -> pa.Table:
-    """Reads an Arrow stream whose end may be missing: its server is writing it, or was killed."""
+def _read_stream(path: pathlib.Path) -> tuple[pa.Table, bytes]:
+    """Reads an Arrow stream whose end may be missing: its server is writing it, or was killed.
+
+    Returns:
+      The rows, and the bytes behind the last batch that can be read.
+    """
     schema = FEEDBACK if path.parent.name == "feedback" else REQUESTS
-    batches = []
+    batches, end = [], 0
+    with _converted_errors(path), pa.OSFile(str(path)) as file:
+        try:
+            stream = pa.ipc.open_stream(file)
+            _check_version(path, stream.schema)
+            schema, end = stream.schema, file.tell()
+            for batch in stream:
+                batches.append(batch)
+                end = file.tell()
+        except (pa.ArrowInvalid, OSError) as error:
+            if getattr(error, "errno", None):  # Arrow's errors about a missing end have no number.
+                raise
+        file.seek(end)
+        return pa.Table.from_batches(batches, schema), file.read()
+
+
+def _is_incomplete_batch(data: bytes) -> bool:
+    """Returns whether bytes of a stream are empty, or are one batch whose end is missing."""
+    if len(data) < 8:  # A batch is longer.
+        return True
+    starts = [m.start() for m in re.finditer(_MARKER, data) if not m.start() % 8]
+    sizes = [size for start in starts if (size := _batch_bytes(data[start:])) is not None]
+    return starts[:1] == [0] and len(sizes) == 1 and sizes[0] > len(data)
+
+
+def _batch_bytes(data: bytes) -> int | None:
+    """Returns the size of the batch that starts with `data`, or None if it is not a batch.
+
+    If the metadata of the batch are incomplete, the returned size is only larger than `data`. The
+    format is https://arrow.apache.org/docs/format/Columnar.html#encapsulated-message-format; the
+    metadata are a flatbuffer.
+    """
     try:
-        stream = pa.ipc.open_stream(file)
-        _check_version(path, stream.schema)
-        schema = stream.schema
-        for batch in stream:
-            batches.append(batch)
-    except (pa.ArrowInvalid, OSError) as error:
-        if getattr(error, "errno", None):  # Arrow's errors about a missing end have no number.
-            raise
-    return pa.Table.from_batches(batches, schema)
+        size = 8 + struct.unpack_from("<i", data, 4)[0]
+        if not 8 < size <= _MAX_METADATA:
+            return None
+        if size > len(data):
+            return size
+        table = 8 + struct.unpack_from("<I", data, 8)[0]
+        fields = table - struct.unpack_from("<i", data, table)[0]
+        # The offsets of the fields: the version, the type of the message, the message, the size of
+        # the values.
+        _, kind, _, values = struct.unpack_from("<4H", data, fields + 4)
+        if data[table + kind] != _RECORD_BATCH:
+            return None
+        return size + struct.unpack_from("<q", data, table + values)[0]
+    except (struct.error, IndexError):
+        return None
 
 
 def _check_version(path: pathlib.Path, schema: pa.Schema) -> None:

@@ -169,19 +169,6 @@ METHODS: dict[str, Method] = {
 }
 
 
-def method_named(text: str) -> str | None:
-    """Finds a method by its name in any usual spelling: grad_cam, grad-cam, GradCAM, gradcam.
-
-    Returns:
-      The key of the method in `METHODS`; None if there is no such method.
-    """
-
-    def folded(name: str) -> str:
-        return name.lower().replace("++", "plusplus").replace("-", "").replace("_", "")
-
-    return next((name for name in METHODS if folded(name) == folded(text)), None)
-
-
 def allows_cam(predictor: BundlePredictor) -> bool:
     """Returns whether the method `cam` works: the last layer must receive the feature-map means."""
     return network_parts(predictor.model, predictor.variables).embedding_is_mean_map

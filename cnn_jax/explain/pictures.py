@@ -17,7 +17,8 @@ from PIL import Image
 
 from cnn_jax.data import Track, decode, no_track
 from cnn_jax.explain import checks, features
-from cnn_jax.explain.maps import METHODS, method_named, methods_for, why_no_cam
+from cnn_jax.explain.maps import METHODS, methods_for, why_no_cam
+from cnn_jax.explain.names import method_named
 from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.images import ImageReader
@@ -56,7 +57,7 @@ def choose_methods(predictor: BundlePredictor, names: Sequence[str]) -> list[str
         return list(allowed)
     methods = []
     for name in names:
-        method = method_named(name)
+        method = method_named(name, METHODS)
         if method is None:
             raise ConfigError(
                 f"--method: there is no method {name!r}{did_you_mean(name, METHODS)}; the methods "

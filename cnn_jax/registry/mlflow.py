@@ -16,6 +16,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import cnn_jax
 from cnn_jax.config import files
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import METRICS, RegistryError, Version
@@ -264,6 +266,7 @@ def _new_run(
     client: Any, name: str, digest: str, bundle: pathlib.Path, source: str
 ) -> Iterator[str]:
     """Creates an MLflow run with a bundle; yields its id, and marks it as finished or failed."""
+    requirements = _requirements(bundle)  # If this fails, no run is created.
     tags = {_DIGEST_TAG: digest, _SOURCE_TAG: source}
     run_id = client.create_run(_experiment(client), tags=tags, run_name=name).info.run_id
     status = "FAILED"
@@ -272,7 +275,7 @@ def _new_run(
             # MLflow gives the copy the name of the folder.
             link = pathlib.Path(directory) / "bundle"
             link.symlink_to(bundle.resolve())
-            _save_model(link, pathlib.Path(directory) / _MODEL)
+            _save_model(link, pathlib.Path(directory) / _MODEL, requirements)
             client.log_artifacts(run_id, str(pathlib.Path(directory) / _MODEL), _MODEL)
         yield run_id
         status = "FINISHED"
@@ -281,27 +284,43 @@ def _new_run(
             client.set_terminated(run_id, status)
 
 
-def _save_model(bundle: pathlib.Path, target: pathlib.Path) -> None:
+def _requirements(bundle: pathlib.Path) -> list[str]:
+    """Returns the packages that a bundle needs, in the form of pip.
+
+    The versions are those of this machine. For a package that this machine lacks, such as
+    onnxruntime beside onnxruntime-gpu, the requirement is that of this package's metadata.
+    """
+    is_export = "export" in _read_json(bundle / "bundle.json")
+    names = (*(("onnxruntime",) if is_export else ("jax", "flax")), "numpy", "pandas")
+    return [*map(_requirement, names), f"cnn_jax=={cnn_jax.__version__}"]
+
+
+def _requirement(name: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return f"{name}=={importlib.metadata.version(name)}"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for requirement in importlib.metadata.requires("cnn_jax") or ():
+            if re.match(rf"{name}(?![\w.-])", requirement):
+                return requirement.partition(";")[0].strip()
+    return name
+
+
+def _save_model(bundle: pathlib.Path, target: pathlib.Path, requirements: list[str]) -> None:
     """Writes a bundle as a model of MLflow's `python_function` flavor."""
     import mlflow.pyfunc
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, Schema
 
-    import cnn_jax
     from cnn_jax.registry import pyfunc
 
-    description = _read_json(bundle / "bundle.json")
-    runtime = ("onnxruntime",) if "export" in description else ("jax", "flax")
-    needed = {name: importlib.metadata.version(name) for name in (*runtime, "numpy", "pandas")}
-    needed["cnn_jax"] = cnn_jax.__version__
-    names = description["class_names"]
+    names = _read_json(bundle / "bundle.json")["class_names"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow asks for an example of an input.
         mlflow.pyfunc.save_model(
             target,
             loader_module=pyfunc.__name__,
             data_path=str(bundle),
-            pip_requirements=[f"{name}=={version}" for name, version in needed.items()],
+            pip_requirements=requirements,
             signature=ModelSignature(
                 Schema([ColSpec(DataType.binary, pyfunc.COLUMN)]),
                 Schema([ColSpec(DataType.double, name) for name in names]),

@@ -336,7 +336,7 @@ class Engine:
           client: The client for which the function runs.
 
         Raises:
-          DeadlineExceeded: The deadline passed before the function could start.
+          DeadlineExceeded: The deadline passed before the function returned.
         """
         return await _run_on_thread(self._decoders, call, deadline, client, 1_000_000)
 
@@ -352,7 +352,7 @@ class Engine:
           size: The number of bytes that the function parses.
 
         Raises:
-          DeadlineExceeded: The deadline passed before the function could start.
+          DeadlineExceeded: The deadline passed before the function returned.
         """
         return await _run_on_thread(self._parser, call, deadline, client, size)
 
@@ -501,8 +501,6 @@ async def _run_on_thread(
         if not future.set_running_or_notify_cancel():
             return
         try:
-            if time.monotonic() > deadline:
-                raise DeadlineExceeded("the request timed out before its images were read")
             future.set_result(call())
         except BaseException as error:
             future.set_exception(error)
@@ -511,7 +509,10 @@ async def _run_on_thread(
     # are freed.
     waiting = threads.submit(client, [Call(_MIN_COST + cost, run)])
     try:
-        return await asyncio.wrap_future(future)
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            return await asyncio.wrap_future(future)
+    except TimeoutError as error:
+        raise DeadlineExceeded("the request timed out before its images were read") from error
     finally:
         waiting.clear()
 

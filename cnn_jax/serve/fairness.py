@@ -50,21 +50,23 @@ class Call(NamedTuple):
 class FairThreads:
     """Threads that run calls, and divide their time fairly between the clients.
 
-    Of the clients with waiting calls, the client whose earlier calls had the least cost is next. A
-    client that had no waiting call gets no credit for that time. (This is start-time fair queueing;
-    Goyal, Vin and Cheng, 1996.) The requests of one client take turns.
+    Each client with waiting calls has a tag, and the client with the smallest tag is next. Each
+    call adds its cost to the tag of its client. A client that had no waiting call gets no credit
+    for that time: it starts behind the tag of the last call that was started. So new clients
+    cannot delay a waiting client forever. (The method follows self-clocked fair queueing;
+    Golestani, 1994.) The requests of one client take turns.
     """
 
     def __init__(self, num_threads: int, name: str):
         self._executor = concurrent.futures.ThreadPoolExecutor(num_threads, name)
         self._lock = threading.Lock()
+        self._num_running = 0
         # The waiting calls of each request, by client.
         self._waiting: dict[str, collections.deque[collections.deque[Call]]] = {}
-        # For each client, the total cost of its calls that were started. A client without an entry
-        # has the cost `_least_cost`. When a call is started, `_least_cost` becomes the earlier cost
-        # of its client.
-        self._costs: dict[str, int] = {}
-        self._least_cost = 0
+        # The tags of clients with waiting calls, and all other tags above `_last_tag`.
+        self._tags: dict[str, int] = {}
+        # The tag of the last call that was started.
+        self._last_tag = 0
 
     def submit(self, client: str, calls: Sequence[Call]) -> collections.deque[Call]:
         """Schedules the calls of a request.
@@ -77,9 +79,14 @@ class FairThreads:
           The calls that still wait. Clear it to cancel them.
         """
         request = collections.deque(calls)
+        if not calls:
+            return request
         with self._lock:
-            self._costs = {name: c for name, c in self._costs.items() if c > self._least_cost}
-            self._waiting.setdefault(client, collections.deque()).append(request)
+            if client not in self._waiting:
+                self._waiting[client] = collections.deque()
+                start = self._last_tag + calls[0].cost
+                self._tags[client] = max(self._tags.get(client, 0), start)
+            self._waiting[client].append(request)
         for _ in calls:
             self._executor.submit(self._run_next)
         return request
@@ -91,13 +98,18 @@ class FairThreads:
     def _run_next(self) -> None:
         with self._lock:
             call = self._take()
+            self._num_running += 1
         if call is not None:  # There is no call if a request was cancelled.
             call.run()
+        with self._lock:
+            self._num_running -= 1
+            if not self._waiting and not self._num_running:
+                self._tags.clear()
 
     def _take(self) -> Call | None:
         """Removes and returns the call that is next; returns None if no call waits."""
         while self._waiting:
-            client = min(self._waiting, key=lambda name: self._costs.get(name, self._least_cost))
+            client = min(self._waiting, key=self._tags.__getitem__)
             requests = self._waiting[client]
             request = requests.popleft()
             call = None
@@ -108,7 +120,14 @@ class FairThreads:
             if not requests:
                 del self._waiting[client]
             if call is not None:
-                self._least_cost = self._costs.get(client, self._least_cost)
-                self._costs[client] = self._least_cost + call.cost
+                self._start(client, call.cost)
                 return call
         return None
+
+    def _start(self, client: str, cost: int) -> None:
+        """Adds the cost of a call to the tag of its client, and forgets tags without effect."""
+        tag = self._tags[client]
+        self._tags[client] = tag + cost
+        if tag > self._last_tag:
+            self._last_tag = tag
+            self._tags = {n: t for n, t in self._tags.items() if t > tag or n in self._waiting}

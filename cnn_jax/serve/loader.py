@@ -31,9 +31,9 @@ T = TypeVar("T")
 # Seconds until the first retry after a failed load, and the maximum number of seconds until a
 # retry. Each failure doubles the time until the next retry.
 _FIRST_RETRY, _MAX_RETRY = 5.0, 300.0
-# Maximum number of hanging threads of a version. With fewer hanging threads, the version is tried
-# again.
-_MAX_HANGING = 3
+# If a version has this number of hanging threads, it is tried again only after _HANGING_RETRY
+# seconds, because each thread may keep memory.
+_MAX_HANGING, _HANGING_RETRY = 3, 3600.0
 # While the registry does not answer, a warning is logged every _SLOW_SECONDS seconds. While the
 # registry reports the same error, the error is logged every _REPEAT_SECONDS seconds.
 _SLOW_SECONDS, _REPEAT_SECONDS = 30.0, 600.0
@@ -277,6 +277,7 @@ class Loader:
         # The start times of the threads that load a version. A thread cannot be interrupted, so it
         # may still run after its load was abandoned or timed out.
         self._thread_starts: dict[_Key, list[float]] = {}
+        service.metrics.hanging_loads.set_function(self._num_hanging)
         # The number of failures and the time of the next retry, for each version that could not be
         # loaded.
         self._failures: dict[_Key, tuple[int, float]] = {}
@@ -449,9 +450,11 @@ class Loader:
         A thread that has exceeded the time limit does not count as running.
         """
         _, retry_at = self._failures.get(key, (0, 0.0))
-        starts, now = self._thread_starts.get(key, ()), time.monotonic()
+        starts, now = self._thread_starts.get(key, []), time.monotonic()
         is_running = key in self._loads or any(now - t < self._load_timeout for t in starts)
-        return not is_running and len(starts) < _MAX_HANGING and now >= retry_at
+        if len(starts) >= _MAX_HANGING:
+            retry_at = max(retry_at, starts[-1] + _HANGING_RETRY)
+        return not is_running and now >= retry_at
 
     def _update_aliases(self, model: str, state: DesiredState) -> None:
         """Points the aliases of a model to the desired versions, if these versions are loaded."""
@@ -550,13 +553,12 @@ class Loader:
         self._thread_starts[key].remove(start)
         if not self._thread_starts[key]:
             del self._thread_starts[key]
-        self._count_hanging()
 
-    def _count_hanging(self) -> None:
-        """Updates the metric that counts the threads beyond the time limit."""
+    def _num_hanging(self) -> int:
+        """Returns the number of threads beyond the time limit; may be called in any thread."""
         end = time.monotonic() - self._load_timeout
-        starts = itertools.chain.from_iterable(self._thread_starts.values())
-        self._service.metrics.hanging_loads.set(sum(start <= end for start in starts))
+        starts = itertools.chain.from_iterable(list(self._thread_starts.values()))
+        return sum(start <= end for start in starts)
 
     def _fail(self, key: _Key, error: Exception) -> None:
         """Reports a version that could not be loaded, and sets the time of the next try."""
@@ -568,10 +570,9 @@ class Loader:
         self.problem = str(error) if isinstance(error, UserError) else repr(error)
         self._service.models.set_state(model, number, END, _public_message(error))
         self._service.metrics.loads.labels(model, "failed").inc()
-        self._count_hanging()
         next_try = f"next try in {wait:.0f} s"
         if len(self._thread_starts.get(key, ())) >= _MAX_HANGING:
-            next_try = f"not tried again while {_MAX_HANGING} of its loads hang"
+            next_try = f"next try in {_HANGING_RETRY:.0f} s, or when one of its hanging loads ends"
         logger.error(
             "%s, version %d: not loaded; the loaded versions stay: %s; %s",
             model,

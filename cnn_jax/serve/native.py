@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError, field_validator
 
+from cnn_jax.explain.names import method_named
 from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.serve.engine import Computed
 from cnn_jax.serve.images import Part, read_images
@@ -109,12 +110,7 @@ class PredictQuery(BaseModel):
     @field_validator("explain", mode="before")
     @classmethod
     def _resolve_spelling(cls, text: object) -> object:
-        if not isinstance(text, str):
-            return text
-        # The module imports JAX, which a server of an exported model does not need.
-        from cnn_jax.explain.maps import method_named
-
-        return method_named(text) or text
+        return (method_named(text, ("grad_cam",)) or text) if isinstance(text, str) else text
 
 
 class _LeanRoute(APIRoute):
@@ -165,8 +161,8 @@ def make_router(service: Service) -> APIRouter:
         version = service.select(request, query.model, query.version, query.alias)
         explain = query.explain is not None
         async with service.body(request, version) as body:
-            parts = await _parts(service, request, body)
             async with cancel_on_disconnect(request.receive):
+                parts = await _parts(service, request, body)
                 answers, maps = await _answer(service, version, parts, request, explain)
             errors = [answer for answer in answers if isinstance(answer, DataError)]
             if len(errors) == len(answers):

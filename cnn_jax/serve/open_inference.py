@@ -98,8 +98,8 @@ def make_router(service: Service) -> APIRouter:
     async def infer(request: Request, version: Version) -> JSONResponse:
         async with service.body(request, version) as body:
             length = request.headers.get("inference-header-content-length")
-            inference = await service.parse(lambda: _parse(body, length), body, request)
             async with cancel_on_disconnect(request.receive):
+                inference = await service.parse(lambda: _parse(body, length), body, request)
                 answers = await service.answer(version, inference.images, request)
         rows = probability_rows(answers, "image")
         content: dict[str, Any] = {

@@ -254,7 +254,7 @@ class Service:
           request: The request.
 
         Raises:
-          DeadlineExceeded: The deadline of the request passed before the function could start.
+          DeadlineExceeded: The deadline of the request passed before the function returned.
         """
         state = request.state
         return await self.engine.run_on_parser(call, state.deadline, state.client, len(body))

@@ -61,10 +61,12 @@ def make_router(service: Service) -> APIRouter:
         return JSONResponse({"model_version_status": described})
 
     async def predict(request: Request, version: Version) -> JSONResponse:
-        async with service.body(request, version) as body:
+        async with (
+            service.body(request, version) as body,
+            cancel_on_disconnect(request.receive),
+        ):
             images, key = await service.parse(lambda: _images(body), body, request)
-            async with cancel_on_disconnect(request.receive):
-                answers = await service.answer(version, images, request)
+            answers = await service.answer(version, images, request)
         rows = probability_rows(answers, "instance")
         return JSONResponse({key: [row.tolist() for row in rows]})
 

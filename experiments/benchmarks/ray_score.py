@@ -11,10 +11,13 @@ images and DIR.
 """
 
 import argparse
+import pathlib
 import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow.fs
 import ray  # pyright: ignore
 
 from cnn_jax.data.files import IMAGE_SUFFIXES
@@ -42,6 +45,30 @@ class Score:
         }
 
 
+def is_empty(folder: str) -> bool:
+    """Returns whether a local folder, or a folder in a bucket, is empty or does not exist."""
+    uri = folder if "://" in folder else str(pathlib.Path(folder).absolute())
+    system, path = pyarrow.fs.FileSystem.from_uri(uri)
+    return not system.get_file_info(pyarrow.fs.FileSelector(path, allow_not_found=True))
+
+
+def find_missing(nodes: Sequence[Mapping[str, Any]], needed: Mapping[str, float]) -> list[str]:
+    """Returns a warning for each resource of which a predictor needs more than any node has.
+
+    Args:
+      nodes: The result of `ray.nodes`.
+      needed: The amounts that a predictor needs, by the name of the resource.
+    """
+    resources = [node["Resources"] for node in nodes if node["Alive"]]
+    largest = {name: max((r.get(name, 0) for r in resources), default=0) for name in needed}
+    return [
+        f"--{name.lower()}s={amount:g}: no node has more than {largest[name]:g}; Ray waits until a "
+        "larger node joins the cluster"
+        for name, amount in needed.items()
+        if amount > largest[name]
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--bundle", required=True)
@@ -51,11 +78,11 @@ def main() -> None:
     parser.add_argument("--cpus", type=float, default=1, help="for each predictor")
     parser.add_argument("--gpus", type=float, default=0, help="for each predictor")
     flags = parser.parse_args()
+    if not is_empty(flags.output):
+        sys.exit(f"--output: {flags.output} is not empty; choose a new folder")
     ray.init()
-    cluster = ray.cluster_resources()
-    for name, needed in (("CPU", flags.cpus), ("GPU", flags.gpus)):
-        if needed > cluster.get(name, 0):  # Ray would wait for such a machine forever.
-            sys.exit(f"--{name.lower()}s: the cluster has only {cluster.get(name, 0):g}")
+    for problem in find_missing(ray.nodes(), {"CPU": flags.cpus, "GPU": flags.gpus}):
+        print(problem, file=sys.stderr)
     images = ray.data.read_binary_files(
         flags.input,
         include_paths=True,

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from registry_tools import figures, vary
 
+import cnn_jax
 from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry import __main__ as command
 from cnn_jax.registry import mlflow
@@ -81,6 +82,34 @@ def test_the_mlflow_uri_is_required(registry, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError, match=r"^--mlflow is required, unless \$MLFLOW_TRA"):
         command.main(["export", "flowers", f"--registry={registry.url}"])
+
+
+def test_an_onnx_export_needs_no_onnxruntime_on_this_machine(tmp_path, monkeypatch):
+    (tmp_path / "bundle.json").write_text('{"export": {}}')
+    version = mlflow.importlib.metadata.version
+
+    def find(name):
+        if name in ("onnxruntime", "pandas"):
+            raise mlflow.importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(mlflow.importlib.metadata, "version", find)
+    requires = ["onnxruntime-gpu>=9", 'onnxruntime>=1.20; extra == "onnx"']
+    monkeypatch.setattr(mlflow.importlib.metadata, "requires", lambda name: requires)
+    found = mlflow._requirements(tmp_path)
+    numpy = f"numpy=={np.__version__}"
+    assert found == ["onnxruntime>=1.20", numpy, "pandas", f"cnn_jax=={cnn_jax.__version__}"]
+
+
+@needs_mlflow
+def test_a_failure_of_the_requirements_creates_no_run(registry, uri, client, monkeypatch):
+    def fail(bundle):
+        raise ConfigError("no requirements")
+
+    monkeypatch.setattr(mlflow, "_requirements", fail)
+    with contextlib.suppress(ConfigError):
+        list(mlflow.export_versions(registry, "flowers", None, uri))
+    assert not client.search_runs([mlflow._experiment(client)])
 
 
 def test_an_unknown_version_is_not_exported(registry):

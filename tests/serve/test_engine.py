@@ -313,10 +313,10 @@ def test_clients_take_turns_in_batches():
             return asyncio.ensure_future(engine.compute(program, reads, later(), client=client))
 
         asked = [ask(0, "a")]
-        await asyncio.sleep(0.05)
+        await until(lambda: engine._computing_since is not None)
         for value, client in enumerate("aaaabc", 1):
             asked.append(ask(value, client))
-            await asyncio.sleep(0.02)
+            await until(lambda: len(engine._waiting) == value)  # noqa: B023
         device.gate.set()
         await asyncio.gather(*asked)
 
@@ -343,6 +343,20 @@ def test_large_images_leave_threads_for_others():
         await until(lambda: set(decoder.started) == {1, 7, 8})
         decoder.gate.set()
         await asyncio.gather(*held, *small)
+
+    run_with(engine, test)
+
+
+def test_no_thread_group_keeps_answered_clients():
+    engine = Engine(capacity=100)
+    groups = (engine._decoders, engine._large_decoders, engine._parser)
+
+    async def test():
+        program = Device().program()
+        for number in range(50):
+            reads = [functools.partial(image, number)]
+            await engine.compute(program, reads, later(), client=f"client{number}")
+        await until(lambda: not any(group._waiting or group._tags for group in groups))
 
     run_with(engine, test)
 
@@ -405,6 +419,25 @@ def test_decoding_runs_on_threads_before_the_deadline():
     run_with(engine, test)
     assert sorted(decoder.started) == [1, 2]
     assert sorted(value for batch in device.batches for value in batch) == [1, 2]
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+def test_a_thread_that_is_busy_does_not_delay_a_deadline(is_running):
+    engine, gate = Engine(capacity=10, decoders=1), threading.Event()
+
+    async def test():
+        calls = [] if is_running else [asyncio.ensure_future(engine.run_on_parser(wait, later()))]
+        await asyncio.sleep(0)
+        with pytest.raises(DeadlineExceeded):
+            await asyncio.wait_for(engine.run_on_parser(wait, later(0.1)), 5)
+        gate.set()
+        await asyncio.gather(*calls)
+        assert await engine.run_on_parser(lambda: 3, later()) == 3
+
+    def wait():
+        assert gate.wait(10)
+
+    run_with(engine, test)
 
 
 def test_results_and_errors_keep_their_order():

@@ -1,5 +1,7 @@
 """Tests of ONNX exports in the server."""
 
+import pathlib
+
 import pytest
 from exports import registry_with, write_export
 from servers import Served
@@ -36,6 +38,11 @@ def test_the_server_answers_with_an_export(exported, registry, tmp_path, source)
         top = {one["class"]: one["probability"] for one in prediction["top"]}
         named = dict(zip(predictor.class_names, expected.tolist(), strict=True))
         assert top == pytest.approx(named, abs=1e-5)
+        assert server.post("/predict?explain=nonsense", image.read_bytes()).status_code == 400
+        maps = pathlib.Path(f"/proc/{server.process.pid}/maps")
+        if maps.exists():
+            assert "onnxruntime" in maps.read_text()
+            assert "jaxlib" not in maps.read_text()
         answer = server.post("/predict?explain=grad_cam", image.read_bytes())
         assert answer.status_code == 400
         assert "maps need the bundle" in answer.json()["error"]

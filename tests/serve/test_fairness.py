@@ -1,6 +1,8 @@
 """Tests that clients share limits and threads fairly."""
 
+import itertools
 import threading
+import time
 
 from cnn_jax.serve.fairness import Call, FairThreads, Quota
 
@@ -89,3 +91,75 @@ def test_cancelled_calls_do_not_run():
         waiting.clear()
 
     assert run(submit) == ["b0"]
+
+
+def until(condition):
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_a_client_that_returns_gets_no_credit():
+    threads, gate, order = FairThreads(2, "test"), threading.Event(), []
+    threads.submit("busy", [Call(1, lambda: gate.wait(20))])  # The threads are never idle.
+    threads.submit("a", [Call(10, lambda: order.append("a"))] * 20)
+    until(lambda: len(order) == 20)
+    started = threading.Event()
+    threads.submit("last", [Call(1, lambda: (started.set(), gate.wait(20)))])
+    assert started.wait(20)
+    order.clear()
+    for client in "ab":
+        threads.submit(client, [Call(10, lambda c=client: order.append(c))] * 20)
+    held = threads._num_running
+    gate.set()
+    until(lambda: len(order) == 40)
+    threads.shut_down()
+    assert held == 2
+    assert abs(order[:20].count("a") - 10) <= 2
+
+
+def test_new_clients_do_not_starve_a_known_client():
+    threads, numbers, done = FairThreads(1, "test"), itertools.count(), threading.Event()
+
+    def arrive():  # Whenever a new client is answered, a further new client arrives.
+        if not done.is_set() and (number := next(numbers)) < 1_000:
+            threads.submit(f"new{number}", [Call(10, arrive)])
+
+    first = threading.Event()
+    threads.submit("known", [Call(10, lambda: first.wait(20)), Call(10, done.set)])
+    arrive()
+    arrive()
+    first.set()
+    assert done.wait(20)
+    assert next(numbers) < 100
+    threads.shut_down()
+
+
+def test_no_client_is_remembered_after_all_calls_ended():
+    threads = FairThreads(2, "test")
+    for number in range(100):
+        threads.submit(f"client{number}", [Call(10 + number, lambda: None)])
+    until(lambda: not threads._tags)
+    assert not threads._waiting
+    threads.shut_down()
+
+
+def test_new_clients_are_forgotten_while_one_client_waits():
+    threads, gate, counts = FairThreads(1, "test"), threading.Event(), []
+    threads.submit("first", [Call(1, lambda: gate.wait(20))])
+    for number in range(200):
+        threads.submit(f"new{number}", [Call(10, lambda: counts.append(len(threads._tags)))])
+    threads.submit("known", [Call(10, lambda: counts.append(len(threads._tags)))] * 100)
+    gate.set()
+    until(lambda: len(counts) == 300)
+    assert counts[-1] <= 2
+    threads.shut_down()
+
+
+def test_a_request_without_calls_leaves_nothing():
+    threads = FairThreads(1, "test")
+    assert not threads.submit("a", [])
+    assert not threads._waiting
+    assert not threads._tags
+    threads.shut_down()

@@ -421,8 +421,82 @@ def test_a_stream_with_missing_rows_is_kept(version, tmp_path, caplog):
     (path,) = (tmp_path / "log" / "requests").iterdir()
     os.truncate(path, path.stat().st_size - 8)
     log.close()
-    assert "has 5 of 10 rows" in caplog.text
-    assert path.exists()
+    assert "5 of 10 rows could be read" in caplog.text
+    damaged = path.with_suffix(".damaged")
+    assert damaged.exists()
+    os.utime(damaged, (0, 0))
+    files.LogFolder(tmp_path / "log").clean()
+    assert damaged.exists()
+    assert units(tmp_path / "log") == [0, 1, 2, 3, 4]
+
+
+@pytest.fixture
+def stream(tmp_path):
+    """An old stream with the rewards 0 to 4, one in each batch, of a server that was killed."""
+    files.make_folders(tmp_path / "log")
+    segments = files.Segments(tmp_path / "log" / "feedback", files.FEEDBACK)
+    for number in range(5):
+        row = {name: [None] for name in files.FEEDBACK.names}
+        segments.append(row | {"reward": [float(number)]})
+    assert segments.path is not None
+    return segments.path
+
+
+def clean_stream(path, data):
+    """Cleans a log with other data in its stream; returns the suffixes of files and the rewards."""
+    path.write_bytes(data)
+    os.utime(path, (0, 0))
+    folder = path.parent.parent
+    files.LogFolder(folder).clean()
+    suffixes = sorted(file.suffix for file in path.parent.iterdir())
+    return suffixes, read_feedback(folder)["reward"].to_pylist()
+
+
+def batch_starts(data):
+    """Returns the positions of all messages of a stream except the first, which has no rows."""
+    return [n for n in range(8, len(data), 8) if data[n : n + 4] == b"\xff" * 4]
+
+
+@pytest.mark.parametrize("size", [1, 4, 7, 8, 9, 200, 390, -1])
+def test_an_incomplete_last_batch_is_not_kept(stream, size):
+    data = stream.read_bytes()
+    last = batch_starts(data)[-1]
+    data = data[: last + size] if size > 0 else data[:size]
+    assert clean_stream(stream, data) == ([".parquet"], [0.0, 1.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize("batch", range(5))
+@pytest.mark.parametrize("damage", [b"\0" * 8, b"\xff\xff\xff\xff\0\0\xff\0", b"\0" * 120])
+def test_rows_behind_a_damaged_place_are_kept(stream, caplog, batch, damage):
+    data = bytearray(stream.read_bytes())
+    start = batch_starts(data)[batch]
+    data[start : start + len(damage)] = damage
+    suffixes = [".damaged", ".parquet"] if batch else [".damaged"]
+    assert clean_stream(stream, data) == (suffixes, [float(n) for n in range(batch)])
+    assert stream.with_suffix(".damaged").read_bytes() == data
+    assert "was damaged" in caplog.text
+
+
+def test_a_damaged_size_hides_no_rows(stream):
+    """With a larger size, a batch seems to be the incomplete last batch of the stream."""
+    data = bytearray(stream.read_bytes())
+    start = batch_starts(data)[1]
+    metadata = int.from_bytes(data[start + 4 : start + 8], "little")
+    size = data.index((batch_starts(data)[2] - start - 8 - metadata).to_bytes(8, "little"), start)
+    data[size : size + 8] = (10**6).to_bytes(8, "little")
+    assert clean_stream(stream, data) == ([".damaged", ".parquet"], [0.0])
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 8, b"damaged!", b"\xff\xff\xff\xff\0\0\xff\0"])
+def test_a_stream_with_a_damaged_start_is_kept(stream, damage):
+    data = damage + stream.read_bytes()[8:]
+    assert clean_stream(stream, data) == ([".damaged"], [])
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_stream_without_rows_is_deleted(stream, size):
+    data = stream.read_bytes()
+    assert clean_stream(stream, data[:0] if size else data[: batch_starts(data)[0]]) == ([], [])
 
 
 def test_a_suspended_server_appends_to_a_new_file(version, tmp_path):
