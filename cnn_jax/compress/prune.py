@@ -4,6 +4,7 @@ Only networks that are a chain of layers can be pruned: a layer reads all channe
 before it, and nothing else. Of the networks in `cnn_jax.models.NETWORKS`, this is "cnn".
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,13 +77,18 @@ def choose_widths(
     smallest = min(flops.values()) / flops[tuple(original.values())]
     raise ConfigError(
         f"--keep: must be at least {np.ceil(100 * smallest) / 100:.2f} for this network, because "
-        f"each layer keeps at least {WIDTH_MULTIPLE} channels; got {keep:g}"
+        f"no layer is reduced to fewer than {WIDTH_MULTIPLE} channels; got {keep:g}"
     )
 
 
 def _reduced(width: int, percent: int) -> int:
-    """Returns a percentage of a number of channels, rounded to a multiple; at most `width`."""
-    multiples = round(width * percent / 100 / WIDTH_MULTIPLE)
+    """Returns a percentage of a number of channels, rounded to a multiple, half up.
+
+    The result is at most `width`. For 100 percent it is `width`, even if that is not a multiple.
+    """
+    if percent == 100:
+        return width
+    multiples = math.floor(width * percent / (100 * WIDTH_MULTIPLE) + 0.5)
     return min(width, max(1, multiples) * WIDTH_MULTIPLE)
 
 
