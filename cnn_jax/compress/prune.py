@@ -48,7 +48,11 @@ def with_widths(section: Mapping[str, Any], new_widths: Mapping[str, int]) -> di
 
 
 def choose_widths(
-    section: Mapping[str, Any], num_classes: int, image_size: tuple[int, int], keep: float
+    section: Mapping[str, Any],
+    num_classes: int,
+    image_size: tuple[int, int],
+    keep: float,
+    precision: str = "float32",
 ) -> dict[str, int]:
     """Returns the numbers of channels of the largest network within a number of operations.
 
@@ -60,6 +64,7 @@ def choose_widths(
       num_classes: The number of classes.
       image_size: The height and the width of the images.
       keep: The largest number of operations, as a fraction of those of the original network.
+      precision: The precision in which the operations are counted; see `compute_dtype`.
 
     Raises:
       ConfigError: The network cannot be pruned, or not as much.
@@ -70,7 +75,7 @@ def choose_widths(
         new_widths = {stage: _reduced(width, percent) for stage, width in original.items()}
         key = tuple(new_widths.values())
         if key not in flops:
-            model = make_model(with_widths(section, new_widths), num_classes, "float32")
+            model = make_model(with_widths(section, new_widths), num_classes, precision)
             flops[key] = forward_flops(model, image_size)
         if flops[key] <= keep * flops[tuple(original.values())]:
             return new_widths

@@ -129,6 +129,18 @@ def test_the_chosen_network_is_the_largest_within_the_operations(keep):
     assert flops(larger) > keep * flops(original)
 
 
+def test_the_operations_are_counted_in_the_given_precision(monkeypatch):
+    found = set()
+
+    def record(section, num_classes, precision):
+        found.add(precision)
+        return make_model(section, num_classes, precision)
+
+    monkeypatch.setattr(prune, "make_model", record)
+    prune.choose_widths(_section([20], 0), 3, (8, 8), 1.0, "bfloat16")
+    assert found == {"bfloat16"}
+
+
 def test_the_specification_keeps_half_of_each_convolution_for_0_3():
     widths = prune.choose_widths(SPECIFICATION, 10, (224, 224), 0.3)
     assert widths == {"conv1": 16, "conv2": 32, "conv3": 64, "embedding": 144}
