@@ -61,7 +61,7 @@ def compress(
       keep: The largest number of operations of the new network, as a fraction of the original
         number; above 0, at most 1.
       epochs: The number of epochs.
-      source: The training data; by default that of the bundle.
+      source: The training data of the bundle, if it was moved.
       recipe: A configuration for the training, as for `--config`; by default that of the run
         which the bundle belongs to, or the default configuration if there is no such run.
       overrides: New values of configuration keys, as text, by key.
@@ -72,7 +72,8 @@ def compress(
       parameters, the operations per image ("flops") and the accuracies by split.
 
     Raises:
-      ConfigError: The network cannot be pruned, a key cannot be set, or the folder is in use.
+      ConfigError: The network cannot be pruned, a key is wrong or cannot be set, the data is not
+        that of the bundle, or the folder is in use.
       BundleError: There is no bundle, or the bundle is damaged.
       DataError: The data cannot be used.
       TrainingError: Training cannot continue.
