@@ -1,4 +1,4 @@
-"""Functions for the tests of networks: random variables, and a check of drop path."""
+"""Functions for the tests of networks: Flax variables with random values, a drop path check."""
 
 import math
 

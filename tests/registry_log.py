@@ -8,7 +8,7 @@ from cnn_jax.registry.ledger import fields_digest
 
 
 def append_unknown_entry(registry, **changes):
-    """Appends an entry with an action of a later version of the package to the log of a folder."""
+    """Appends an entry to the log whose action only a later version of the package knows."""
     folder = pathlib.Path(registry.url) / "log"
     last = max(folder.iterdir())
     fields = json.loads(last.read_bytes()) | {

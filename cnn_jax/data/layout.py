@@ -169,7 +169,7 @@ class _SplitName:
 
 
 def _parse(name: str) -> _SplitName | None:
-    """Parses a folder name; returns None if its words mean no split or several splits.
+    """Returns the split that a folder name denotes; None if it denotes no split or several splits.
 
     A name with words for training and validation, such as train_val, is a training split.
     """

@@ -218,7 +218,7 @@ class _Passes:
         self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Returns the elements of the endless sequence at the indices `places`."""
+        """Returns the elements of this infinite sequence at the indices `places`."""
         passes, offsets = np.divmod(places, self._size)
         positions = np.empty_like(places)
         for number in np.unique(passes).tolist():
@@ -254,7 +254,7 @@ class _ClassesInTurn:
         ]
 
     def __call__(self, places: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
-        """Returns the elements of the endless sequence at the indices `places`."""
+        """Returns the elements of this infinite sequence at the indices `places`."""
         rounds, turns = places // len(self._members), self._turns(places)
         positions = np.empty_like(places)
         for turn in np.unique(turns).tolist():

@@ -64,17 +64,26 @@ def dense_convolve(
     kernel_size = kernel.shape[0]
     height, width = _output_size(x, kernel_size, stride, pads)
     if kernel_size == 1:
-        # A matrix product has a faster gradient than a convolution.
-        return jnp.dot(x[:, ::stride, ::stride], kernel[0, 0])
+        return _product(x[:, ::stride, ::stride], kernel[0, 0])
     if height * width <= _FEW_PIXELS:
         shifted = _shifted_images(x, kernel_size, stride, pads, (height, width))
         patches = jnp.concatenate([image for _, _, image in shifted], axis=-1)
-        return jnp.dot(patches, kernel.reshape(-1, kernel.shape[-1]))
+        return _product(patches, kernel.reshape(-1, kernel.shape[-1]))
     if kernel_size == 3 and stride == 1 and pads == ((1, 1), (1, 1)):
         return cast(Array, convolve(x, kernel))
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), pads, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
+
+
+def _product(x: Array, matrix: Array) -> Array:
+    """Multiplies the channels of each pixel by a matrix.
+
+    On a CPU, the gradient of a product of two matrices takes a third of the time of the gradient
+    of a convolution, or of a product of an array that has more axes.
+    """
+    pixels = x.reshape(-1, x.shape[-1])
+    return (pixels @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -116,7 +116,7 @@ def _taps(radius: int, scale: float) -> Float[np.ndarray, "pixels taps"]:
 
 
 def _scaled_kernel(kernel: Float[np.ndarray, "side side"], scale: float) -> np.ndarray:
-    """Scales a kernel in both directions with the weights of `_taps`; keeps the kernel's sum."""
+    """Resizes a kernel along both axes with the weights of `_taps`; keeps the kernel's sum."""
     taps = _taps(len(kernel) // 2, scale)
     return (taps @ kernel @ taps.T).astype(np.float32)
 

@@ -246,7 +246,10 @@ def _promote(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _evidence(registry: Registry, flags: argparse.Namespace, gates: Gates) -> Evidence | None:
-    """Compares the version with that of --not_worse_than; returns None if there is no other."""
+    """Compares the version with the version that --not_worse_than names.
+
+    Returns None if this version does not exist or is the same version.
+    """
     version = registry.resolve(flags.model, flags.version)
     target = registry.models[flags.model].alias_target(flags.not_worse_than)
     if flags.not_worse_than == flags.alias and target in (None, version.number):

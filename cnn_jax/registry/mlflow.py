@@ -99,7 +99,7 @@ def log_run(workdir: str | os.PathLike[str], uri: str) -> str:
                 final = {
                     f"{split}_{metric}": report.get(split, {}).get(metric) for metric in METRICS
                 }
-                # The curves of the epochs have the names train_... and validation_...
+                # The metrics of each epoch already have the names train_... and validation_...
                 prefix = "" if split == "test" else "final_"
                 _log_metrics(client, run_id, {prefix + name: v for name, v in final.items()})
             client.log_artifacts(run_id, str(workdir / "report"), "report")

@@ -350,7 +350,7 @@ def _train(
             length = run.execution_length(progress.step)
             with trace.steps(progress.step, length):
                 execution = _dispatch(run, progress, batches, length, is_first=number == 0)
-                # Read the loss of the previous steps while the devices compute these steps.
+                # Read the loss of the previous steps while the devices compute the new steps.
                 reader.follow(execution)
             run.heartbeat.beat("training", progress.step)
             is_due = interrupted.is_due(number)

@@ -73,7 +73,7 @@ def with_zeros(bundle: Bundle) -> Bundle:
 
 
 def with_random_weights(bundle: Bundle, widths: Mapping[str, int], size: int) -> Bundle:
-    """Returns a bundle with other numbers of channels and random weights."""
+    """Returns a copy of a bundle with the given numbers of channels and random weights."""
     section = with_widths(bundle.model, widths)
     model = make_model(section, len(bundle.class_names), "float32")
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))

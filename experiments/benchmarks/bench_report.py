@@ -1,4 +1,4 @@
-"""Measures two parts of a training run: the time until the last epoch ends, and the rest.
+"""Measures the time of a training run until its last epoch ends, and the time after that.
 
     python experiments/benchmarks/bench_report.py --source=folder:PATH [--before=CHECKOUT]
         [--epochs=10] [--image_size=64] [--repetitions=3] [--json=FILE]

@@ -19,7 +19,7 @@ SIZE = (16, 20)
 
 
 def _ours(image: np.ndarray, **changes: np.ndarray) -> np.ndarray:
-    """Applies the random draws `changes` to an image; all other draws have no effect."""
+    """Augments an image with the values in `changes`; all other augmentations have no effect."""
     draws = augment.identity_draws(1, SIZE) | changes
     return np.asarray(augment.apply_on_device(jnp.array(image), **jax.tree.map(jnp.array, draws)))
 

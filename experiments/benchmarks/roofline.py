@@ -297,7 +297,7 @@ def floor_seconds(work: Work, peaks: Peaks) -> float:
 
 
 def floor_seconds_by_pass(passes: Iterable[Pass], peaks: Peaks) -> float:
-    """Returns the shortest time of passes over memory that run one after the other."""
+    """Returns the shortest possible total time of consecutive passes over memory."""
     return sum(floor_seconds(each.work, peaks) for each in passes)
 
 

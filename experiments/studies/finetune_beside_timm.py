@@ -8,9 +8,12 @@ tf_efficientnet_lite0. --peer_python is the interpreter of an environment with t
 Pillow. Both programs get the same training, validation and test images (see `few_images.py`).
 
 Both use AdamW, batches of 32, BatchNorm's stored statistics, dropout, the learning rates of the
-configuration `finetune`, and random mirror images, rotation, zoom and contrast. In both, the head
-starts from zero, and the test accuracy is that of the epoch with the best validation accuracy.
-"probe" is this project's default, in which the head starts from a probe.
+configuration `finetune`, label smoothing, bicubic resizing, and random mirror images, rotation,
+zoom and contrast. In both, the head starts from zero, and the test accuracy is that of the epoch
+with the best validation accuracy. "probe" is this project's default, in which the head starts
+from a probe.
+
+Results that are in DIR/results.json already are not computed again.
 
 Each run is a process of its own on one core. The time is the processor time of the whole run, with
 decoding, compilation and evaluation.
@@ -52,6 +55,7 @@ def train_with_cnn_jax(flags: argparse.Namespace, probe: bool) -> dict[str, Any]
     config.data.allow_outside = True
     config.data.image_size = (flags.image_size, flags.image_size)
     config.data.preprocessing = "mean_std"
+    config.data.interpolation = "bicubic"
     config.model.pretrained = str(flags.pretrained)
     config.report.detail = "none"
     config.train.epochs = flags.epochs
@@ -132,7 +136,8 @@ def train_with_timm(flags: argparse.Namespace) -> dict[str, Any]:
                 group["lr"] = rate * group["factor"]
             batch = _augment(torch, rng, images[indices].float())
             optimizer.zero_grad()
-            functional.cross_entropy(model(batch / 127.5 - 1), labels[indices]).backward()
+            logits = model(batch / 127.5 - 1)
+            functional.cross_entropy(logits, labels[indices], label_smoothing=0.1).backward()
             optimizer.step()
             step += 1
         validation = evaluate("validation")
@@ -207,16 +212,21 @@ def main() -> None:
     for name in ("folder", "pretrained", "output"):
         setattr(flags, name, getattr(flags, name).resolve())
     flags.output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, list[dict[str, Any]]] = {program: [] for program in PROGRAMS}
+    path = flags.output / "results.json"
+    results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for seed in range(flags.seeds):
         table = flags.output / f"{seed}.csv"
         write_table(flags.folder, flags.images, seed, table)
         for program in PROGRAMS:
-            results[program].append(run(flags, program, seed, table))
-            print(seed, program, results[program][-1], file=sys.stderr, flush=True)
+            key = f"{program}-{seed}"
+            if key not in results:
+                results[key] = run(flags, program, seed, table)
+                path.write_text(json.dumps(results, indent=1))
+                print(key, results[key], file=sys.stderr, flush=True)
     print("| program | test accuracy | core-seconds of a run |")
     print("| --- | --- | --- |")
-    for program, rows in results.items():
+    for program in PROGRAMS:
+        rows = [results[f"{program}-{seed}"] for seed in range(flags.seeds)]
         accuracies = [100 * row["accuracy"] for row in rows]
         deviation = statistics.stdev(accuracies) if len(rows) > 1 else 0.0
         seconds = statistics.median(row["seconds"] for row in rows)

@@ -169,7 +169,7 @@ def test_no_augmentation_keeps_the_images(apply):
 
 @pytest.mark.parametrize("name", [field.name for field in RANGES])
 def test_one_range_changes_no_other_draw(name):
-    """Switching on a range changes the same random arrays with and without the other ranges."""
+    """A random value depends only on the range of its own augmentation, not on other ranges."""
     default, value = getattr(Augmentation(), name), getattr(EVERYTHING, name)
     one = dataclasses.replace(Augmentation(), **{name: value})
     all_others = dataclasses.replace(EVERYTHING, **{name: default})

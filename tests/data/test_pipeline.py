@@ -77,7 +77,7 @@ def test_no_number_of_workers_changes_a_batch(source):
 
 
 def _decoded(source):
-    """Returns a loader with decoded pixels; the rows of its pixel array are in random order."""
+    """Returns a loader of decoded images; its array contains the images in random order."""
     rows = np.random.default_rng(0).permutation(len(source))
     pixels = np.empty((len(source), *PREPROCESSING.image_size, 3), np.uint8)
     pixels[rows] = Loader(source, PREPROCESSING).load(np.arange(len(source)))["image"]

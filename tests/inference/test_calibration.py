@@ -10,7 +10,10 @@ from cnn_jax.inference import calibration
 
 
 def _example(n=2000, num_classes=4, scale=1.0, seed=0):
-    """Returns the softmax of scaled logits, and labels drawn from the softmax before scaling."""
+    """Returns miscalibrated probabilities, and labels drawn from the true probabilities.
+
+    The miscalibrated probabilities are the softmax of the scaled logits.
+    """
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 2, (n, num_classes))
     true = scipy.special.softmax(logits, axis=1)

@@ -49,9 +49,10 @@ def _assert_close(actual, expected, tolerance=1e-5):
 
 
 def _value_and_gradients(module, variables, x, weights):
-    """Returns a weighted sum of a module's outputs, the module's updates, and the gradients.
+    """Returns (sum, statistics), and the gradients of the sum.
 
-    The gradients are those of the sum, with respect to the parameters and to the inputs.
+    The sum is a weighted sum of a module's outputs. The statistics are the module's new batch
+    statistics. The gradients are with respect to the parameters and to the inputs.
     """
 
     def weighted(params, x):

@@ -32,7 +32,7 @@ def test_score_interval_equals_a_published_example():
     [(20, 25, 1240, 0.01), (0, 3, 100, 0.1), (7, 0, 50, 0.05), (300, 280, 900, 0.02)],
 )
 def test_score_equals_a_numerical_maximum_of_the_likelihood(gains, losses, images, margin):
-    """The maximum-likelihood rate of losses is found by a numerical search, not by a formula."""
+    """The test maximises the likelihood numerically; the tested code uses a formula."""
 
     def deviance(rate):
         others = images - gains - losses

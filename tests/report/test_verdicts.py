@@ -217,7 +217,7 @@ def test_short_schedule_is_advised_to_train_longer():
 
 
 def test_calibrated_error_matches_simulated_labels():
-    """The expected error is measured on labels that are drawn from the probabilities."""
+    """The expected values are calibration errors of labels drawn from the probabilities."""
     rng = np.random.default_rng(1)
     first = rng.uniform(0.5, 0.95, 121)
     probabilities = np.stack([first, 1 - first], axis=1)

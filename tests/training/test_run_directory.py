@@ -127,7 +127,7 @@ def test_a_heartbeat_has_step_and_activity(tmp_path, monkeypatch):
     # If the activity is unchanged, nothing is written within five seconds of the last write.
     heartbeat.beat("training", 2)
     assert read() == (1, "training")
-    # A new activity is written at once.
+    # A change of the activity is written immediately.
     heartbeat.beat("validating")
     assert read() == (2, "validating")
     now[0] += 6

@@ -433,7 +433,7 @@ def test_without_mixing_nothing_is_computed_for_it():
 
 
 def test_each_part_of_a_batch_is_mixed_within_itself():
-    """An image is mixed only with images of its own part of the batch.
+    """MixUp and CutMix combine an image only with images of the same microbatch.
 
     Part 0 has the even rows, and part 1 has the odd rows; the network has no BatchNorm.
     """
