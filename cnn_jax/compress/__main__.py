@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--epochs", type=cli.positive, default=_EPOCHS, metavar="N", help=f"epochs ({_EPOCHS})"
     )
-    parser.add_argument("--source", help=f"{SOURCE_FORMS}; by default the training data")
+    parser.add_argument("--source", help=f"{SOURCE_FORMS}: the training data, if it was moved")
     parser.set_defaults(config=None)
     flags, overrides = parser.parse_with_overrides(argv)
     if flags.config is not None:

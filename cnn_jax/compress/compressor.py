@@ -4,16 +4,17 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from cnn_jax.compress import prune
-from cnn_jax.config import files
+from cnn_jax.config import files, schema
 from cnn_jax.config.schema import PREPROCESSING_KEYS, Config, default_config
 from cnn_jax.data import Track
-from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.dataset import Dataset, check_trainable
 from cnn_jax.data.sources import absolute
 from cnn_jax.inference.bundle import Bundle, digest, find_bundle, read_bundle, write_bundle
 from cnn_jax.inference.evaluation import evaluate, image_batches, open_as_trained
@@ -32,6 +33,8 @@ _SPLITS = ("validation", "test")
 _IMAGE_KEYS = ("max_pixels", "white_level")
 # The only key of the section `model` that the user can set.
 _DROPOUT = "model.dropout"
+# The keys whose automatic values depend on the machine.
+_AUTOMATIC = frozenset({"precision", "augment.place", "train.steps_per_execution"})
 # The files of a compression in the folder of its run.
 _RECORD, _NARROWED = "compress.json", "narrowed"
 
@@ -58,7 +61,7 @@ def compress(
       keep: The largest number of operations of the new network, as a fraction of the original
         number; above 0, at most 1.
       epochs: The number of epochs.
-      source: The training data; by default that of the bundle.
+      source: The training data of the bundle, if it was moved.
       recipe: A configuration for the training, as for `--config`; by default that of the run
         which the bundle belongs to, or the default configuration if there is no such run.
       overrides: New values of configuration keys, as text, by key.
@@ -69,7 +72,8 @@ def compress(
       parameters, the operations per image ("flops") and the accuracies by split.
 
     Raises:
-      ConfigError: The network cannot be pruned, a key cannot be set, or the folder is in use.
+      ConfigError: The network cannot be pruned, a key is wrong or cannot be set, the data is not
+        that of the bundle, or the folder is in use.
       BundleError: There is no bundle, or the bundle is damaged.
       DataError: The data cannot be used.
       TrainingError: Training cannot continue.
@@ -83,15 +87,25 @@ def compress(
     if path.resolve().is_relative_to(workdir.resolve()):
         raise ConfigError(f"--workdir: {workdir} contains the bundle; use another folder")
     source = absolute(source or original.data["source"])
-    own_recipe = path.parent / "config.json"
-    if recipe is None:
-        recipe = str(own_recipe) if path.name == "bundle" and own_recipe.is_file() else "default"
-    config = files.load(recipe, overrides)
-    fixed = _fixed_values(original, workdir, source, epochs)
+    previous = run_directory.read_config(workdir)
+    fixed = _fixed_values(original, source, epochs) | {
+        # A run that was moved does not need its initial weights again.
+        "checkpoint.init_from": (previous or {}).get(
+            "checkpoint.init_from", str(workdir / _NARROWED)
+        )
+    }
     if wrong := sorted((fixed.keys() - {_DROPOUT}) & overrides.keys()):
         raise ConfigError(f"config.{wrong[0]}: cannot be set, because compress determines it")
+    config = _load_recipe(recipe, path, overrides)
+    with config.ignore_type(), config.unlocked():
+        dropout = config.model.get("dropout")
+        config.model = default_config(original.model["name"]).model
+        config.update_from_flattened_dict(fixed)
+        if _DROPOUT in overrides:
+            config.model.dropout = dropout
+    schema.validate(config, jax.device_count())
     made_from = {"bundle_sha256": digest(path), "keep": keep}
-    if run_directory.read_config(workdir) is None:
+    if previous is None:
         run_directory.check_apart(workdir, source)
         with run_directory.lock(workdir):
             record = made_from | _narrow(original, workdir, source, keep, console.track)
@@ -100,13 +114,11 @@ def compress(
         record = _read_record(workdir, made_from)
     for line in describe(record):
         console.print(line)
-    narrowed = read_bundle(workdir / _NARROWED)
-    values = _fixed_values(narrowed, workdir, source, epochs)
+    model = _narrowed_section(original, record["channels"], keep)
     if _DROPOUT in overrides:
-        values[_DROPOUT] = config.model.dropout
+        del model["dropout"]
     with config.ignore_type(), config.unlocked():
-        config.model = default_config(narrowed.model["name"]).model
-        config.update_from_flattened_dict(values)
+        config.model.update_from_flattened_dict(files.flat(model))
     report = train_and_evaluate(config, workdir, console)
     after = {name: record["narrowed"][name] for name in ("parameters", "flops")} | {
         split: report[split]["accuracy"] for split in _SPLITS if split in report
@@ -137,13 +149,17 @@ def _narrow(
     """Writes the bundle of the pruned network; returns "before" and "narrowed" of the record."""
     predictor = BundlePredictor(original)
     dataset = open_as_trained(predictor, source, track)
-    if dataset.source.class_names != original.class_names:
+    check_trainable(dataset)
+    if dataset.fingerprint != original.data["fingerprint"]:
+        # Other data has other splits, so the network could be trained on former test images.
         raise ConfigError(
-            f"--source: the classes must be those of the bundle, {', '.join(original.class_names)};"
-            f" got {', '.join(dataset.source.class_names)}"
+            f"--source: {source} is not the data that the bundle was trained on; to train on other "
+            "data, use cnn_jax train --config.checkpoint.init_from=BUNDLE"
         )
     size = original.preprocessing.image_size
-    widths = prune.choose_widths(original.model, len(original.class_names), size, keep)
+    widths = prune.choose_widths(
+        original.model, len(original.class_names), size, keep, original.precision
+    )
     scores = prune.importance(
         predictor.model,
         predictor.variables,
@@ -152,12 +168,9 @@ def _narrow(
         widths,
     )
     channels = prune.most_important(scores, widths)
-    # A smaller network needs less dropout (experiments/RESULTS.md).
-    model = prune.with_widths(original.model, widths)
-    model["dropout"] = round(keep * model["dropout"], 3)
     narrowed = dataclasses.replace(
         original,
-        model=model,
+        model=_narrowed_section(original, channels, keep),
         variables=prune.narrow(predictor.model, original.variables, size, channels),
         metrics={},
     )
@@ -167,6 +180,17 @@ def _narrow(
     }
     write_bundle(narrowed, workdir / _NARROWED)
     return record | {"channels": {name: kept.tolist() for name, kept in channels.items()}}
+
+
+def _narrowed_section(
+    original: Bundle, channels: Mapping[str, Sequence[int] | np.ndarray], keep: float
+) -> dict[str, Any]:
+    """Returns the section `model` of the narrowed network; `channels` are those that it keeps."""
+    section = prune.with_widths(
+        original.model, {stage: len(kept) for stage, kept in channels.items()}
+    )
+    # A smaller network overfits less; no gain was measured (one seed, experiments/RESULTS.md).
+    return section | {"dropout": round(keep * section["dropout"], 3)}
 
 
 def _labelled_batches(dataset: Dataset, track: Track) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -223,14 +247,24 @@ def _read_record(workdir: pathlib.Path, made_from: Mapping[str, Any]) -> dict[st
     return record
 
 
-def _fixed_values(
-    bundle: Bundle, workdir: pathlib.Path, source: str, epochs: int
-) -> dict[str, Any]:
+def _load_recipe(recipe: str | None, bundle: pathlib.Path, overrides: Mapping[str, str]) -> Config:
+    """Reads the configuration for the training; see `compress`."""
+    own = bundle.parent / "config.json"
+    if recipe is not None or bundle.name != "bundle" or not own.is_file():
+        return files.load(recipe or "default", overrides)
+    config = files.load(str(own), overrides)
+    # The bundle's run may have resolved automatic values on another machine.
+    automatic = {key: schema.keys()[key].default for key in _AUTOMATIC - overrides.keys()}
+    with config.ignore_type():
+        config.update_from_flattened_dict(automatic)
+    return config
+
+
+def _fixed_values(bundle: Bundle, source: str, epochs: int) -> dict[str, Any]:
     """Returns the values of the configuration keys that the compression determines, by key.
 
     Args:
-      bundle: The original or the narrowed network; only the values of the section `model` differ.
-      workdir: The run's folder.
+      bundle: The original network.
       source: The training data.
       epochs: The number of epochs.
     """
@@ -248,7 +282,6 @@ def _fixed_values(
         "data.max_unreadable": bundle.data["max_unreadable"],
         "data.allow_outside": bundle.data["allow_outside"],
         **{f"model.{key}": value for key, value in files.flat(bundle.model).items()},
-        "checkpoint.init_from": str(workdir / _NARROWED),
         "checkpoint.restore_step": 0,
         "train.epochs": epochs,
         "train.from_stage": "",

@@ -4,6 +4,7 @@ Only networks that are a chain of layers can be pruned: a layer reads all channe
 before it, and nothing else. Of the networks in `cnn_jax.models.NETWORKS`, this is "cnn".
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -47,7 +48,11 @@ def with_widths(section: Mapping[str, Any], new_widths: Mapping[str, int]) -> di
 
 
 def choose_widths(
-    section: Mapping[str, Any], num_classes: int, image_size: tuple[int, int], keep: float
+    section: Mapping[str, Any],
+    num_classes: int,
+    image_size: tuple[int, int],
+    keep: float,
+    precision: str = "float32",
 ) -> dict[str, int]:
     """Returns the numbers of channels of the largest network within a number of operations.
 
@@ -59,6 +64,7 @@ def choose_widths(
       num_classes: The number of classes.
       image_size: The height and the width of the images.
       keep: The largest number of operations, as a fraction of those of the original network.
+      precision: The precision in which the operations are counted; see `compute_dtype`.
 
     Raises:
       ConfigError: The network cannot be pruned, or not as much.
@@ -69,20 +75,25 @@ def choose_widths(
         new_widths = {stage: _reduced(width, percent) for stage, width in original.items()}
         key = tuple(new_widths.values())
         if key not in flops:
-            model = make_model(with_widths(section, new_widths), num_classes, "float32")
+            model = make_model(with_widths(section, new_widths), num_classes, precision)
             flops[key] = forward_flops(model, image_size)
         if flops[key] <= keep * flops[tuple(original.values())]:
             return new_widths
     smallest = min(flops.values()) / flops[tuple(original.values())]
     raise ConfigError(
         f"--keep: must be at least {np.ceil(100 * smallest) / 100:.2f} for this network, because "
-        f"each layer keeps at least {WIDTH_MULTIPLE} channels; got {keep:g}"
+        f"no layer is reduced to fewer than {WIDTH_MULTIPLE} channels; got {keep:g}"
     )
 
 
 def _reduced(width: int, percent: int) -> int:
-    """Returns a percentage of a number of channels, rounded to a multiple; at most `width`."""
-    multiples = round(width * percent / 100 / WIDTH_MULTIPLE)
+    """Returns a percentage of a number of channels, rounded to a multiple, half up.
+
+    The result is at most `width`. For 100 percent it is `width`, even if that is not a multiple.
+    """
+    if percent == 100:
+        return width
+    multiples = math.floor(width * percent / (100 * WIDTH_MULTIPLE) + 0.5)
     return min(width, max(1, multiples) * WIDTH_MULTIPLE)
 
 

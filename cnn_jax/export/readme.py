@@ -10,9 +10,12 @@ _ONNX = """\
 `pixels.onnx` takes `pixels`, uint8 [height, width, 3], RGB, of any size, and resizes the image.
 Both return `probabilities`, float32 [batch, {classes}]; bundle.json has the class names in order.
 
-    import numpy as np, onnxruntime, PIL.Image
+    import numpy as np, onnxruntime
+    from PIL import Image, ImageOps
     session = onnxruntime.InferenceSession("pixels.onnx")
-    pixels = np.asarray(PIL.Image.open("golden/0.png").convert("RGB"))
+    image = ImageOps.exif_transpose(Image.open("golden/0.png")).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    pixels = np.asarray(Image.alpha_composite(white, image).convert("RGB"))
     print(session.run(None, {{"pixels": pixels}})[0])
 """
 _WEB = """\

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -139,11 +140,9 @@ def test_an_interrupted_compression_resumes(original, compressed, tmp_path, monk
     jax.tree.map(np.testing.assert_array_equal, variables, expected)
 
 
-def test_more_epochs_extend_a_compression(original, compressed, tmp_path):
-    shutil.copytree(compressed[0], tmp_path / "run")
-    config_file = tmp_path / "run" / "config.json"
-    text = config_file.read_text().replace(str(compressed[0]), str(tmp_path / "run"))
-    config_file.write_text(text)
+def test_more_epochs_extend_a_compression_that_was_moved(original, compressed, tmp_path):
+    """The run does not need its initial weights again."""
+    shutil.copytree(compressed[0], tmp_path / "run", ignore=shutil.ignore_patterns("narrowed"))
     compress(original, tmp_path / "run", 0.7, epochs=3)
     epochs = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["epoch"] for line in epochs] == [1, 2, 3]
@@ -182,6 +181,17 @@ def test_too_few_channels_leave_no_folder(original, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_wrong_values_are_refused_before_the_data_is_opened(original, tmp_path, monkeypatch):
+    monkeypatch.setattr(compressor, "open_as_trained", None)
+    with pytest.raises(ConfigError, match=r"warmup_epochs: must be below train\.epochs = 2, got 3"):
+        compress(
+            original, tmp_path / "run", 0.7, epochs=2, overrides={"optimizer.warmup_epochs": "3"}
+        )
+    with pytest.raises(ConfigError, match=r"config\.model\.dropout: must be"):
+        compress(original, tmp_path / "run", 0.7, overrides={"model.dropout": "2"})
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_damaged_record_is_refused(compressed, original, tmp_path):
     shutil.copytree(compressed[0], tmp_path / "run")
     (tmp_path / "run" / "compress.json").write_text("{")
@@ -195,7 +205,36 @@ def test_keys_that_would_change_the_splits_are_refused(original, tmp_path):
             compress(original, tmp_path / "run", 0.7, overrides={key: "5"})
 
 
-def test_the_data_can_be_elsewhere_but_needs_the_same_classes(original, tmp_path):
+def test_data_with_other_splits_is_refused(original, tmp_path):
+    """Otherwise the network would be trained on its former test images."""
+    dataset = open_as_trained(BundlePredictor.load(original))
+    source = dataset.source.name.removeprefix("folder:")
+    split_of = {i: name for name, indices in dataset.splits.items() for i in indices}
+    swapped = {"train": "train", "validation": "test", "test": "validation"}
+    paths = sorted(pathlib.Path(source).glob("*/*.png"))
+    for name, splits in (
+        ("swapped", [swapped[split_of[i]] for i in range(len(paths))]),
+        ("test", ["test"] * len(paths)),
+    ):
+        lines = [f"{p},{p.parent.name},{s}" for p, s in zip(paths, splits, strict=True)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["path,label,split", *lines]))
+    run, options = tmp_path / "run", {"allow_outside": True}
+    original = _copy_with_data(original, tmp_path / "bundle", **options)
+    with pytest.raises(ConfigError, match=r"is not the data .*cnn_jax train --config\.checkpoint"):
+        compress(original, run, 0.7, epochs=1, source=f"csv:{tmp_path}/swapped.csv")
+    with pytest.raises(DataError, match="no image is left for train"):
+        compress(original, run, 0.7, epochs=1, source=f"csv:{tmp_path}/test.csv")
+    assert not run.exists()
+
+
+def _copy_with_data(run, path, **data):
+    """Writes a copy of a run's bundle with other values in `data`; returns the path."""
+    bundle = read_bundle(run / "bundle")
+    write_bundle(dataclasses.replace(bundle, data=bundle.data | data), path)
+    return path
+
+
+def test_the_data_can_be_elsewhere_but_must_be_the_same(original, tmp_path):
     source = read_bundle(original / "bundle").data["source"].removeprefix("folder:")
     shutil.copytree(source, tmp_path / "moved")
     moved = f"folder:{tmp_path / 'moved'}"
@@ -212,7 +251,7 @@ def test_the_data_can_be_elsewhere_but_needs_the_same_classes(original, tmp_path
     assert read_bundle(tmp_path / "run" / "bundle").model["dropout"] == 0.1
     assert ("validation" in record["after"], "test" in record["after"]) == (True, False)
     (tmp_path / "moved" / "red").rename(tmp_path / "moved" / "scarlet")
-    with pytest.raises(ConfigError, match="--source: the classes must be those of the bundle"):
+    with pytest.raises(ConfigError, match=r"--source: folder:.* is not the data that the bundle"):
         compress(original, tmp_path / "second", 0.7, source=moved)
     with pytest.raises(DataError, match="nowhere"):
         compress(original, tmp_path / "second", 0.7, source="folder:/nowhere")
@@ -227,6 +266,33 @@ def test_a_bundle_without_a_run_is_trained_with_the_default_recipe(original, tmp
     assert tuple(config.model.features) == (16, 32)
     before, narrowed = (read_bundle(tmp_path / name) for name in ("flowers", "run/narrowed"))
     jax.tree.map(np.testing.assert_array_equal, narrowed.variables, before.variables)
+
+
+def test_automatic_values_of_another_machine_are_not_copied(original, tmp_path):
+    (tmp_path / "run").mkdir()
+    config = json.loads((original / "config.json").read_text())
+    config["precision"], config["augment"]["place"] = "bfloat16", "device"
+    config["train"]["steps_per_execution"] = 8
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    bundle = tmp_path / "run" / "bundle"
+    loaded = compressor._load_recipe(None, bundle, {"augment.place": "device"})
+    assert (loaded.precision, loaded.augment.place) == ("auto", "device")
+    assert (loaded.train.steps_per_execution, loaded.train.batch_size) == (0, 8)
+    named = compressor._load_recipe(str(tmp_path / "run" / "config.json"), bundle, {})
+    assert (named.precision, named.train.steps_per_execution) == ("bfloat16", 8)
+
+
+def test_the_operations_are_counted_in_the_precision_of_the_bundle(original, tmp_path, monkeypatch):
+    bundle = read_bundle(original / "bundle")
+    write_bundle(dataclasses.replace(bundle, precision="bfloat16"), tmp_path / "half")
+
+    def stop(section, num_classes, image_size, keep, precision="float32"):
+        assert precision == "bfloat16"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(compressor.prune, "choose_widths", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress(tmp_path / "half", tmp_path / "run", 0.7)
 
 
 def test_other_networks_and_missing_bundles_are_refused(original, tmp_path):

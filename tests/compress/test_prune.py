@@ -55,8 +55,9 @@ def test_channels_without_outgoing_weights_change_no_logit(features, dense, batc
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
-def test_a_network_that_keeps_everything_is_unchanged():
-    section = _section([16, 32], 48)
+@pytest.mark.parametrize(("features", "dense"), [([16, 32], 48), ([20, 100], 40)])
+def test_a_network_that_keeps_everything_is_unchanged(features, dense):
+    section = _section(features, dense)
     model = make_model(section, 3, "float32")
     variables = random_variables(model, jnp.zeros((1, 8, 8, 3)))
     widths = prune.choose_widths(section, 3, (8, 8), 1.0)
@@ -128,9 +129,27 @@ def test_the_chosen_network_is_the_largest_within_the_operations(keep):
     assert flops(larger) > keep * flops(original)
 
 
+def test_the_operations_are_counted_in_the_given_precision(monkeypatch):
+    found = set()
+
+    def record(section, num_classes, precision):
+        found.add(precision)
+        return make_model(section, num_classes, precision)
+
+    monkeypatch.setattr(prune, "make_model", record)
+    prune.choose_widths(_section([20], 0), 3, (8, 8), 1.0, "bfloat16")
+    assert found == {"bfloat16"}
+
+
 def test_the_specification_keeps_half_of_each_convolution_for_0_3():
     widths = prune.choose_widths(SPECIFICATION, 10, (224, 224), 0.3)
     assert widths == {"conv1": 16, "conv2": 32, "conv3": 64, "embedding": 144}
+
+
+def test_widths_that_are_not_multiples_are_rounded_half_up():
+    widths = prune.choose_widths(_section([20, 100], 40), 3, (8, 8), 0.5)
+    assert widths == {"conv1": 16, "conv2": 48, "embedding": 16}
+    assert [prune._reduced(width, 50) for width in (20, 40, 80, 100, 200)] == [16, 16, 48, 48, 96]
 
 
 def test_layers_below_the_smallest_width_are_not_pruned():

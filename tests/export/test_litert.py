@@ -14,7 +14,9 @@ from exports import check_rounded, network_case, random_images, write_test_bundl
 
 from cnn_jax.export import exporter, litert
 from cnn_jax.export.function import ExportError
+from cnn_jax.inference.evaluation import image_batches, open_as_trained
 from cnn_jax.inference.exported import load_predictor
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models import NETWORKS
 from cnn_jax.system.errors import BundleError, ConfigError
 
@@ -59,11 +61,38 @@ def test_every_network_equals_the_predictor(python, name, precision):
         check_rounded(probabilities, case.expected, limit=0.4)
 
 
-def test_static_ranges_come_from_training_images(python, image_folder, tmp_path):
+def test_static_ranges_of_other_images_give_another_model(python):
+    """The test fails if the model measures the ranges of each image."""
+    case = network_case("cnn")
+    size = case.predictor.preprocessing.image_size
+    images = random_images(case.predictor, 16)
+    model, wrong = (
+        litert.convert(case.function, size, python, int8=True, batches=[batch])
+        for batch in (images, np.zeros_like(images))
+    )
+    assert model != wrong
+    exported = litert.LitertPredictor(case.predictor, wrong, python)
+    probabilities = exported(case.images)
+    exported.close()
+    with pytest.raises(AssertionError):
+        check_rounded(probabilities, case.expected, limit=0.4)
+
+
+def test_static_ranges_come_from_training_images(python, image_folder, tmp_path, monkeypatch):
     bundle = write_test_bundle(tmp_path / "bundle", image_folder)
+    found, convert = [], litert.convert
+
+    def record(*arguments, batches, **options):
+        found.extend(batches)
+        return convert(*arguments, batches=found, **options)
+
+    monkeypatch.setattr(litert, "convert", record)
     options = {"int8": True, "max_loss": 1.0, "converter_python": python}
     statement = exporter.export(bundle, tmp_path / "s", "litert", static_ranges=True, **options)
     assert statement["static_ranges"]
+    dataset = open_as_trained(BundlePredictor.load(bundle))
+    training_images = list(image_batches(dataset.loader, dataset.splits["train"]))
+    np.testing.assert_array_equal(np.concatenate(found), np.concatenate(training_images))
     assert statement["calibration_data"] == statement["data"]
     assert statement["comparison"]["test"]["largest_difference"] < 0.05
     with pytest.raises(ConfigError, match="--static_ranges: needs --format=litert --int8"):
