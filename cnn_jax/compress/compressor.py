@@ -146,7 +146,10 @@ def describe(record: Mapping[str, Any]) -> list[str]:
 def _narrow(
     original: Bundle, workdir: pathlib.Path, source: str, keep: float, track: Track
 ) -> dict[str, Any]:
-    """Writes the bundle of the pruned network; returns "before" and "narrowed" of the record."""
+    """Writes the bundle of the pruned network; returns its record.
+
+    The record has the numbers of the network before pruning ("before") and after ("narrowed").
+    """
     predictor = BundlePredictor(original)
     dataset = open_as_trained(predictor, source, track)
     check_trainable(dataset)

@@ -252,7 +252,7 @@ def complete(path: pathlib.Path, rows: int = 0) -> None:
 
 
 def write_table(table: pa.Table, path: pathlib.Path) -> None:
-    """Writes a Parquet file, which replaces an existing file at once.
+    """Writes a Parquet file; an existing file is replaced atomically.
 
     Raises:
       OSError: The file cannot be written.
@@ -483,7 +483,7 @@ class LogFolder:
                 end = start + _SEGMENT_SECONDS
                 if is_claimed(path) or not start - _MAX_DELAY <= created <= end + _MAX_DELAY:
                     continue
-                # The server of a stream may convert it to a Parquet file at any moment.
+                # The server that writes a stream may replace it with a Parquet file at any moment.
                 for file in (path, path.with_suffix(".parquet")):
                     with contextlib.suppress(FileNotFoundError):
                         if not self._may_have(file, key[0], key[0]):
@@ -496,7 +496,7 @@ class LogFolder:
         return None
 
     def delete_oldest(self, max_bytes: int) -> None:
-        """Deletes the oldest request files while all request files have more than `max_bytes`.
+        """Deletes the oldest request files until their total size is at most `max_bytes`.
 
         Rows to which there is feedback are first copied to `labelled/`. A file that cannot be read
         is kept. Several servers may call this method at the same time.

@@ -419,7 +419,7 @@ class Engine:
             return batch
 
     def _next_program(self) -> Program:
-        """Returns the program of the next batch; avoids the last batch's program if possible.
+        """Chooses the program of the next batch; if possible, not the program of the last batch.
 
         The returned program is that of the oldest waiting image whose program differs from the
         last batch's program. If there is no such image, the last program is returned again.

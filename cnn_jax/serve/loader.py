@@ -128,7 +128,7 @@ class RegistrySource(Source):
         alias: str,
         extra: Sequence[int | str],
     ):
-        """Creates the source without reading the registry.
+        """Creates the source of model versions; does not read the registry yet.
 
         Args:
           registry: The registry.

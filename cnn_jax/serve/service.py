@@ -61,7 +61,7 @@ class Models:
         return bool(names) and all(self.default(name) is not None for name in names)
 
     def loading(self) -> dict[tuple[str, int], float]:
-        """Returns the seconds since each running load began, by (model, number)."""
+        """Returns for how many seconds each version has been loading."""
         now = time.monotonic()
         return {key: now - start for key, start in dict(self._load_starts).items()}
 

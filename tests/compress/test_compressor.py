@@ -131,7 +131,7 @@ def test_an_interrupted_compression_resumes(original, compressed, tmp_path, monk
         patch.setattr(compressor, "train_and_evaluate", interrupted)
         with pytest.raises(Interrupted):
             compress(original, tmp_path / "run", 0.7, epochs=2)
-    # A second ranking could be different on another machine, so the first one is used.
+    # The resumed run uses the first ranking, because another machine could rank differently.
     monkeypatch.setattr(compressor.prune, "importance", None)
     _, record = compress(original, tmp_path / "run", 0.7, epochs=2)
     whole, record_of_whole = compressed

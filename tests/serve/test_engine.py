@@ -237,7 +237,7 @@ def test_a_failing_program_fails_only_its_requests():
         ({1: 4, 2: 4, 4: 4, 8: 4, 16: 4, 32: 8}, [1, 2, 4, 8, 16, 32]),
         # A CPU: a batch takes as long as its images.
         ({1: 4, 2: 8, 4: 16, 8: 32, 16: 64, 32: 128}, [1, 2, 4]),
-        # A CPU on which only batches of four are faster.
+        # A CPU on which only batches of four take less time per image than single images.
         ({1: 4, 2: 9, 4: 10, 8: 20, 16: 40, 32: 80}, [1, 2, 4, 8, 16]),
     ],
 )

@@ -159,7 +159,7 @@ def test_readers_do_not_disturb_the_writer(version, tmp_path):
     kept = units(folder)
     assert kept == list(range(kept[0], 1_600))
     assert 50 < len(kept) < 400
-    # One file may exceed the limit.
+    # The total size may exceed the limit by the size of one file.
     assert bytes_of(folder / "requests") < 1.2 * most
 
 
@@ -527,7 +527,7 @@ with files.replacing(folder / "requests" / "0.parquet", shared=True):
 
 
 def test_files_of_a_killed_server_are_cleaned(tmp_path):
-    """Several servers clean at the same time; files that a server may still write remain."""
+    """Several servers delete old files at the same time, but no file that is still written."""
     folder = tmp_path / "log"
 
     def list_suffixes():

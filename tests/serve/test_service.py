@@ -339,7 +339,7 @@ def test_readyz_names_the_versions_that_load(serve):
 
 
 def test_metrics_can_be_read_by_several_threads(version, pool):
-    """Threads that read the metrics at the same time all see the versions that load."""
+    """Threads that read the metrics at the same time all see the versions being loaded."""
     engine = Engine(9)
     service = Service(Models(), engine, Limits(), ServerMetrics())
     for number in range(50):

@@ -345,7 +345,7 @@ def test_a_slow_load_delays_no_other_version(monkeypatch, caplog):
 
 @pytest.mark.parametrize("num_hanging", [1, 9])
 def test_a_version_that_hangs_is_tried_again(monkeypatch, caplog, num_hanging):
-    """A version is loaded after its first load hangs, but not while three loads hang."""
+    """If the load of a version hangs, it is tried again, but not soon if three loads hang."""
     monkeypatch.setattr(loader_module, "_FIRST_RETRY", 0.1)
     gate, opened = threading.Event(), []
 
