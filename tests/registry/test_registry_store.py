@@ -395,8 +395,11 @@ def test_ctrl_c_ends_a_command_on_a_hanging_store(silent):
 def test_ctrl_c_ends_parallel_reads():
     """The process ends although the reads in its threads do not end."""
     program = """if True:
-        import time
+        import signal, time
         from cnn_jax.registry.store import Store
+
+        # A shell starts background processes with SIGINT ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         def read(name):
             print(name, flush=True)
