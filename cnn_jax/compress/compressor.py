@@ -1,4 +1,4 @@
-"""The compression of a bundle: pruning, then training in a run of its own."""
+"""The compression of a bundle: pruning, then training in a new run."""
 
 import dataclasses
 import json
@@ -62,8 +62,8 @@ def compress(
         number; above 0, at most 1.
       epochs: The number of epochs.
       source: The training data of the bundle, if it was moved.
-      recipe: A configuration for the training, as for `--config`; by default that of the run
-        which the bundle belongs to, or the default configuration if there is no such run.
+      recipe: A configuration for the training, as for `--config`. By default, it is the
+        configuration of the bundle's run, or the default configuration if the bundle has no run.
       overrides: New values of configuration keys, as text, by key.
       console: Shows the progress.
 
@@ -72,8 +72,8 @@ def compress(
       parameters, the operations per image ("flops") and the accuracies by split.
 
     Raises:
-      ConfigError: The network cannot be pruned, a key is wrong or cannot be set, the data is not
-        that of the bundle, or the folder is in use.
+      ConfigError: The network cannot be pruned, a key is wrong or cannot be set, the bundle was
+        trained on other data, or the folder is in use.
       BundleError: There is no bundle, or the bundle is damaged.
       DataError: The data cannot be used.
       TrainingError: Training cannot continue.

@@ -63,7 +63,7 @@ def choose_widths(
       section: The section `model` of the original network.
       num_classes: The number of classes.
       image_size: The height and the width of the images.
-      keep: The largest number of operations, as a fraction of those of the original network.
+      keep: The largest number of operations, as a fraction of the original number.
       precision: The precision in which the operations are counted; see `compute_dtype`.
 
     Raises:

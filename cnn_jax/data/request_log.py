@@ -224,7 +224,7 @@ def complete(path: pathlib.Path, rows: int = 0) -> None:
     that cannot be read. A stream is not damaged if only its last batch is incomplete.
 
     Args:
-      path: The stream, to which nobody writes.
+      path: The stream; no process may write to it.
       rows: The number of rows that the stream must have at least.
 
     Raises:
@@ -575,7 +575,7 @@ class LogFolder:
           FileNotFoundError: The file does not exist.
         """
         if path.suffix != ".parquet" or path.parent.name == "labelled":
-            return True  # Such a file can still change.
+            return True  # A stream or a file of feedback can still change.
         if path not in self._ids:
             self._ids[path] = _first_and_last_id(path)
         smallest, largest = self._ids[path]

@@ -103,11 +103,11 @@ def export(
       file_format: One of `FORMATS`.
       int8: Whether to quantize the convolutions to 8 bits; not for the format "stablehlo".
       static_ranges: For the format "litert" with `int8`: whether the ranges of the activations are
-        those of training images. By default, the model measures the ranges of each image.
+        measured on training images. By default, the model measures the ranges of each image.
       max_loss: The largest allowed loss of accuracy on the validation split and on the test
         split, from 0 to 1.
       source: The name of the data for the comparison and the golden images; by default the
-        training data. The ranges of a quantized model are always those of the training images.
+        training data. The ranges of a quantized model are always measured on training images.
       npm_package: For the format "web": the file of the npm package; see `web.page_files`.
       converter_python: For the format "litert": the Python of an environment with LiteRT.
       track: Shows progress.
@@ -188,7 +188,7 @@ def export(
     }
     measured = {split: values["after"] for split, values in comparison.items()}
     description = describe(contents) | {
-        # The metrics of other data must not replace those of the run.
+        # Metrics on other data must not replace the metrics of the run.
         "metrics": measured if is_training_data else contents.metrics,
         "precision": "float32",
         "export": {"format": file_format, "int8": int8, "bundle": bundle_sha256},

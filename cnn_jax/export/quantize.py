@@ -1,6 +1,6 @@
 """Quantization of an ONNX model to 8 bits, with QuantizeLinear and DequantizeLinear nodes.
 
-Activations are uint8 with one scale for each tensor, whose range is that of training images. The
+Activations are uint8 with one scale for each tensor, from the range on training images. The
 kernels of convolutions are int8 with one scale for each output channel (Jacob et al. 2018). The
 weights of dense layers are stored as int8, and computed in float32.
 """

@@ -91,7 +91,7 @@ class ImageReader:
         Args:
           image: The image; see `preprocess_for_inference`.
           name: The name of the image in a warning.
-          max_pixels: A lower limit on the pixels of the image than that of the preprocessing.
+          max_pixels: A limit on the pixels of the image, below the limit of the preprocessing.
 
         Raises:
           DataError: See `preprocess_for_inference`.

@@ -13,7 +13,7 @@ class Quota:
 
     A client may use at most as much as then remains free. So one client can use half of the
     quantity. If n clients use as much as they can, each of them uses the fraction 1 / (n + 1), and
-    the same fraction remains free for a further client. The method is that of Choudhury and Hahne,
+    the same fraction remains free. The method is that of Choudhury and Hahne,
     "Dynamic queue length thresholds for shared-memory packet switches", 1998.
 
     Attributes:

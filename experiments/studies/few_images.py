@@ -38,7 +38,6 @@ from cnn_jax.training.loop import train_and_evaluate
 
 METHODS = ("scratch", "probe", "finetune")
 _TEST_IMAGES = 100
-_BATCH_SIZE = 32
 # The minimum number of training steps of each method; the probe takes no training steps.
 _STEPS = {"scratch": 1_500, "finetune": 400}
 
@@ -75,20 +74,17 @@ def write_table(folder: pathlib.Path, size: int, seed: int, path: pathlib.Path) 
     return size * len(classes)
 
 
-def make_config(method: str, flags: argparse.Namespace, train_images: int, seed: int) -> Config:
-    """Returns the configuration of a method; the caller must set the data source."""
+def make_config(method: str, flags: argparse.Namespace, table: pathlib.Path, seed: int) -> Config:
+    """Returns the configuration of a method for a table of images."""
     config = files.load("eurosat" if method == "scratch" else method)
     config.seed = seed
+    config.data.source = f"csv:{table}"
     config.data.image_size = (flags.image_size, flags.image_size)
     config.data.allow_outside = True
     config.report.detail = "none"
     if method != "scratch":
         config.data.preprocessing = "mean_std"
         config.model.pretrained = str(flags.pretrained)
-    if method in _STEPS:
-        steps_per_epoch = math.ceil(train_images / _BATCH_SIZE)
-        config.train.epochs = max(config.train.epochs, math.ceil(_STEPS[method] / steps_per_epoch))
-        config.train.patience = config.train.epochs
     return config
 
 
@@ -96,8 +92,12 @@ def measure(flags: argparse.Namespace, method: str, size: int, seed: int) -> flo
     """Trains with a method; returns the test accuracy."""
     folder = flags.output / f"{method}-{size}-{seed}"
     table = flags.output / f"{size}-{seed}.csv"
-    config = make_config(method, flags, write_table(flags.folder, size, seed, table), seed)
-    config.data.source = f"csv:{table}"
+    train_images = write_table(flags.folder, size, seed, table)
+    config = make_config(method, flags, table, seed)
+    if method in _STEPS:
+        steps_per_epoch = math.ceil(train_images / config.train.batch_size)
+        config.train.epochs = max(config.train.epochs, math.ceil(_STEPS[method] / steps_per_epoch))
+        config.train.patience = config.train.epochs
     report = train_and_evaluate(config, folder, Console(is_silent=True))
     return report["test"]["accuracy"]
 

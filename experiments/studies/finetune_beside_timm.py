@@ -43,21 +43,14 @@ PROGRAMS = ("timm", "cnn_jax", "cnn_jax, probe")
 
 def train_with_cnn_jax(flags: argparse.Namespace, probe: bool) -> dict[str, Any]:
     """Fine-tunes with the configuration `finetune`; returns the test accuracy."""
-    from cnn_jax.config import files
     from cnn_jax.system.console import Console
     from cnn_jax.system.runtime import keep_freed_memory
     from cnn_jax.training.loop import train_and_evaluate
+    from experiments.studies.few_images import make_config
 
     keep_freed_memory()
-    config = files.load("finetune")
-    config.seed = flags.seed
-    config.data.source = f"csv:{flags.table}"
-    config.data.allow_outside = True
-    config.data.image_size = (flags.image_size, flags.image_size)
-    config.data.preprocessing = "mean_std"
+    config = make_config("finetune", flags, flags.table, flags.seed)
     config.data.interpolation = "bicubic"
-    config.model.pretrained = str(flags.pretrained)
-    config.report.detail = "none"
     config.train.epochs = flags.epochs
     config.train.patience = flags.epochs
     config.train.batch_size = BATCH_SIZE
