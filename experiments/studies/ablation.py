@@ -328,7 +328,7 @@ def pool_all(
         if len(members) == members[0].folds:
             name = f"{variant}-{seed}-{members[0].folds}"
             metrics, predictions = pool(members)
-            write_text(folder / f"{name}.csv", predictions)
+            write_text(folder / f"{name}.csv", predictions, errors="surrogateescape")
             pooled.setdefault(variant, {})[str(seed)] = metrics
     write_text(folder / "cross_validation.json", json.dumps(pooled, indent=1) + "\n")
     texts = {}
@@ -356,7 +356,8 @@ def pool(runs: Sequence["Run"]) -> tuple[dict[str, Any], str]:
         report = run.folder / "report"
         figures = json.loads((report / "metrics.json").read_text())
         total = sum(figures[split]["count"] for split in schema.SPLITS)
-        with (report / "predictions.csv").open(newline="", errors="surrogateescape") as file:
+        path = report / "predictions.csv"
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             for row in csv.DictReader(file):
                 if row["id"] in rows:
                     raise UserError(f"{run.folder}: {row['id']} was tested in another fold too")
