@@ -62,7 +62,9 @@ def _ensemble(*temperatures, flip="none", shift=0, temperature=1.0):
 
 
 def _write_member(path, folder, seed, **changes):
-    return write_test_bundle(path, folder, variables=make_bundle(seed).variables, **changes)
+    metrics = {"test": {"accuracy": 0.5, "loss": 1.0}}
+    changes = {"variables": make_bundle(seed).variables, "metrics": metrics} | changes
+    return write_test_bundle(path, folder, **changes)
 
 
 @pytest.fixture(scope="module")
