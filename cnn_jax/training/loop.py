@@ -25,8 +25,7 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import make_model
+from cnn_jax.models.network import Network, make_model
 from cnn_jax.models.pretrained import PretrainedWeights
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay

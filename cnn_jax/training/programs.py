@@ -15,8 +15,7 @@ from jaxtyping import Array, Bool, PyTree
 from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.mix import Mixing
-from cnn_jax.models.base import Backbone, Network
-from cnn_jax.models.network import updates_statistics
+from cnn_jax.models.network import Backbone, Network, updates_statistics
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import TrainingError
 from cnn_jax.training import sharding

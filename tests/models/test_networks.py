@@ -1,4 +1,4 @@
-"""Tests that each network in `models.NETWORKS` behaves as `models.base.Network` documents."""
+"""Tests that each network in `models.NETWORKS` behaves as `models.network.Network` documents."""
 
 import functools
 
