@@ -97,6 +97,7 @@ def test_a_layer_changes_its_stage_and_no_earlier_stage(case):
     for layer, values in case.params.items():
         changed = jax.tree.map(lambda leaf: 1.1 * leaf + 0.1, values)
         stage = _CHANGED_LATER.get(layer, case.model.find_stage(layer))
+        assert stage in names, f"find_stage({layer!r}) is {stage!r}, which is no stage"
         changes = case.changed_stages(params=case.params | {layer: changed})
         assert changes == names[names.index(stage) :], layer
 
@@ -134,7 +135,8 @@ def test_bfloat16_is_used_up_to_the_logits(name):
     variables = jax.eval_shape(run, image)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
     assert dtypes.pop("logits") == jnp.float32
-    assert all(dtype == jnp.bfloat16 for dtype in dtypes.values())
+    wrong = {stage: dtype.name for stage, dtype in dtypes.items() if dtype != jnp.bfloat16}
+    assert not wrong, f"stages that are not computed in the dtype of the network: {wrong}"
 
 
 @pytest.mark.parametrize("name", [n for n in NETWORKS if "drop_path" in NETWORKS[n].keys])
