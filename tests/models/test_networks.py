@@ -116,7 +116,7 @@ def test_the_head_and_the_embedding_are_as_parts_says(case):
     np.testing.assert_allclose(case.outputs["logits"], logits, atol=1e-5)
     mean_maps = case.outputs[case.order[-3]].mean((1, 2))
     is_mean = mean_maps.shape == embedding.shape and np.allclose(mean_maps, embedding, atol=1e-5)
-    assert parts.embedding_is_mean_map == is_mean
+    assert parts.embedding_is_mean_map == is_mean, f"embedding_is_mean_map must be {is_mean}"
     assert parts.first_kernel is not None
     assert parts.first_kernel.shape[2] == 3
 
