@@ -73,6 +73,14 @@ def test_only_models_defines_linen_modules():
         assert not subclasses or path.parent.name == "models"
 
 
+def test_networks_use_the_batch_norm_of_this_package():
+    """Training would leave the statistics of `nn.BatchNorm` near their initial values."""
+    for path in (PACKAGE / "models").glob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        used = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+        assert "nn.BatchNorm" not in used, f"{path.name}: use layers.BatchNorm"
+
+
 def test_nothing_happens_at_import():
     """An import of the package uses no device and defines no command-line flag."""
     code = (

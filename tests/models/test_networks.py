@@ -99,7 +99,8 @@ def test_a_layer_changes_its_stage_and_no_earlier_stage(case):
         stage = _CHANGED_LATER.get(layer, case.model.find_stage(layer))
         assert stage in names, f"find_stage({layer!r}) is {stage!r}, which is no stage"
         changes = case.changed_stages(params=case.params | {layer: changed})
-        assert changes == names[names.index(stage) :], layer
+        message = f"find_stage({layer!r}) is {stage!r}, but the layer changes {changes}"
+        assert changes == names[names.index(stage) :], message
 
 
 def test_an_offset_changes_its_stage_and_all_later_stages(case):
