@@ -195,6 +195,7 @@ def test_the_random_numbers_are_those_of_earlier_versions():
 
 def test_every_range_is_a_key_and_has_words():
     for field in RANGES:
+        assert "words" in field.metadata, f"create the field {field.name} with _range"
         key, value = schema.keys()[f"augment.{field.name}"], getattr(EVERYTHING, field.name)
         assert key.accepts(field.default)
         assert key.accepts(value)
