@@ -30,7 +30,7 @@ from cnn_jax.report.style import Theme
 # The saliency-map methods that are fast enough for every report. The report draws the maps of the
 # first method that passes the randomization check. `cam` is not among the methods, because its maps
 # equal those of `grad_cam`. The command `cnn_jax explain` offers more methods.
-_METHODS = ("grad_cam", "hires_cam", "grad_cam_plus_plus", "layer_cam")
+REPORT_METHODS = ("grad_cam", "hires_cam", "grad_cam_plus_plus", "layer_cam")
 # The maximum total number of pixels of the images for the checks. At least _MIN_IMAGES images are
 # checked, even if they have more pixels.
 _PIXELS = 2**20
@@ -72,7 +72,7 @@ def explanations(run: Run) -> Figures:
     if has_masks:
         ids = [network.source.ids[i] for i in positions]
         masks = shapes.read_masks(network.source.name, ids, (height, width))
-    judged = checks.judge(predictor, images, predicted, masks, _METHODS)
+    judged = checks.judge(predictor, images, predicted, masks, REPORT_METHODS)
     no_verdict = checks.why_no_verdict(len(images))
     if not verdicts.beats_chance(run.need_figures("test")):
         # A method can pass the checks even if the network has learned nothing, because the maps of
@@ -104,16 +104,18 @@ def explanations(run: Run) -> Figures:
 
 def _choose_method(judged: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns the first method that passes randomization; the first method if none passes."""
-    return next((name for name in judged if judged[name]["randomization"]["passes"]), _METHODS[0])
+    return next(
+        (name for name in judged if judged[name]["randomization"]["passes"]), REPORT_METHODS[0]
+    )
 
 
 def maps(predictor: BundlePredictor, images: Images, classes: Classes, method: str) -> Maps:
     """Returns the maps of a method that the report uses, to be drawn over images."""
-    # Compute the maps of all methods in _METHODS. The program for all methods is usually compiled
-    # already, because the checks use the same program. A program for only one method would have to
-    # be compiled now.
+    # Compute the maps of all methods in REPORT_METHODS. The program for all methods is usually
+    # compiled already, because the checks use the same program. A program for only one method would
+    # have to be compiled now.
     classes = classes.astype(np.int32)
-    methods = {name: METHODS[name] for name in _METHODS}
+    methods = {name: METHODS[name] for name in REPORT_METHODS}
     return maps_by_method(predictor, images, classes, methods)[method]
 
 

@@ -124,7 +124,7 @@ def _write(
         figures["summary"]["notice"] = _notice(run, figures)
 
     if run.network is not None:
-        _draw_examples(run.network, new, folder)
+        _draw_examples(run.network, new, folder, detail == "full")
         if "augmentation" in new:
             _draw_augmentation(run, folder)
     _draw_pictures(run, new, folder)
@@ -232,7 +232,7 @@ def _sections(
     splits = {split: run.figures[split] for split in SPLITS if split in run.figures}
     for name, make in track(wanted.items(), "reporting", len(wanted)):
         if name == "robustness" and run.network is not None:
-            drawings.append(thread.submit(_draw_examples, run.network, dict(made), folder))
+            drawings.append(thread.submit(_draw_examples, run.network, dict(made), folder, True))
         try:
             made[name] = make(run)
             drawings.append(thread.submit(_draw_charts, splits | {name: made[name]}, folder))
@@ -266,10 +266,13 @@ def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
 # The pictures and charts of the report.
 
 
-def _draw_examples(network: Network, made: Figures, folder: pathlib.Path) -> None:
+def _draw_examples(
+    network: Network, made: Figures, folder: pathlib.Path, are_explained: bool
+) -> None:
     """Draws the example images of sections that have no file yet.
 
-    If the explanations are among the sections, the saliency maps of the images are drawn too.
+    If `are_explained` is True, the saliency maps of the images are drawn too. The section on
+    explanations names their method.
     """
     new_examples = {
         shown["position"]: shown
@@ -286,11 +289,11 @@ def _draw_examples(network: Network, made: Figures, folder: pathlib.Path) -> Non
     for position, image in images.items():
         if image is not None:
             thumbnails.save_small(image, folder / new_examples[position]["picture"])
-    if "explanations" not in made or not positions:
+    if not are_explained or not positions:
         return
     pixels = network.dataset.loader.load(np.array(positions))["image"]
     classes = [network.class_names.index(shown["predicted"]) for shown in new_examples.values()]
-    method = made["explanations"]["maps"]
+    method = made.get("explanations", {}).get("maps", explanations.REPORT_METHODS[0])
     maps = explanations.maps(network.predictor, pixels, np.array(classes), method)
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
