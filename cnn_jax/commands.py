@@ -22,6 +22,7 @@ COMMANDS = {
     "compress": ("compress", "make a smaller and faster network"),
     "export": ("export", "write a model for other runtimes"),
     "robustness": ("robustness", "measure a bundle on corrupted images"),
+    "lr_range": ("lr_range", "suggest a learning rate"),
     "tune": ("tune", "search for better hyper-parameters"),
     "registry": ("registry", "keep versions of bundles under names"),
     "serve": ("serve", "answer requests over HTTP"),

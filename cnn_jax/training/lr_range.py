@@ -1,0 +1,196 @@
+"""The learning-rate range test: a short training with a learning rate that grows exponentially.
+
+Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
+"""
+
+import dataclasses
+import itertools
+import math
+import pathlib
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from cnn_jax.config import schema
+from cnn_jax.config.resolve import resolve
+from cnn_jax.config.schema import Config
+from cnn_jax.data import pipeline
+from cnn_jax.data.augment import Augmentation
+from cnn_jax.models.network import make_model
+from cnn_jax.report import style
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import TrainingError
+from cnn_jax.training import initial_weights
+from cnn_jax.training.distillation import open_teachers
+from cnn_jax.training.loop import open_dataset
+from cnn_jax.training.programs import Programs, make_train_step
+
+# Losses are averaged over this fraction of the steps, half of them before a step.
+_WINDOW = 0.1
+# The test ends when the mean loss of the last window is this many times the smallest one.
+_DIVERGENCE = 2.0
+# The distance, in learning rates, between the point of divergence and the suggestion.
+_SAFETY = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRates:
+    """The losses of a range test, and the learning rates that follow from them.
+
+    Attributes:
+      rates: The learning rate of each step, in ascending order.
+      losses: The training loss of each step.
+      smoothed: The mean loss of the steps around each step.
+      steepest: The learning rate at which the loss falls fastest, per factor of the rate.
+      divergence: The learning rate at which the loss starts to rise; None if it does not rise.
+    """
+
+    rates: Float[np.ndarray, " steps"]
+    losses: Float[np.ndarray, " steps"]
+    smoothed: Float[np.ndarray, " steps"]
+    steepest: float
+    divergence: float | None
+
+    @property
+    def suggestion(self) -> float:
+        """The steepest rate, but at most a tenth of the rate at which the loss starts to rise."""
+        return min(self.steepest, (self.divergence or math.inf) / _SAFETY)
+
+    def describe(self) -> str:
+        """Describes the result in one line."""
+        end = (
+            f"the loss rises from {self.divergence:.2g} on"
+            if self.divergence
+            else f"the loss does not rise up to {self.rates[-1]:.2g}"
+        )
+        return (
+            f"--config.optimizer.learning_rate={self.suggestion:.2g} (the loss falls fastest at "
+            f"{self.steepest:.2g}; {end})"
+        )
+
+
+def analyse(
+    rates: Float[np.ndarray, " steps"], losses: Float[np.ndarray, " steps"]
+) -> LearningRates:
+    """Returns the learning rates that follow from the losses of a range test.
+
+    Args:
+      rates: The learning rates, at least three; their logarithms have equal distances.
+      losses: The training loss at each rate, finite.
+    """
+    half = max(1, round(len(losses) * _WINDOW / 2))
+    smoothed = np.array(
+        [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
+    )
+    lowest = int(np.argmin(smoothed))
+    slopes = np.gradient(smoothed, np.log(rates))
+    # After the minimum, a loss that jumps up and down can fall faster than before.
+    steepest = float(rates[np.argmin(slopes[: lowest + 1])])
+    has_risen = smoothed[-1] > smoothed[lowest] + (smoothed[0] - smoothed[lowest]) / 2
+    return LearningRates(
+        rates, losses, smoothed, steepest, float(rates[lowest]) if has_risen else None
+    )
+
+
+def measure(
+    config: Config, steps: int, low: float, high: float, console: Console
+) -> LearningRates:
+    """Trains with a learning rate that grows from `low` to `high`, until the loss diverges.
+
+    The schedule of the configuration is not used; everything else is as in a run.
+
+    Args:
+      config: A configuration.
+      steps: The number of steps, 20 or more.
+      low: The learning rate of the first step.
+      high: The learning rate of the last step, above `low`.
+      console: Shows the progress.
+
+    Raises:
+      ConfigError: A key is wrong.
+      DataError: The data cannot be used.
+      TrainingError: The loss is not finite in the first steps.
+    """
+    schema.validate(config, jax.device_count())
+    config = resolve(config)
+    weights = initial_weights.open_initial_weights(config)
+    dataset = open_dataset(config, console.track)
+    class_names = dataset.source.class_names
+    model = make_model(
+        config.model.to_dict(), len(class_names), config.precision, config.train.from_stage
+    )
+    rates = np.geomspace(low, high, steps)
+    schedule = optax.exponential_decay(low, steps - 1, high / low)
+    distillation, teachers = open_teachers(config, dataset) or (None, None)
+    step = make_train_step(config, model, schedule, dataset, distillation)
+    programs = Programs(step, config.train.batch_size, config.mesh.model)
+    state = programs.init_state()
+    if weights is not None:
+        state, _ = initial_weights.start_from(weights, config, state, class_names)
+    to_devices = programs.layout.to_all_devices
+    teachers = jax.tree.map(to_devices, teachers)
+    pixels = to_devices(dataset.loader.pixels) if dataset.loader.on_device else None
+    stream = pipeline.training_batches(
+        dataset.loader,
+        dataset.splits["train"],
+        batch_size=config.train.batch_size,
+        augmentation=Augmentation.from_config(config.augment),
+        place=config.augment.place,
+        seed=config.seed,
+        stop=steps,
+        balanced=config.train.balance == "sampling",
+    )
+    losses: list[float] = []
+    window = max(1, round(steps * _WINDOW))
+    lowest = math.inf
+    with stream as batches:
+        for batch in console.track(batches, "testing learning rates", steps):
+            program, arrays = programs.send([batch])
+            state, metrics = program(state, arrays, pixels, teachers)
+            loss = float(jax.device_get(metrics.loss_sum).sum()) / config.train.batch_size
+            if not math.isfinite(loss):
+                break
+            losses.append(loss)
+            if len(losses) >= window:
+                mean = sum(itertools.islice(reversed(losses), window)) / window
+                lowest = min(lowest, mean)
+                if mean > _DIVERGENCE * lowest:
+                    break
+    if len(losses) < 2 * window:
+        raise TrainingError(
+            f"the loss diverges at once, at a learning rate of {rates[len(losses)]:.2g}; use a "
+            "smaller --low"
+        )
+    return analyse(rates[: len(losses)], np.array(losses))
+
+
+def draw(result: LearningRates, path: pathlib.Path) -> None:
+    """Draws the losses, and marks the suggestion, as a PNG file; see `style.draw`."""
+
+    def plot(figure, theme) -> None:
+        axes = style.plain(figure.subplots(), theme)
+        axes.plot(result.rates, result.losses, color=theme.line, linewidth=1, label="each step")
+        axes.plot(result.rates, result.smoothed, color=theme.accent, label="mean")
+        axes.axvline(result.suggestion, color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2)))
+        axes.annotate(
+            f"{result.suggestion:.2g}",
+            (result.suggestion, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            size=style.TEXT_SIZE,
+            color=theme.ink,
+        )
+        lowest, highest = result.losses.min(), max(result.smoothed[0], result.losses[0])
+        axes.set(
+            xscale="log",
+            ylim=(lowest - 0.05 * (highest - lowest), highest + 0.3 * (highest - lowest)),
+            xlabel="learning rate",
+            ylabel="training loss (nats)",
+        )
+        style.legend(axes, theme, loc="lower left")
+
+    style.draw(path, plot)
