@@ -60,9 +60,9 @@ def test_the_loss_is_the_divergence_from_the_mean_prediction():
     variables, levels = _variables(), np.asarray(_batch()["image"], np.float64)
     logits = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
     inputs = ((levels - 127.5) / 127.5).astype(np.float32)
-    first = MODEL.apply(variables[0], inputs)
+    first = MODEL.apply(variables[0], jnp.array(inputs))
     second = SMALL.apply(
-        variables[1], ((_doubled(levels) - LARGE.mean) / LARGE.std).astype(np.float32)
+        variables[1], jnp.array((_doubled(levels) - LARGE.mean) / LARGE.std, jnp.float32)
     )
     targets = (_softmax(first / (1.5 * 3)) + _softmax(second[:, [2, 0, 1]] / (0.5 * 3))) / 2
     own = _softmax(logits / 3)
