@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": ("inspect", "look at a data set before training"),
     "predict": ("predict", "classify images"),
     "evaluate": ("evaluate", "measure a bundle on a split"),
+    "ensemble": ("ensemble", "average the predictions of several networks"),
     "report": ("report", "write the report of a run"),
     "explain": ("explain", "show what a network looks at"),
     "compress": ("compress", "make a smaller and faster network"),

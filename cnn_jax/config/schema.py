@@ -64,7 +64,11 @@ def _pair(image_size: Any) -> tuple[Any, ...]:
 _SECTIONS: dict[str, dict[str, Key]] = {
     "": {
         "seed": integer(
-            0, "Determines the splits, the initial weights and all random numbers.", 0, 2**32 - 1
+            0,
+            "Determines the initial weights and all random numbers, and the splits unless "
+            "data.split_seed is set.",
+            0,
+            2**32 - 1,
         ),
         "precision": choice(
             "auto",
@@ -89,6 +93,19 @@ _SECTIONS: dict[str, dict[str, Key]] = {
                 and math.isclose(sum(v), 1.0)
             ),
             "The fractions of train, validation and test images, in each class.",
+        ),
+        "split_seed": integer(
+            -1, "The seed that determines the splits; -1: the value of seed.", -1, 2**32 - 1
+        ),
+        "folds": Key(
+            0,
+            "an integer, 3 or more, or 0",
+            lambda v: is_int(v) and (v == 0 or v >= 3),
+            "The number of parts of the data in a cross-validation, in place of data.split; 0: "
+            "no cross-validation.",
+        ),
+        "fold": integer(
+            0, "The part that is the test split; the next part is the validation split.", low=0
         ),
         "stratify": choice(
             "stable",
@@ -606,6 +623,11 @@ def validate(config: Config, num_devices: int) -> None:
         raise ConfigError(
             "config.report.splits: must contain all splits, which the report needs; or set "
             "report.detail=none"
+        )
+    if values["data.fold"] >= max(values["data.folds"], 1):
+        raise ConfigError(
+            f"config.data.fold: must be below data.folds = {values['data.folds']}, or 0, got "
+            f"{values['data.fold']}"
         )
     _check_mixing(values)
     _check_parallelism(values, num_devices)

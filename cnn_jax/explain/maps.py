@@ -11,7 +11,7 @@ offset of zeros is the gradient with respect to the stage.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -55,6 +55,18 @@ _Function = Callable[..., PyTree]
 def grad_cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
     """Grad-CAM (Selvaraju et al. 2017): a sum of feature maps, weighted by their mean gradients."""
     return _maps_by_combination(_grad_cam, predictor, images, classes)
+
+
+def mean_grad_cam(predictors: Sequence[BundlePredictor], images: Images, classes: Classes) -> Maps:
+    """Returns the mean of the Grad-CAM maps of several networks.
+
+    The scales of the networks differ, so each map is divided by its largest value first.
+    """
+    found = np.stack([grad_cam(predictor, images, classes) for predictor in predictors])
+    if len(predictors) > 1:
+        largest = found.max(axis=(2, 3), keepdims=True)
+        found = np.divide(found, largest, out=np.zeros_like(found), where=largest > 0)
+    return found.mean(axis=0)
 
 
 def grad_cam_plus_plus(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:

@@ -251,9 +251,11 @@ def _small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[s
     of data.stratify would make the splits more exact.
     """
     reach = half_width(test["confidence_intervals"]["accuracy"])
+    has_split_seed = run["configuration"]["data"].get("split_seed", -1) >= 0
+    drawn = "other weights" if has_split_seed else "other splits and weights"
     text = (
         f"With {count(test['count'], 'test image')}, accuracy is known to "
-        f"± {points(reach)}. Another seed draws other splits and weights. The mean over "
+        f"± {points(reach)}. Another seed draws {drawn}. The mean over "
         "several runs is more precise than a single run, and the standard deviation shows how "
         "much runs differ:"
     )

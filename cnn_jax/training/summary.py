@@ -81,7 +81,8 @@ def show_plan(
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
             **({"weights": _weights(config, pretrained)} if pretrained else {}),
             "training": f"{count(config.train.epochs, 'epoch')}, batch size "
-            f"{config.train.batch_size}, seed {config.seed}; best epoch by {config.train.monitor}"
+            f"{config.train.batch_size}, seed {config.seed}{_split_seed(config)}; "
+            f"best epoch by {config.train.monitor}"
             + _mixing(config)
             + _accumulation(config, model, image_size)
             + _extension(config)
@@ -94,6 +95,16 @@ def show_plan(
     for warning in dataset.findings.warnings():
         console.warn(warning)
     console.print()
+
+
+def _split_seed(config: Config) -> str:
+    """Describes the seed of the splits and the fold of a cross-validation, if they are set."""
+    data, text = config.data, ""
+    if data.split_seed >= 0:
+        text += f", split seed {data.split_seed}"
+    if data.folds:
+        text += f", test fold {data.fold} of 0 to {data.folds - 1}"
+    return text
 
 
 def _needs_pretraining(config: Config, train_images: int) -> bool:

@@ -73,6 +73,10 @@ INVALID = [
     ("mesh.data", 0),
     ("mesh.model", 0),
     ("data.stratify", "random"),
+    ("data.split_seed", -2),
+    ("data.split_seed", 2**32),
+    ("data.folds", 2),
+    ("data.fold", 1),  # Without data.folds, there is no fold 1.
     ("data.group", "class/track"),
     ("data.keep_splits", 1),
     ("data.max_unreadable", 1.5),

@@ -819,6 +819,33 @@ def test_the_head_is_not_copied_for_other_classes(finished, tmp_path, capfd):
     assert not np.allclose(old["head"]["kernel"], new["head"]["kernel"], atol=1e-2)
 
 
+def test_the_split_seed_keeps_the_splits_of_another_training_seed(image_folder, tmp_path):
+    changes = {"train.epochs": 1, "data.stratify": "stable", "report.detail": "none"}
+    for name, seeds in (
+        ("first", {"seed": 1}),
+        ("same_splits", {"seed": 2, "data.split_seed": 1}),
+        ("other_splits", {"seed": 2}),
+    ):
+        train_and_evaluate(_tiny(image_folder, **changes, **seeds), tmp_path / name)
+    first, same, other = (
+        read_bundle(tmp_path / name / "bundle") for name in ("first", "same_splits", "other_splits")
+    )
+    assert same.data == first.data
+    assert same.data["division"]["seed"] == 1
+    assert other.data["fingerprint"] != first.data["fingerprint"]
+    kernels = [bundle.variables["params"]["conv1"]["kernel"] for bundle in (first, same, other)]
+    assert not np.array_equal(kernels[0], kernels[1])
+    assert np.array_equal(*(report_ids(tmp_path / name) for name in ("first", "same_splits")))
+    with pytest.raises(ConfigError, match=r"another configuration \(data.split_seed: 1 -> -1"):
+        train_and_evaluate(_tiny(image_folder, **changes, seed=2), tmp_path / "same_splits")
+
+
+def report_ids(run):
+    """Returns the ids of a run's test examples."""
+    lines = (run / "report" / "predictions.csv").read_text().splitlines()[1:]
+    return [line.partition(",")[0] for line in lines]
+
+
 def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path):
     first, _, _ = finished
     config = _tiny(

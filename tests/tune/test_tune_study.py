@@ -180,6 +180,16 @@ def test_a_different_study_with_the_same_name_is_refused(tmp_path, log, trainer,
     assert len(run(make_plan(tmp_path, trials=9)).trials) == 9
 
 
+def test_a_study_from_before_a_key_existed_goes_on(tmp_path, log, trainer):
+    study = run(make_plan(tmp_path, trials=2))
+    definition = dict(study.user_attrs["definition"])
+    assert definition.pop("config.data.split_seed") == "-1"
+    study.set_user_attr("definition", definition)
+    assert len(run(make_plan(tmp_path, trials=3)).trials) == 3
+    with pytest.raises(ConfigError, match=r"\(config.data.split_seed: -1 -> 5\)"):
+        run(make_plan(tmp_path, trials=4, config={"data.split_seed": 5}))
+
+
 def test_different_data_is_refused(tmp_path, log, monkeypatch):
     install(monkeypatch.setattr, fingerprint="of red images")
     run(make_plan(tmp_path))
@@ -538,13 +548,13 @@ def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
             run(make_plan(folder))
             break
         except StorageError as error:
-            told = str(error)
+            message = str(error)
         finally:
             log.before = lambda *entries: None
         assert re.fullmatch(
             r"the study's storage has not answered for 0 s \(gone\)\. No finished trial is lost, "
             rf"and the current one is saved in {folder}; start the same command again .*",
-            told,
+            message,
         )
         assert outline(run(make_plan(folder))) == expected
     assert last > 200
