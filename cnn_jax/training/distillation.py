@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing, normalize
-from cnn_jax.inference.bundle import Bundle, read_bundle
+from cnn_jax.inference.bundle import Bundle, Ensemble, read_networks
 from cnn_jax.models.base import Network
 from cnn_jax.models.network import make_model
 from cnn_jax.system.errors import ConfigError
@@ -97,7 +97,7 @@ class Distillation:
 
 
 def open_teachers(config: Config, dataset: Dataset) -> tuple[Distillation, list[PyTree]] | None:
-    """Reads the teachers of a run.
+    """Reads the teachers of a run; each member of an ensemble is a teacher.
 
     Args:
       config: The resolved configuration.
@@ -116,17 +116,18 @@ def open_teachers(config: Config, dataset: Dataset) -> tuple[Distillation, list[
         return None
     teachers, variables = [], []
     for path in distill.bundles.split(","):
-        bundle = read_bundle(path)
-        _check(bundle, path, config.data.source, dataset)
-        teachers.append(
-            _Teacher(
-                make_model(bundle.model, len(bundle.class_names), config.precision),
-                bundle.preprocessing,
-                bundle.temperature,
-                tuple(map(bundle.class_names.index, dataset.source.class_names)),
+        networks = read_networks(path)
+        for bundle in networks.members if isinstance(networks, Ensemble) else [networks]:
+            _check(bundle, path, config.data.source, dataset)
+            teachers.append(
+                _Teacher(
+                    make_model(bundle.model, len(bundle.class_names), config.precision),
+                    bundle.preprocessing,
+                    bundle.temperature,
+                    tuple(map(bundle.class_names.index, dataset.source.class_names)),
+                )
             )
-        )
-        variables.append(bundle.variables)
+            variables.append(bundle.variables)
     preprocessing = dataset.loader.preprocessing
     term = Distillation(tuple(teachers), preprocessing, distill.temperature, distill.weight)
     return term, variables

@@ -94,9 +94,7 @@ def analyse(
     )
 
 
-def measure(
-    config: Config, steps: int, low: float, high: float, console: Console
-) -> LearningRates:
+def measure(config: Config, steps: int, low: float, high: float, console: Console) -> LearningRates:
     """Trains with a learning rate that grows from `low` to `high`, until the loss diverges.
 
     The schedule of the configuration is not used; everything else is as in a run.

@@ -481,7 +481,9 @@ def test_the_average_is_computed_from_the_parameters_of_each_step():
 
 
 def test_an_average_does_not_change_the_training():
-    averaged, losses = _run(3, _train_step(ema=0.9, seed=0).init_state(), jax.jit(_train_step(ema=0.9)))
+    averaged, losses = _run(
+        3, _train_step(ema=0.9, seed=0).init_state(), jax.jit(_train_step(ema=0.9))
+    )
     plain, plain_losses = _run(3)
     assert losses == plain_losses
     assert_trees_equal(averaged.params, plain.params)
