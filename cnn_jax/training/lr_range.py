@@ -12,6 +12,8 @@ import jax
 import numpy as np
 import optax
 from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from cnn_jax.config import schema
 from cnn_jax.config.resolve import resolve
@@ -31,7 +33,7 @@ from cnn_jax.training.programs import Programs, make_train_step
 _WINDOW = 0.1
 # The test ends when the mean loss of the last window is this many times the smallest one.
 _DIVERGENCE = 2.0
-# The distance, in learning rates, between the point of divergence and the suggestion.
+# The suggestion is the learning rate of divergence, divided by this number.
 _SAFETY = 10.0
 
 
@@ -44,7 +46,8 @@ class LearningRates:
       losses: The training loss of each step.
       smoothed: The mean loss of the steps around each step.
       steepest: The learning rate at which the loss falls fastest, per factor of the rate.
-      divergence: The learning rate at which the loss starts to rise; None if it does not rise.
+      divergence: The learning rate from which on the loss is larger than at the start; None if it
+        stays smaller.
     """
 
     rates: Float[np.ndarray, " steps"]
@@ -55,15 +58,15 @@ class LearningRates:
 
     @property
     def suggestion(self) -> float:
-        """The steepest rate, but at most a tenth of the rate at which the loss starts to rise."""
-        return min(self.steepest, (self.divergence or math.inf) / _SAFETY)
+        """A tenth of the rate of divergence; without divergence, the steepest rate."""
+        return self.divergence / _SAFETY if self.divergence else self.steepest
 
     def describe(self) -> str:
         """Describes the result in one line."""
         end = (
-            f"the loss rises from {self.divergence:.2g} on"
+            f"training diverges at {self.divergence:.2g}"
             if self.divergence
-            else f"the loss does not rise up to {self.rates[-1]:.2g}"
+            else f"training does not diverge up to {self.rates[-1]:.2g}"
         )
         return (
             f"--config.optimizer.learning_rate={self.suggestion:.2g} (the loss falls fastest at "
@@ -85,12 +88,16 @@ def analyse(
         [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
     )
     lowest = int(np.argmin(smoothed))
-    slopes = np.gradient(smoothed, np.log(rates))
     # After the minimum, a loss that jumps up and down can fall faster than before.
-    steepest = float(rates[np.argmin(slopes[: lowest + 1])])
-    has_risen = smoothed[-1] > smoothed[lowest] + (smoothed[0] - smoothed[lowest]) / 2
+    falls = smoothed[: lowest + 1]
+    changes = [falls[min(i + half, lowest)] - falls[max(i - half, 0)] for i in range(len(falls))]
+    too_large = np.flatnonzero(smoothed[lowest:] > smoothed[0])
     return LearningRates(
-        rates, losses, smoothed, steepest, float(rates[lowest]) if has_risen else None
+        rates=rates,
+        losses=losses,
+        smoothed=smoothed,
+        steepest=float(rates[np.argmin(changes)]),
+        divergence=float(rates[lowest + too_large[0]]) if len(too_large) else None,
     )
 
 
@@ -165,30 +172,31 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
 
 
 def draw(result: LearningRates, path: pathlib.Path) -> None:
-    """Draws the losses, and marks the suggestion, as a PNG file; see `style.draw`."""
-
-    def plot(figure, theme) -> None:
-        axes = style.plain(figure.subplots(), theme)
-        axes.plot(result.rates, result.losses, color=theme.line, linewidth=1, label="each step")
-        axes.plot(result.rates, result.smoothed, color=theme.accent, label="mean")
-        axes.axvline(result.suggestion, color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2)))
-        axes.annotate(
-            f"{result.suggestion:.2g}",
-            (result.suggestion, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            size=style.TEXT_SIZE,
-            color=theme.ink,
-        )
-        lowest, highest = result.losses.min(), max(result.smoothed[0], result.losses[0])
-        axes.set(
-            xscale="log",
-            ylim=(lowest - 0.05 * (highest - lowest), highest + 0.3 * (highest - lowest)),
-            xlabel="learning rate",
-            ylabel="training loss (nats)",
-        )
-        style.legend(axes, theme, loc="lower left")
-
-    style.draw(path, plot)
+    """Draws the losses, and marks the suggestion, as a PNG file."""
+    theme = style.THEMES[0]
+    figure = Figure(figsize=(5.0, 3.4), dpi=style.DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = style.plain(figure.subplots(), theme)
+    axes.plot(result.rates, result.losses, color=theme.line, linewidth=1, label="each step")
+    axes.plot(result.rates, result.smoothed, color=theme.accent, label="mean")
+    axes.axvline(result.suggestion, color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2)))
+    axes.annotate(
+        f"suggestion: {result.suggestion:.2g}",
+        (result.suggestion, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        size=style.TEXT_SIZE,
+        color=theme.ink,
+    )
+    lowest, start = result.losses.min(), max(result.smoothed[0], result.losses[0])
+    margin = start - lowest
+    axes.set(
+        xscale="log",
+        ylim=(lowest - 0.05 * margin, start + 0.3 * margin),
+        xlabel="learning rate",
+        ylabel="training loss (nats)",
+    )
+    style.legend(axes, theme, loc="lower left")
+    figure.savefig(path)
