@@ -4,7 +4,6 @@ Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
 """
 
 import dataclasses
-import itertools
 import math
 import pathlib
 
@@ -31,8 +30,8 @@ from cnn_jax.training.programs import Programs, make_train_step
 
 # Losses are averaged over this fraction of the steps, half of them before a step.
 _WINDOW = 0.1
-# The test ends when the mean loss of the last window is this many times the smallest one.
-_DIVERGENCE = 2.0
+# The test ends when the mean loss of a window is this many times that of the first window.
+_DIVERGENCE = 1.5
 # The suggestion is the learning rate of divergence, divided by this number.
 _SAFETY = 10.0
 
@@ -75,13 +74,16 @@ class LearningRates:
 
 
 def analyse(
-    rates: Float[np.ndarray, " steps"], losses: Float[np.ndarray, " steps"]
+    rates: Float[np.ndarray, " steps"],
+    losses: Float[np.ndarray, " steps"],
+    not_finite_at: float | None = None,
 ) -> LearningRates:
     """Returns the learning rates that follow from the losses of a range test.
 
     Args:
       rates: The learning rates, at least three; their logarithms have equal distances.
       losses: The training loss at each rate, finite.
+      not_finite_at: The next learning rate, if the loss is not finite there.
     """
     half = max(1, round(len(losses) * _WINDOW / 2))
     smoothed = np.array(
@@ -97,7 +99,7 @@ def analyse(
         losses=losses,
         smoothed=smoothed,
         steepest=float(rates[np.argmin(changes)]),
-        divergence=float(rates[lowest + too_large[0]]) if len(too_large) else None,
+        divergence=float(rates[lowest + too_large[0]]) if len(too_large) else not_finite_at,
     )
 
 
@@ -148,27 +150,23 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
         balanced=config.train.balance == "sampling",
     )
     losses: list[float] = []
-    window = max(1, round(steps * _WINDOW))
-    lowest = math.inf
+    window, not_finite_at = round(steps * _WINDOW), None
     with stream as batches:
         for batch in console.track(batches, "testing learning rates", steps):
             program, arrays = programs.send([batch])
             state, metrics = program(state, arrays, pixels, teachers)
             loss = float(jax.device_get(metrics.loss_sum).sum()) / config.train.batch_size
             if not math.isfinite(loss):
+                not_finite_at = float(rates[len(losses)])
                 break
             losses.append(loss)
-            if len(losses) >= window:
-                mean = sum(itertools.islice(reversed(losses), window)) / window
-                lowest = min(lowest, mean)
-                if mean > _DIVERGENCE * lowest:
-                    break
-    if len(losses) < 2 * window:
+            if np.mean(losses[-window:]) > _DIVERGENCE * np.mean(losses[:window]):
+                break
+    if len(losses) <= window or np.mean(losses[:window]) > 2 * losses[0]:
         raise TrainingError(
-            f"the loss diverges at once, at a learning rate of {rates[len(losses)]:.2g}; use a "
-            "smaller --low"
+            f"the training diverges at once, at a learning rate of {low:g}; use a smaller --low"
         )
-    return analyse(rates[: len(losses)], np.array(losses))
+    return analyse(rates[: len(losses)], np.array(losses), not_finite_at)
 
 
 def draw(result: LearningRates, path: pathlib.Path) -> None:
@@ -198,5 +196,6 @@ def draw(result: LearningRates, path: pathlib.Path) -> None:
         xlabel="learning rate",
         ylabel="training loss (nats)",
     )
+    axes.minorticks_off()
     style.legend(axes, theme, loc="lower left")
     figure.savefig(path)

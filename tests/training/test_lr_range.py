@@ -39,6 +39,11 @@ def test_without_divergence_the_suggestion_is_the_steepest_rate():
     assert result.describe().endswith("training does not diverge up to 1)")
 
 
+def test_a_loss_that_is_not_finite_is_a_divergence():
+    result = lr_range.analyse(RATES[:60], _losses(1e-3, 1.0)[:60], float(RATES[60]))
+    assert result.divergence == RATES[60]
+
+
 def test_losses_are_averaged_over_the_steps_around():
     losses = np.arange(20.0)
     losses[10] += 3
@@ -53,10 +58,11 @@ def test_a_range_test_of_a_network(image_folder, tmp_path):
     count = len(result.rates)
     assert count < 40
     np.testing.assert_allclose(result.rates, np.geomspace(1e-4, 100, 40)[:count], rtol=1e-5)
-    assert 1e-4 < result.suggestion < 1
+    assert 0.1 < result.divergence < 100
+    assert result.suggestion == result.divergence / 10
     lr_range.draw(result, tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 2000
-    with pytest.raises(TrainingError, match="the loss diverges at once, at a learning rate of"):
+    with pytest.raises(TrainingError, match="diverges at once, at a learning rate of 10000; use"):
         lr_range.measure(config, 40, 1e4, 1e6, Console(is_silent=True))
 
 
