@@ -16,6 +16,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import REPOSITORY, write_images
 from PIL import Image
@@ -142,6 +143,24 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
     A running average would also contain the batch statistics of earlier parameters.
     """
     workdir, config, _ = finished
+    _assert_own_statistics(workdir, config)
+
+
+def test_an_average_of_the_parameters_has_its_own_batch_statistics(image_folder, tmp_path):
+    """The bundle has the average in the checkpoint of the best epoch."""
+    config = _tiny(image_folder, **{"train.ema": 0.9, "train.epochs": 2})
+    train_and_evaluate(config, tmp_path / "run")
+    _assert_own_statistics(tmp_path / "run", config)
+    found = read_bundle(tmp_path / "run" / "bundle").variables["params"]
+    best = max(_history(tmp_path / "run"), key=lambda record: record["validation_accuracy"])
+    saved = ocp.StandardCheckpointer().restore(
+        (tmp_path / "run" / "checkpoints" / str(best["step"]) / "state").resolve()
+    )
+    jax.tree.map(np.testing.assert_array_equal, saved["average"], found)
+    assert not np.array_equal(saved["params"]["head"]["kernel"], found["head"]["kernel"])
+
+
+def _assert_own_statistics(workdir, config):
     predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     found = predictor.variables
