@@ -86,8 +86,10 @@ def make_soup(
     seed = config.seed
     with config.ignore_type():
         config.update_from_flattened_dict(fixed)
-    if "pretrained" in config.model:
-        config.model.pretrained = ""
+    if config.model.get("pretrained"):
+        # A run starts from one bundle only, and the L2 penalty of pretrained networks is on the
+        # kernel of the head only.
+        config.model.pretrained, config.optimizer.l2 = "", 0.0
     total: PyTree = None
     for number in range(1, members + 1):
         console.print(f"continuation {number} of {members}")
@@ -96,7 +98,8 @@ def make_soup(
         train_and_evaluate(config, folder, console)
         params = jax.tree.map(np.float64, read_bundle(folder / "bundle").variables["params"])
         total = params if total is None else jax.tree.map(np.add, total, params)
-    resolved = resolve(files.load(str(run / "config.json"), {}))
+    own = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    resolved = resolve(files.load(str(run / "config.json"), {}), files.flat(own))
     dataset = open_dataset(resolved, console.track)
     params = jax.tree.map(lambda array: (array / members).astype(np.float32), total)
     variables = {**original.variables, "params": params}
