@@ -254,7 +254,7 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             OPTIMIZERS,
         ),
         "momentum": fraction_below_one(
-            0.9, "The part of the previous step that sgd repeats; for sgd only."
+            0.9, "The part of its previous step that sgd adds to a step; for sgd only."
         ),
         "schedule": choice(
             "cosine",
