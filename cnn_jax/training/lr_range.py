@@ -138,7 +138,8 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
         state, _ = initial_weights.start_from(weights, config, state, class_names)
     to_devices = programs.layout.to_all_devices
     teachers = jax.tree.map(to_devices, teachers)
-    pixels = to_devices(dataset.loader.pixels) if dataset.loader.on_device else None
+    pixels = dataset.loader.pixels if dataset.loader.on_device else None
+    pixels = None if pixels is None else to_devices(pixels)
     stream = pipeline.training_batches(
         dataset.loader,
         dataset.splits["train"],

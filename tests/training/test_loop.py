@@ -300,8 +300,8 @@ def test_an_infinite_loss_stops_the_run_and_keeps_checkpoints(image_folder, tmp_
     config = _tiny(image_folder)
     real_step = TrainStep.__call__
 
-    def poisoned(self, state, batch):
-        state, metrics = real_step(self, state, batch)
+    def poisoned(self, state, batch, extra):
+        state, metrics = real_step(self, state, batch, extra)
         bad = state.step == 9  # Step 9 is in the second epoch.
         return state, metrics.replace(
             loss_sum=jax.numpy.where(bad, jax.numpy.nan, metrics.loss_sum)
@@ -341,7 +341,7 @@ def test_an_interruption_after_divergence_saves_nothing(image_folder, tmp_path, 
 
     def diverge(self, state, batch):
         # The loss of a step is computed before the update, so the loss stays finite.
-        state, metrics = real_step(self, state, batch)
+        state, metrics = real_step(self, state, batch, extra)
         return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
 
     @contextlib.contextmanager
