@@ -66,7 +66,7 @@ def write_predictions(
             first, *others = (
                 [predictor.class_names[i], f"{prediction.probabilities[i]:.6f}"] for i in order
             )
-            measured = [f"{prediction.disagreement:.6f}"] * has_disagreement
+            measured = [f"{prediction.disagreement:.6f}"] if has_disagreement else []
             writer.writerow([path, *first, "", *measured, *itertools.chain(*others)])
     return num_errors
 

@@ -330,6 +330,13 @@ def test_a_run_from_before_a_key_existed_is_kept(tmp_path):
         ablation.main([*arguments, "--config.data.split_seed=0"])
 
 
+@pytest.mark.parametrize("folder", ["studies", "benchmarks", "checks"])
+def test_the_folder_of_a_program_hides_no_module_of_a_library(folder):
+    """Python searches the folder of a program first; JAX tries to import `compression`."""
+    names = {path.stem for path in (REPOSITORY / "experiments" / folder).glob("*.py")}
+    assert not names & (sys.stdlib_module_names | {"compression", "annotationlib"})
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_all_runs_are_saved_after_a_signal(tmp_path, training, signum):
     folder = tmp_path / "slow"

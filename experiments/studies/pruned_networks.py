@@ -1,7 +1,7 @@
 """Compares ways to compress a network: the ranking of the channels, distillation and dropout.
 
     cnn_jax train --workdir=runs/first
-    python experiments/studies/compression.py --bundle=runs/first --workdir=runs/compression
+    python experiments/studies/pruned_networks.py --bundle=runs/first --workdir=runs/compression
         [--keep=0.3] [--epochs=8] [--variants taylor random ...]
 
 Each variant is `cnn_jax.compress.compressor.compress` with one change, in a run of its own, and
