@@ -21,8 +21,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# JAX imports a module `compression`, which compression.py in the folder of this file would hide.
-sys.path.pop(0)
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from cnn_jax.config import files

@@ -339,7 +339,7 @@ def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs)
 def test_an_interruption_after_divergence_saves_nothing(image_folder, tmp_path, monkeypatch):
     real_step = TrainStep.__call__
 
-    def diverge(self, state, batch):
+    def diverge(self, state, batch, extra):
         # The loss of a step is computed before the update, so the loss stays finite.
         state, metrics = real_step(self, state, batch, extra)
         return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
