@@ -24,8 +24,7 @@ from cnn_jax.inference.protocol import (
     TrainedPredictor,
     check_images,
 )
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import abstract_variables, forward, make_model, stages
+from cnn_jax.models.network import Network, abstract_variables, forward, make_model, stages
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import BundleError, DataError
 

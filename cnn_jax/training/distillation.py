@@ -17,8 +17,7 @@ from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing, normalize
 from cnn_jax.inference.bundle import Bundle, Ensemble, read_networks
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import make_model
+from cnn_jax.models.network import Network, make_model
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.training.loss import cross_entropy
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from cnn_jax.models.base import Network
+from cnn_jax.models.network import Network
 
 # In the one-cycle schedule, the fraction of the steps in which the learning rate rises, and the
 # factor by which it rises. These are the defaults of PyTorch and Optax.
