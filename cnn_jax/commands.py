@@ -23,6 +23,8 @@ COMMANDS = {
     "compress": ("compress", "make a smaller and faster network"),
     "export": ("export", "write a model for other runtimes"),
     "robustness": ("robustness", "measure a bundle on corrupted images"),
+    "soup": ("soup", "average continuations of a run"),
+    "lr_range": ("lr_range", "suggest a learning rate"),
     "tune": ("tune", "search for better hyper-parameters"),
     "registry": ("registry", "keep versions of bundles under names"),
     "serve": ("serve", "answer requests over HTTP"),

@@ -46,6 +46,8 @@ SOURCE_FORMS = (
     "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
 )
 SOURCE_PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):.+", re.DOTALL)
+OPTIMIZERS = ("adam", "adamw", "sgd", "lion")
+SCHEDULES = ("cosine", "one_cycle")
 MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
 
 
@@ -209,6 +211,18 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "The largest zoom in or out, as a fraction.",
         ),
         "contrast": fraction(0.2, "The largest change of contrast up or down, as a fraction."),
+        "crop_area": number(
+            1.0,
+            "The smallest area of a random crop, as a fraction of the image; 1: no crops.",
+            "above 0, at most 1",
+            lambda v: 0 < v <= 1,
+        ),
+        "trivial_augment": boolean(
+            False, "Whether each image gets one random operation of TrivialAugment."
+        ),
+        "erasing_probability": fraction(
+            0.0, "The fraction of images in which a box gets a random colour (random erasing)."
+        ),
         "mixup_probability": fraction(
             0.0, "The fraction of images that MixUp blends with another image."
         ),
@@ -234,9 +248,23 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
     },
     "optimizer": {
+        "name": choice(
+            "adam",
+            "The optimizer; adamw is adam with optimizer.weight_decay, sgd has momentum.",
+            OPTIMIZERS,
+        ),
+        "momentum": fraction_below_one(
+            0.9, "The part of its previous step that sgd adds to a step; for sgd only."
+        ),
+        "schedule": choice(
+            "cosine",
+            "cosine: a cosine decay after optimizer.warmup_epochs; one_cycle: a rise from 1/25 of "
+            "the learning rate, then a cosine decay.",
+            SCHEDULES,
+        ),
         "learning_rate": positive(
             1e-3,
-            "Adam's learning rate at the start of the cosine decay.",
+            "The learning rate at the start of the cosine decay.",
         ),
         "final_learning_rate": number(
             1e-4, "The learning rate at the end of the cosine decay.", "0 or more", lambda v: v >= 0
@@ -246,7 +274,8 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "warmup_epochs": number(
             0.0,
-            "The number of epochs in which the learning rate rises from 0.",
+            "The number of epochs in which the learning rate rises; with one_cycle, 0 means 30 % "
+            "of the decay.",
             "0 or more",
             lambda v: v >= 0,
         ),
@@ -303,6 +332,11 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "may be 0.",
             low=0,
         ),
+        "ema": fraction_below_one(
+            0.0,
+            "The decay of a moving average of the weights, such as 0.999, which validation and the "
+            "bundle use; 0: no average.",
+        ),
         "label_smoothing": fraction_below_one(
             0.1,
             "The probability that the target spreads over all classes.",
@@ -317,6 +351,30 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "monitor": choice(
             "validation_accuracy", "The metric that decides which epoch is the best.", MONITORS
+        ),
+    },
+    "distill": {
+        "bundles": text(
+            "",
+            "The paths of bundles or runs, with commas between them, whose mean prediction is an "
+            "additional target of training (teachers).",
+            "paths with commas between them, or empty",
+            lambda v: not v or all(map(str.strip, v.split(","))),
+        ),
+        "weight": number(
+            0.5,
+            "The weight of the teachers' predictions in the loss; the labels have the rest.",
+            "above 0, at most 1",
+            lambda v: 0 < v <= 1,
+        ),
+        "temperature": positive(
+            2.0, "The logits of the teachers and of the network are divided by it."
+        ),
+        "sha256": text(
+            "",
+            "The sha256 of the teachers; a run sets it when it starts.",
+            "a sha256, or empty",
+            lambda v: not v or bool(re.fullmatch(r"[0-9a-f]{64}", v)),
         ),
     },
     "checkpoint": {
@@ -580,6 +638,11 @@ def validate(config: Config, num_devices: int) -> None:
         )
     if not values["train.epochs"] and not values["train.probe"]:
         raise ConfigError("config.train.epochs: must be at least 1 unless train.probe=True, got 0")
+    if values["optimizer.name"] == "adamw" and not values["optimizer.weight_decay"]:
+        raise ConfigError(
+            "config.optimizer.weight_decay: must be above 0 with optimizer.name=adamw, such as "
+            "0.01, got 0"
+        )
     decay = "optimizer.decay_epochs" if values["optimizer.decay_epochs"] else "train.epochs"
     if values["train.epochs"] and values["optimizer.warmup_epochs"] >= values[decay]:
         raise ConfigError(

@@ -82,6 +82,7 @@ def show_plan(
             "training": f"{count(config.train.epochs, 'epoch')}, batch size "
             f"{config.train.batch_size}, seed {config.seed}{_split_seed(config)}; "
             f"best epoch by {config.train.monitor}"
+            + _options(config)
             + _mixing(config)
             + _accumulation(config, model, image_size)
             + _extension(config)
@@ -179,6 +180,21 @@ def _interval_width(test_images: int, config: Config) -> list[str]:
         f"{images}: accuracy will be known to ± {100 * margin:.0f} points",
         f"(more precise with {exact}several seeds)",
     ]
+
+
+def _options(config: Config) -> str:
+    """Describes the optimizer, the average of the weights and the teachers, unless default."""
+    optimizer, distill = config.optimizer, config.distill
+    parts = []
+    if (optimizer.name, optimizer.schedule) != ("adam", "cosine"):
+        schedule = optimizer.schedule.replace("_", "-")
+        parts.append(f"{optimizer.name} with the {schedule} schedule")
+    if config.train.ema:
+        parts.append(f"averaged weights (decay {config.train.ema:g})")
+    if distill.bundles:
+        teachers = count(len(distill.bundles.split(",")), "teacher")
+        parts.append(f"{teachers} with weight {distill.weight:g}")
+    return "".join(f"\n{part}" for part in parts)
 
 
 def _mixing(config: Config) -> str:

@@ -16,6 +16,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import REPOSITORY, write_images
 from PIL import Image
@@ -142,6 +143,24 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
     A running average would also contain the batch statistics of earlier parameters.
     """
     workdir, config, _ = finished
+    _assert_own_statistics(workdir, config)
+
+
+def test_an_average_of_the_parameters_has_its_own_batch_statistics(image_folder, tmp_path):
+    """The bundle has the average in the checkpoint of the best epoch."""
+    config = _tiny(image_folder, **{"train.ema": 0.9, "train.epochs": 2})
+    train_and_evaluate(config, tmp_path / "run")
+    _assert_own_statistics(tmp_path / "run", config)
+    found = read_bundle(tmp_path / "run" / "bundle").variables["params"]
+    best = max(_history(tmp_path / "run"), key=lambda record: record["validation_accuracy"])
+    saved = ocp.StandardCheckpointer().restore(
+        (tmp_path / "run" / "checkpoints" / str(best["step"]) / "state").resolve()
+    )
+    jax.tree.map(np.testing.assert_array_equal, saved["average"], found)
+    assert not np.array_equal(saved["params"]["head"]["kernel"], found["head"]["kernel"])
+
+
+def _assert_own_statistics(workdir, config):
     predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     found = predictor.variables
@@ -281,8 +300,8 @@ def test_an_infinite_loss_stops_the_run_and_keeps_checkpoints(image_folder, tmp_
     config = _tiny(image_folder)
     real_step = TrainStep.__call__
 
-    def poisoned(self, state, batch):
-        state, metrics = real_step(self, state, batch)
+    def poisoned(self, state, batch, extra):
+        state, metrics = real_step(self, state, batch, extra)
         bad = state.step == 9  # Step 9 is in the second epoch.
         return state, metrics.replace(
             loss_sum=jax.numpy.where(bad, jax.numpy.nan, metrics.loss_sum)
@@ -320,9 +339,9 @@ def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs)
 def test_an_interruption_after_divergence_saves_nothing(image_folder, tmp_path, monkeypatch):
     real_step = TrainStep.__call__
 
-    def diverge(self, state, batch):
+    def diverge(self, state, batch, extra):
         # The loss of a step is computed before the update, so the loss stays finite.
-        state, metrics = real_step(self, state, batch)
+        state, metrics = real_step(self, state, batch, extra)
         return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
 
     @contextlib.contextmanager
