@@ -25,6 +25,8 @@ COMMANDS = {
     "tune": ("tune", "search for better hyper-parameters"),
     "registry": ("registry", "keep versions of bundles under names"),
     "serve": ("serve", "answer requests over HTTP"),
+    "monitor": ("monitor", "watch a served version for drift and lost accuracy"),
+    "label": ("label", "choose logged images to label, and store their labels"),
     "cache": ("cache", "show or clear the files kept between runs"),
 }
 
