@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float64, Int
 
+from cnn_jax.data.findings import count
 from cnn_jax.data.request_log import class_names, read_feedback, read_requests
 from cnn_jax.quality.reference import Predictions
 from cnn_jax.system.errors import DataError, printable
@@ -108,14 +109,15 @@ def read_rows(
     table, left_out = _unique(table)
     if left_out:
         warnings.append(
-            f"{left_out:,} rows have the request id and the image index of another row and are "
-            "left out; are the folders of --log copies of each other?"
+            f"{count(left_out, 'row has', 'rows have')} the request id and the image index of "
+            "another row: left out; are the folders of --log copies of each other?"
         )
     times = table["time"].to_numpy().astype("datetime64[us]").astype(np.int64) / 1e6
     is_wanted = (times >= since) & (times <= time.time() + _MAX_SKEW)
     if future := int((times > time.time() + _MAX_SKEW).sum()):
         warnings.append(
-            f"{future:,} rows are from the future and are left out; set the clocks of the servers"
+            f"{count(future, 'row is', 'rows are')} from the future: left out; set the clocks of "
+            "the servers"
         )
     order = np.flatnonzero(is_wanted)[np.argsort(times[is_wanted], kind="stable")]
     table, times = table.take(order), times[order]
@@ -186,7 +188,8 @@ def _labels(
     warnings = []
     if skewed:
         warnings.append(
-            f"{skewed:,} labels are older than their requests; set the clocks of the servers"
+            f"{count(skewed, 'label is', 'labels are')} older than the request; set the clocks of "
+            "the servers"
         )
     return labels, warnings
 

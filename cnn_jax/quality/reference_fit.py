@@ -1,8 +1,10 @@
 """Measures the reference statistics of a network on its training and validation images."""
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
@@ -56,15 +58,27 @@ def measure_reference(
         of a run may share the positions.
       seed: Seed of the samples and of the corruptions.
     """
+    samples = measure_samples(predictor, loader, splits, labels, track, share, seed)
+    return fit_reference(**samples)
+
+
+def measure_samples(
+    predictor: BundlePredictor,
+    loader: Loader,
+    splits: Mapping[str, Int[np.ndarray, " _n"]],
+    labels: Int[np.ndarray, " n"],
+    track: Track = no_track,
+    share: Share = lambda predict, count: predict(np.arange(count)),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Returns the arguments of `trust.fit_reference` by name; see `measure_reference`."""
 
     def draw(split: str, size: int) -> Int[np.ndarray, " m"]:
         indices = splits[split]
         return indices[stratified_sample(labels[indices], size, seed)]
 
     def predict(
-        indices: Int[np.ndarray, " m"],
-        name: str,
-        change: _Change = lambda batches, positions: batches,
+        indices: Int[np.ndarray, " m"], name: str, change: _Change = lambda batches, _: batches
     ) -> Predictions:
         def predict_some(positions: Int[np.ndarray, " k"]) -> Predictions:
             batches = image_batches(loader, indices[positions], track, f"reference: {name}")
@@ -77,15 +91,28 @@ def measure_reference(
     to_corrupt = np.repeat(draw("validation", _CORRUPTED_IMAGES), _COPIES)
     embeddings = predict(train, "training images").embeddings
     means, covariance = fit_embedding(embeddings, labels[train], len(predictor.class_names))
-    clean = predict(validation, "validation images")
-    corrupted = predict(
-        to_corrupt,
-        "corrupted images",
-        lambda batches, positions: _corrupt(batches, positions, seed),
-    )
-    return fit_reference(
-        means, covariance, clean, labels[validation], corrupted, labels[to_corrupt]
-    )
+    return {
+        "class_means": means,
+        "covariance": covariance,
+        "clean": predict(validation, "validation images"),
+        "clean_labels": labels[validation],
+        "corrupted": predict(
+            to_corrupt, "corrupted images", functools.partial(_corrupt, seed=seed)
+        ),
+        "corrupted_labels": labels[to_corrupt],
+    }
+
+
+def condition(position: int, seed: int = 0) -> tuple[str, int]:
+    """Returns the corruption and the severity of a corrupted image.
+
+    Args:
+      position: The position of the image among the corrupted images of `measure_samples`.
+      seed: The seed of the corruptions.
+    """
+    number, copy = divmod(position, _COPIES)
+    order = np.random.default_rng([seed, number]).permutation(len(_CONDITIONS))
+    return _CONDITIONS[order[copy]]
 
 
 def predict_batches(
@@ -119,24 +146,15 @@ def _corrupt(
     which have the same image, have different corruptions.
     """
 
-    def work(item: tuple[int, np.ndarray]) -> UInt8[np.ndarray, "_batch height width 3"]:
+    def work(
+        item: tuple[int, UInt8[np.ndarray, "_batch height width 3"]],
+    ) -> UInt8[np.ndarray, "_batch height width 3"]:
         start, batch = item
-        return np.stack(
-            [
-                _corrupted(image, int(positions[start + row]), seed)
-                for row, image in enumerate(batch)
-            ]
-        )
+        images = []
+        for image, position in zip(batch, positions[start:].tolist(), strict=False):
+            name, severity = condition(position, seed)
+            images.append(CORRUPTIONS[name](image, severity, position // _COPIES))
+        return np.stack(images)
 
     starts = itertools.count(0, BATCH_SIZE)
     return read_ahead(work, zip(starts, batches, strict=False))
-
-
-def _corrupted(
-    image: UInt8[np.ndarray, "height width 3"], position: int, seed: int
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Corrupts an image with the corruption and the severity of its position."""
-    number, copy = divmod(position, _COPIES)
-    order = np.random.default_rng([seed, number]).permutation(len(_CONDITIONS))
-    name, severity = _CONDITIONS[order[copy]]
-    return CORRUPTIONS[name](image, severity, number)
