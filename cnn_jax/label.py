@@ -1,7 +1,8 @@
 """Chooses logged images that are worth a label, and stores labels in the request log.
 
-    cnn_jax label --registry=DIR --model=NAME --log=LOG --page=label.html [--count=100]
-    cnn_jax label --log=LOG --labels=labels.csv
+    cnn_jax label --registry=DIR --model=NAME --log=LOG [LOG ...] --page=label.html
+        [--count=100]
+    cnn_jax label --log=LOG [LOG ...] --labels=labels.csv
 
 The first command writes a page with images of one version: a random part, which gives an unbiased
 accuracy, the images with the least confident predictions, and the most unusual images. Open the
@@ -52,10 +53,8 @@ def main(argv: Sequence[str]) -> None:
     if (flags.page is None) == (flags.labels is None):
         raise ConfigError("either --page or --labels must be given")
     if flags.labels is not None:
-        if len(flags.log) > 1:
-            raise ConfigError("--labels: needs exactly one folder in --log")
-        count = add_labels(flags.log[0], read_labels(pathlib.Path(flags.labels)))
-        print(f"stored {count:,} labels in {printable(flags.log[0])}")
+        count = add_labels(flags.log, read_labels(pathlib.Path(flags.labels)))
+        print(f"stored {count:,} labels in {printable(', '.join(flags.log))}")
         return
 
     served = open_version(flags)

@@ -151,60 +151,66 @@ def read_labels(path: pathlib.Path) -> list[dict[str, Any]]:
     return labels
 
 
-def add_labels(folder: str, labels: Sequence[Mapping[str, Any]]) -> int:
-    """Stores labels in a request log; either all or none are stored.
+def add_labels(folders: Sequence[str], labels: Sequence[Mapping[str, Any]]) -> int:
+    """Stores labels in the request logs that have the images. All labels are checked before.
 
     Args:
-      folder: The request log. Servers may write to it at the same time.
+      folders: The request logs. Servers may write to them at the same time.
       labels: For each image "key", "label" and "new_class", and "line" for messages.
 
     Returns:
       The number of labels.
 
     Raises:
-      DataError: The log does not have an image, two labels of an image differ, or a label is not a
+      DataError: The logs do not have an image, two labels of an image differ, or a label is not a
         class of the bundle that predicted the image.
       OSError: The labels cannot be written.
     """
-    digests = _digests(folder)
-    names = {digest: class_names(folder, digest) for digest in set(digests.values())}
-    given: dict[Key, str] = {}
+    digests = {folder: _digests(folder) for folder in folders}
+    given: dict[str, dict[Key, str]] = {folder: {} for folder in folders}
     for item in labels:
         key, label, where = item["key"], item["label"], f"line {item['line']}"
-        if key not in digests:
+        folder = next((folder for folder in folders if key in digests[folder]), None)
+        if folder is None:
             raise DataError(
-                f"{where}: {folder} has no image {key[1]} of request {printable(key[0])}; it was "
-                "deleted, or it is in another request log"
+                f"{where}: {', '.join(map(str, folders))} has no image {key[1]} of request "
+                f"{printable(key[0])}; it was deleted, or it is in another request log"
             )
-        if given.setdefault(key, label) != label:
+        if given[folder].setdefault(key, label) != label:
             raise DataError(
                 f"{where}: image {key[1]} of request {key[0]} has two labels, "
-                f"{printable(given[key])!r} and {printable(label)!r}; keep one of them"
+                f"{printable(given[folder][key])!r} and {printable(label)!r}; keep one of them"
             )
-        known = names[digests[key]]
+        known = class_names(folder, digests[folder][key])
         if label not in known and not item["new_class"]:
             hint = did_you_mean(label, known)
             raise DataError(
                 f"{where}: the model has no class {printable(label)!r}{hint}; for a class "
                 "that the model does not know, write true in the column new_class"
             )
-    if given:
-        segments = Segments(pathlib.Path(folder) / "feedback", FEEDBACK)
-        ids, indices = zip(*given, strict=True)
-        segments.append(
-            {
-                "time": [round(1e6 * time.time())] * len(given),
-                "request_id": ids,
-                "image_index": indices,
-                "label": list(given.values()),
-                "reward": [None] * len(given),
-            }
-        )
-        segments.close()
-        # A server may have deleted rows before the labels were written.
-        if lost := len(given.keys() - _digests(folder).keys()):
-            raise DataError(f"{folder}: a server has just deleted {lost} of the labelled images")
-    return len(given)
+    for folder, by_key in given.items():
+        if by_key:
+            _append_labels(folder, by_key)
+    return sum(map(len, given.values()))
+
+
+def _append_labels(folder: str, labels: Mapping[Key, str]) -> None:
+    """Writes a file of labels to a request log."""
+    segments = Segments(pathlib.Path(folder) / "feedback", FEEDBACK)
+    ids, indices = zip(*labels, strict=True)
+    segments.append(
+        {
+            "time": [round(1e6 * time.time())] * len(labels),
+            "request_id": ids,
+            "image_index": indices,
+            "label": list(labels.values()),
+            "reward": [None] * len(labels),
+        }
+    )
+    segments.close()
+    # A server may have deleted rows before the labels were written.
+    if lost := len(labels.keys() - _digests(folder).keys()):
+        raise DataError(f"{folder}: a server has just deleted {lost} of the labelled images")
 
 
 def _digests(folder: str) -> dict[Key, str]:

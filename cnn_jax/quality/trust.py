@@ -131,6 +131,8 @@ def fit_reference(
         trust_weights=np.zeros(1),
         trust_factor=np.ones(()),
     )
+    # The arrays of the trust model are stored as float32, so that the last bits of a sum do not
+    # change the bundle's digest.
     rows = np.concatenate([features(unfitted, distances, p) for p in (clean, corrupted)])
     hits = np.concatenate([clean_hits, corrupted_hits])
     weights = np.ones(len(hits))
@@ -139,27 +141,29 @@ def fit_reference(
     means, scales = rows.mean(axis=0), rows.std(axis=0) + _CLIP
     fitted = dataclasses.replace(
         unfitted,
-        trust_means=means,
-        trust_scales=scales,
-        trust_weights=fit_logistic((rows - means) / scales, hits, weights),
+        trust_means=means.astype(np.float32),
+        trust_scales=scales.astype(np.float32),
+        trust_weights=fit_logistic((rows - means) / scales, hits, weights).astype(np.float32),
     )
     mean = correctness(fitted, distances, clean).mean()
-    return dataclasses.replace(fitted, trust_factor=np.asarray(accuracy / max(mean, _CLIP)))
+    return dataclasses.replace(
+        fitted, trust_factor=np.asarray(accuracy / max(mean, _CLIP), np.float32)
+    )
 
 
 def _class_log_odds(
     classes: Int[np.ndarray, " n"], hits: Bool[np.ndarray, " n"], num_classes: int
-) -> Float64[np.ndarray, " classes"]:
+) -> Float[np.ndarray, " classes"]:
     """Returns the log-odds that a prediction of each class is correct on corrupted images.
 
     A network that does not recognise images often predicts the same few classes for them.
     """
     if not len(classes):
-        return np.zeros(num_classes)
+        return np.zeros(num_classes, np.float32)
     counts = np.bincount(classes, minlength=num_classes)
     correct = np.bincount(classes, hits, minlength=num_classes)
     rates = (correct + _PRIOR_IMAGES * hits.mean()) / (counts + _PRIOR_IMAGES)
-    return scipy.special.logit(np.clip(rates, _MARGIN, 1 - _MARGIN))
+    return scipy.special.logit(np.clip(rates, _MARGIN, 1 - _MARGIN)).astype(np.float32)
 
 
 def features(
