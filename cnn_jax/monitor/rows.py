@@ -132,10 +132,9 @@ def read_rows(
 
 def _unique(table: pa.Table) -> tuple[pa.Table, int]:
     """Removes rows whose request id and image index occurred before; returns their number too."""
-    keys = pc.binary_join_element_wise(
-        table["request_id"], pc.cast(table["image_index"], pa.string()), "/"
-    )
-    _, first = np.unique(np.array(keys.to_pylist(), dtype=object).astype(str), return_index=True)
+    ids, indices = table["request_id"].to_pylist(), table["image_index"].to_pylist()
+    keys = np.array([f"{i}/{index}" for i, index in zip(ids, indices, strict=True)], str)
+    _, first = np.unique(keys, return_index=True)
     return table.take(np.sort(first)), table.num_rows - len(first)
 
 

@@ -353,7 +353,7 @@ MUTATIONS = [
     ("data/pipeline.py", "mp_prefetch\n        iterator = iter(prefetch(options, _end_with_the_main_process))", "mp_prefetch\n        iterator = iter(prefetch(options))", "training/test_faults.py"),
     ("data/pipeline.py", "draws = {name: values[rows] for name, values in draws.items()}", "pass", "data/test_pipeline.py"),
     ("data/pipeline.py", "positions = batch * batch_size + own_rows", "positions = batch * batch_size + np.arange(batch_size)[: len(own_rows)]", "data/test_pipeline.py"),
-    ("training/results.py", "rows[part] = gathered", "probabilities[: len(rows)] = rows", "training/test_processes.py"),
+    ("training/results.py", "rows[part] = gathered", "rows[: len(gathered)] = gathered", "training/test_processes.py"),
     ("tune/space.py", "return [distribution.low, distribution.high]", "return [distribution.low]", "tune/test_space.py"),
     ("tune/search.py", "trial.number, *name.encode()", "*name.encode()", "tune/test_search.py"),
     ("tune/search.py", "if trial.number == 0:", "if False:", "tune/test_tune_study.py"),
