@@ -41,10 +41,12 @@ def choose(
     Returns:
       The positions of at most `count` images, each with one of `REASONS`.
     """
+    if not len(rows):
+        return []
     is_free = rows.labels < 0
     predictions = rows.predictions
     unusual = np.zeros(len(rows))
-    if reference is not None and len(rows):
+    if reference is not None:
         distances = Distances(reference.class_means, reference.covariance)
         unusual = -statistics(distances, predictions)[:, 0].astype(np.float64)
     quota_random = round(count * random_fraction)
