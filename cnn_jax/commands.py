@@ -25,8 +25,8 @@ COMMANDS = {
     "tune": ("tune", "search for better hyper-parameters"),
     "registry": ("registry", "keep versions of bundles under names"),
     "serve": ("serve", "answer requests over HTTP"),
-    "monitor": ("monitor", "watch a served version for drift and lost accuracy"),
-    "label": ("label", "choose logged images to label, and store their labels"),
+    "monitor": ("monitor", "find drift and lost accuracy while serving"),
+    "label": ("label", "label images of the request log"),
     "cache": ("cache", "show or clear the files kept between runs"),
 }
 

@@ -9,6 +9,7 @@ from typing import Any
 import markupsafe
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from cnn_jax.monitor.rows import Rows
 from cnn_jax.quality.drift import TESTS
@@ -63,8 +64,8 @@ def write_monitor_page(
         tests=TESTS,
         groups=sorted({example["group"] for example in examples}),
         examples=[dict(e, uri=markupsafe.Markup(e["uri"])) for e in examples],
+        time=lambda iso: iso[:16].replace("T", " "),
         limit=result["reference"]["accuracy"] - result["max_drop"],
-        **style.sorting_script(),
     )
     write_text(path, page, shared=True)
 
@@ -113,6 +114,7 @@ def _plot_accuracy(result: Mapping[str, Any], figure: Figure, theme: Theme) -> N
         axes.errorbar(x, accuracy, errors, color=theme.second, fmt="s", ms=4, label="labelled")
     axes.set(xlabel="window", ylabel="accuracy (%)", ylim=(-0.02, 1.02))
     axes.yaxis.set_major_formatter(style.percent())
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     style.legend(axes, theme, loc="lower left", ncols=2)
 
 
@@ -128,4 +130,5 @@ def _plot_tests(result: Mapping[str, Any], figure: Figure, theme: Theme) -> None
     threshold = result["level"] / len(TESTS)
     axes.axhline(threshold, color=theme.ink, linewidth=1, linestyle="--")
     axes.set(xlabel="window", ylabel="p-value", yscale="log", ylim=(_SMALLEST / 2, 2))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
     style.legend(axes, theme, loc="lower left", ncols=2)
