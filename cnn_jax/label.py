@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
             f"{', '.join(flags.log)}: no image can be labelled; "
             + ("start the server with --request_log_images" if chosen else "all have labels")
         )
-    title = f"Images of {printable(served.model)} to label"
+    title = f"Images of {printable(served.name)} to label"
     write_label_page(pathlib.Path(flags.page), items, rows.class_names, title)
     counts = Counter(item["reason"] for item in items)
     parts = ", ".join(f"{counts[reason]} {reason}" for reason in REASONS if counts[reason])

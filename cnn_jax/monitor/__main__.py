@@ -58,9 +58,7 @@ def describe(result: Mapping[str, Any], width: int | None) -> str:
     from cnn_jax.monitor.page import BLIND_SPOT, EXPLANATIONS
 
     reference, labels = result["reference"], result["labels"]
-    name = printable(str(result["model"]))
-    if result["version"] is not None:
-        name += f"/{result['version']}"
+    name = printable(f"{result['model']}/{result['version']}")
     lines = [
         f"{name}: {result['images']:,} images, {len(result['windows'])} windows of "
         f"{result['window']:,}; {result['waiting']:,} images wait for the next window.",
@@ -147,11 +145,11 @@ def main(argv: Sequence[str]) -> None:
     reference = served.reference
     if reference is None:
         raise DataError(
-            f"{served.model}: the bundle has no reference statistics; compute them with "
+            f"{served.name}: the bundle has no reference statistics; compute them with "
             "--bundle=RUN --fit_reference=FILE, and add --reference=FILE to this command"
         )
     rows = open_rows(flags, served)
-    result = {"model": served.model, "version": served.version, "digest": served.digest}
+    result = {"model": rows.model, "version": rows.version, "digest": served.digest}
     result |= measure(rows, reference, flags.window, flags.last, flags.level, flags.max_drop)
     for warning in rows.warnings:
         logger.warning("%s", warning)

@@ -30,14 +30,12 @@ class Served:
     """The version that the flags name.
 
     Attributes:
-      model: The name of the model, or the bundle's folder.
-      version: The number of the version in the registry; None for a folder.
+      name: MODEL/VERSION in the registry, or the bundle's folder; for messages.
       digest: The digest of the bundle.
       reference: The reference statistics; None if the bundle has none.
     """
 
-    model: str
-    version: int | None
+    name: str
     digest: str
     reference: Reference | None
 
@@ -96,20 +94,20 @@ def open_version(flags: argparse.Namespace) -> Served:
         if flags.model is not None:
             raise ConfigError("--model: is for --registry; --bundle already names the version")
         path = find_bundle(flags.bundle)
-        name, number = str(flags.bundle), None
+        name = str(flags.bundle)
         own_digest, reference = digest(path), read_reference(path)
     else:
         if not flags.registry or flags.model is None:
             raise ConfigError("--bundle, or --registry and --model, must be given")
         registry = Registry(flags.registry)
-        name, selector = parse_reference(flags.model)
-        version = registry.resolve(name, CHAMPION if selector is None else selector)
-        number, own_digest = version.number, version.bundle.digest
+        model, selector = parse_reference(flags.model)
+        version = registry.resolve(model, CHAMPION if selector is None else selector)
+        name, own_digest = str(version), version.bundle.digest
         with tempfile.TemporaryDirectory(prefix="cnn_jax-") as directory:
             reference = read_reference(registry.fetch(version, directory))
     if flags.reference is not None:
         reference = load_reference(pathlib.Path(flags.reference), own_digest)
-    return Served(name, number, own_digest, reference)
+    return Served(name, own_digest, reference)
 
 
 def open_rows(flags: argparse.Namespace, served: Served, *, with_labelled: bool = False) -> Rows:

@@ -1,6 +1,5 @@
 """Reads the predictions of one bundle, and their labels, from request logs."""
 
-import collections
 import dataclasses
 import datetime
 import hashlib
@@ -41,7 +40,8 @@ class Rows:
       labels: The true class of each image, in the numbering of `class_names`; -1 without a label,
         and the number of classes if the label is not a class of the bundle.
       class_names: The classes of the bundle.
-      names: MODEL/VERSION of the rows, as the servers called them.
+      model: The name under which the latest image was served.
+      version: The version under which the latest image was served.
       warnings: One sentence for each problem of the log.
     """
 
@@ -50,7 +50,8 @@ class Rows:
     predictions: Predictions
     labels: Int[np.ndarray, " n"]
     class_names: list[str]
-    names: list[str]
+    model: str
+    version: int
     warnings: list[str]
 
     def __len__(self) -> int:
@@ -82,29 +83,16 @@ def read_rows(
       DataError: A folder is not a request log, the logs have no predictions of this bundle, or
         their predictions have no embeddings.
     """
-    tables, found, names = [], collections.Counter[str](), set()
-    home: str | os.PathLike[str] | None = None
-    for folder in folders:
-        table = read_requests(folder, _COLUMNS, since, with_labelled=with_labelled)
-        own = table.filter(pc.field("digest") == digest)
-        others = table.filter(pc.field("digest") != digest).select(["model", "version", "digest"])
-        found.update(
-            f"{r['model']}/{r['version']} ({r['digest'][:12]})" for r in others.to_pylist()
-        )
-        if own.num_rows:
-            home = folder
-        tables.append(own)
-    table = pa.concat_tables(tables)
-    if home is None:
-        listed = ", ".join(printable(name) for name, _ in found.most_common(5))
+    tables = {f: read_requests(f, _COLUMNS, since, with_labelled=with_labelled) for f in folders}
+    own = {f: table.filter(pc.field("digest") == digest) for f, table in tables.items()}
+    table = pa.concat_tables(own.values())
+    if not table.num_rows:
+        in_time = " in this time" if since else ""
         raise DataError(
             f"{', '.join(map(str, folders))}: there are no predictions of the bundle "
-            f"{digest[:12]}; "
-            + (f"the log has predictions of {listed}" if found else "it is empty")
+            f"{digest[:12]}{in_time}; {_describe_versions(pa.concat_tables(tables.values()))}"
         )
-    names = sorted(
-        {f"{r['model']}/{r['version']}" for r in table.select(["model", "version"]).to_pylist()}
-    )
+    classes = class_names(next(f for f, table in own.items() if table.num_rows), digest)
     warnings = []
     table, left_out = _unique(table)
     if left_out:
@@ -119,15 +107,30 @@ def read_rows(
             f"{count(future, 'row is', 'rows are')} from the future: left out; set the clocks of "
             "the servers"
         )
+    latest = int(np.argmax(times))
+    model, version = table["model"][latest].as_py(), table["version"][latest].as_py()
     order = np.flatnonzero(is_wanted)[np.argsort(times[is_wanted], kind="stable")]
     table, times = table.take(order), times[order]
     ids, indices = table["request_id"].to_pylist(), table["image_index"].to_pylist()
     keys = list(zip(ids, indices, strict=True))
-    classes = class_names(home, digest)
     labels, label_warnings = _labels(folders, keys, times, classes)
     return Rows(
-        keys, times, _predictions(table, digest), labels, classes, names, warnings + label_warnings
+        keys=keys,
+        times=times,
+        predictions=_predictions(table, digest),
+        labels=labels,
+        class_names=classes,
+        model=model,
+        version=version,
+        warnings=warnings + label_warnings,
     )
+
+
+def _describe_versions(table: pa.Table) -> str:
+    """Describes the versions whose predictions a table has, for a message."""
+    versions = table.group_by(["model", "version", "digest"]).aggregate([]).to_pylist()
+    names = [f"{v['model']}/{v['version']} ({v['digest'][:12]})" for v in versions]
+    return f"the log has {printable(', '.join(sorted(names)[:5]))}" if names else "it is empty"
 
 
 def _unique(table: pa.Table) -> tuple[pa.Table, int]:

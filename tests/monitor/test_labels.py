@@ -118,7 +118,7 @@ def _bundle(tmp_path, log, monkeypatch):
     """Makes the command use the digest of the simulated log for any bundle."""
     from cnn_jax.monitor.flags import Served
 
-    monkeypatch.setattr("cnn_jax.label.open_version", lambda _: Served("m", 1, DIGEST, None))
+    monkeypatch.setattr("cnn_jax.label.open_version", lambda _: Served("m/1", DIGEST, None))
 
 
 def test_the_page_has_the_images_and_no_predictions(tmp_path, log, monkeypatch, capsys):

@@ -40,7 +40,7 @@ def test_rows_have_the_values_of_the_log(tmp_path):
     rows = read_rows([tmp_path / "log"], DIGEST)
     assert rows.keys == keys
     assert rows.class_names == NAMES
-    assert rows.names == ["shapes/1"]
+    assert (rows.model, rows.version) == ("shapes", 1)
     assert rows.warnings == []
     np.testing.assert_array_equal(rows.labels, [-1] * 7)
     np.testing.assert_array_equal(np.diff(rows.times).round(3), [1] * 6)
