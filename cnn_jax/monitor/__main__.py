@@ -30,7 +30,7 @@ from cnn_jax.monitor.flags import (
 )
 from cnn_jax.monitor.gauges import describe_gauges
 from cnn_jax.monitor.labels import read_images
-from cnn_jax.monitor.rows import Rows
+from cnn_jax.monitor.rows import Folders, Rows
 from cnn_jax.monitor.windows import LAST, MAX_DROP, WINDOW, measure
 from cnn_jax.quality.drift import LEVEL, TESTS
 from cnn_jax.quality.reference import Reference
@@ -199,7 +199,7 @@ def _write_page(
     result: Mapping[str, Any],
     rows: Rows,
     reference: Reference,
-    folders: Sequence[str],
+    folders: Folders,
 ) -> None:
     from cnn_jax.monitor.page import choose_examples, write_monitor_page
 

@@ -3,6 +3,7 @@
 import base64
 import csv
 import json
+import os
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from cnn_jax.data.request_log import FEEDBACK, Segments, class_names, read_requests
-from cnn_jax.monitor.rows import Key, Rows, random_order
+from cnn_jax.monitor.rows import Folders, Key, Rows, random_order
 from cnn_jax.quality.reference import Reference
 from cnn_jax.quality.trust import Distances, statistics
 from cnn_jax.report import style
@@ -65,7 +66,7 @@ def choose(
     return chosen
 
 
-def read_images(folders: Sequence[str], keys: Sequence[Key], since: float) -> dict[Key, bytes]:
+def read_images(folders: Folders, keys: Sequence[Key], since: float) -> dict[Key, bytes]:
     """Returns the logged images, as PNG, that have the given keys.
 
     Args:
@@ -153,7 +154,7 @@ def read_labels(path: pathlib.Path) -> list[dict[str, Any]]:
     return labels
 
 
-def add_labels(folders: Sequence[str], labels: Sequence[Mapping[str, Any]]) -> int:
+def add_labels(folders: Folders, labels: Sequence[Mapping[str, Any]]) -> int:
     """Stores labels in the request logs that have the images. All labels are checked before.
 
     Args:
@@ -169,7 +170,7 @@ def add_labels(folders: Sequence[str], labels: Sequence[Mapping[str, Any]]) -> i
       OSError: The labels cannot be written.
     """
     digests = {folder: _digests(folder) for folder in folders}
-    given: dict[str, dict[Key, str]] = {folder: {} for folder in folders}
+    given: dict[Any, dict[Key, str]] = {folder: {} for folder in folders}
     for item in labels:
         key, label, where = item["key"], item["label"], f"line {item['line']}"
         folder = next((folder for folder in folders if key in digests[folder]), None)
@@ -196,7 +197,7 @@ def add_labels(folders: Sequence[str], labels: Sequence[Mapping[str, Any]]) -> i
     return sum(map(len, given.values()))
 
 
-def _append_labels(folder: str, labels: Mapping[Key, str]) -> None:
+def _append_labels(folder: str | os.PathLike[str], labels: Mapping[Key, str]) -> None:
     """Writes a file of labels to a request log."""
     segments = Segments(pathlib.Path(folder) / "feedback", FEEDBACK)
     ids, indices = zip(*labels, strict=True)
@@ -215,7 +216,7 @@ def _append_labels(folder: str, labels: Mapping[Key, str]) -> None:
         raise DataError(f"{folder}: a server has just deleted {lost} of the labelled images")
 
 
-def _digests(folder: str) -> dict[Key, str]:
+def _digests(folder: str | os.PathLike[str]) -> dict[Key, str]:
     """Returns the digest of the bundle that predicted each image of a request log."""
     table = read_requests(folder, ["request_id", "image_index", "digest"])
     columns = (table[name].to_pylist() for name in table.column_names)

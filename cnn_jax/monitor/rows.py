@@ -27,6 +27,8 @@ _MAX_SKEW = 60.0
 
 # A request id and the index of an image in the request.
 Key = tuple[str, int]
+# The folders of request logs.
+Folders = Sequence[str | os.PathLike[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Rows:
 
 
 def read_rows(
-    folders: Sequence[str | os.PathLike[str]],
+    folders: Folders,
     digest: str,
     since: float = 0.0,
     *,
@@ -164,7 +166,7 @@ def _matrix(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _labels(
-    folders: Sequence[str | os.PathLike[str]],
+    folders: Folders,
     keys: Sequence[Key],
     times: Float64[np.ndarray, " n"],
     classes: Sequence[str],
@@ -181,7 +183,7 @@ def _labels(
             row = rows.get((record["request_id"], record["image_index"]))
             if row is None or record["label"] is None:
                 continue
-            skewed += record["time"].timestamp() < times[row] - _MAX_SKEW
+            skewed += record["time"].timestamp() < float(times[row]) - _MAX_SKEW
             if row not in latest or record["time"] >= latest[row][0]:
                 latest[row] = record["time"], record["label"]
     labels = np.full(len(keys), -1)
