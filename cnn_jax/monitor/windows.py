@@ -9,7 +9,7 @@ import numpy as np
 from cnn_jax.monitor.rows import Rows, random_sample
 from cnn_jax.quality.drift import LEVEL, consecutive, is_different, window_p_values
 from cnn_jax.quality.reference import Reference
-from cnn_jax.quality.trust import Distances, correctness, statistics
+from cnn_jax.quality.trust import Distances, estimate_accuracy, statistics
 from cnn_jax.system.errors import DataError
 from cnn_jax.training.metrics import wilson_interval
 
@@ -109,7 +109,7 @@ def _measure_window(
         "to": _iso(rows.times[part][-1]),
         "p_values": p_values,
         "differs": is_different(list(p_values.values()), level),
-        "estimated_accuracy": float(correctness(reference, distances, predictions).mean()),
+        "estimated_accuracy": estimate_accuracy(reference, distances, predictions),
         "labels": _measure_labels(rows, part),
     }
 

@@ -51,6 +51,7 @@ class Reference:
       trust_means: The mean of each feature of the trust model.
       trust_scales: The standard deviation of each feature.
       trust_weights: The weight of each standardised feature, and the intercept.
+      trust_limit: The largest logarithm of the distance for which the trust model is used.
       trust_factor: The accuracy divided by the mean probability on the validation images.
     """
 
@@ -63,6 +64,7 @@ class Reference:
     trust_means: Float[np.ndarray, " trust"]
     trust_scales: Float[np.ndarray, " trust"]
     trust_weights: Float[np.ndarray, " trust+1"]
+    trust_limit: Float[np.ndarray, ""]
     trust_factor: Float[np.ndarray, ""]
 
     def arrays(self) -> dict[str, np.ndarray]:

@@ -33,6 +33,11 @@ _CLEAN_WEIGHT = 0.5
 # class. The estimated accuracy of a class is clipped to the distance _MARGIN from 0 and 1.
 _PRIOR_IMAGES, _MARGIN = 10, 0.01
 _MAX_ITERATIONS = 50
+# A prediction counts as a guess if its distance from the predicted class is larger than this
+# fraction of the distances in the fit: the model would have to extrapolate.
+_FAMILIAR = 0.99
+# The column of the logarithm of this distance in `features`.
+_LOG_DISTANCE = 2
 
 
 def fit_embedding(
@@ -129,6 +134,7 @@ def fit_reference(
         trust_means=np.zeros(0),
         trust_scales=np.zeros(0),
         trust_weights=np.zeros(1),
+        trust_limit=np.asarray(np.inf),
         trust_factor=np.ones(()),
     )
     # The arrays of the trust model are stored as float32, so that the last bits of a sum do not
@@ -144,6 +150,7 @@ def fit_reference(
         trust_means=means.astype(np.float32),
         trust_scales=scales.astype(np.float32),
         trust_weights=fit_logistic((rows - means) / scales, hits, weights).astype(np.float32),
+        trust_limit=np.asarray(np.quantile(rows[:, _LOG_DISTANCE], _FAMILIAR), np.float32),
     )
     mean = correctness(fitted, distances, clean).mean()
     return dataclasses.replace(
@@ -266,11 +273,21 @@ def fit_logistic(
 def correctness(
     reference: Reference, distances: Distances, predictions: Predictions
 ) -> Float64[np.ndarray, " n"]:
-    """Returns the estimated probability, 0 to 1, that each prediction is correct.
-
-    The factor of the reference makes the mean on clean validation images equal to their accuracy.
-    """
+    """Returns the estimated probability, 0 to 1, that each prediction is correct."""
     rows = features(reference, distances, predictions)
     standardised = (rows - reference.trust_means) / reference.trust_scales
     logits = standardised @ reference.trust_weights[:-1] + reference.trust_weights[-1]
-    return np.minimum(scipy.special.expit(logits) * reference.trust_factor, 1)
+    is_familiar = rows[:, _LOG_DISTANCE] <= reference.trust_limit
+    return np.where(is_familiar, scipy.special.expit(logits), 1 / len(reference.class_means))
+
+
+def estimate_accuracy(
+    reference: Reference, distances: Distances, predictions: Predictions
+) -> float:
+    """Returns the estimated accuracy, 0 to 1, on a window of images.
+
+    The factor of the reference makes the estimate on the clean validation images equal to their
+    accuracy.
+    """
+    mean = correctness(reference, distances, predictions).mean()
+    return min(float(mean * reference.trust_factor), 1.0)

@@ -38,7 +38,7 @@ from cnn_jax.quality.drift import LEVEL, TESTS, is_different, window_p_values
 from cnn_jax.quality.reference import Predictions, Reference
 from cnn_jax.quality.reference_fit import condition, measure_samples, predict_batches
 from cnn_jax.quality.robustness import load_images, read_ahead, stratified_sample
-from cnn_jax.quality.trust import Distances, correctness, fit_reference, statistics
+from cnn_jax.quality.trust import Distances, estimate_accuracy, fit_reference, statistics
 
 _WINDOW = 250
 _PERMUTATIONS = 200
@@ -162,7 +162,7 @@ def study_estimates(
 
     def estimate(fitted: Reference, predictions: Predictions) -> float:
         distances = Distances(fitted.class_means, fitted.covariance)
-        return float(correctness(fitted, distances, predictions).mean())
+        return estimate_accuracy(fitted, distances, predictions)
 
     estimators = {
         "trust model, seen families": lambda p, family: estimate(reference, p),

@@ -192,6 +192,7 @@ def _reference():
         trust_means=rng.normal(size=10),
         trust_scales=np.ones(10),
         trust_weights=rng.normal(size=11),
+        trust_limit=np.asarray(2.0),
         trust_factor=np.asarray(1.01),
     )
 

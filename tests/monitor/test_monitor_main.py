@@ -24,20 +24,31 @@ sys.path.insert(0, str(REPOSITORY / "tests" / "serve"))
 from servers import Served
 
 
+def _png(rng, channel, noise=False):
+    """Returns an image with one brighter channel, or without any class."""
+    height, width = 20 + rng.integers(5, size=2)
+    pixels = rng.integers(0, 256 if noise else 120, (height, width, 3))
+    pixels[..., channel] += 0 if noise else 30
+    file = io.BytesIO()
+    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A small network that distinguishes three colours, and its folder of images."""
-    from conftest import write_images
-
     from configs import default
 
-    folder = tmp_path_factory.mktemp("monitored")
-    write_images(folder / "images", per_class=60)
+    folder, rng = tmp_path_factory.mktemp("monitored"), np.random.default_rng(1)
+    for channel, name in enumerate(("red", "green", "blue")):
+        (folder / "images" / name).mkdir(parents=True)
+        for number in range(80):
+            (folder / "images" / name / f"{number}.png").write_bytes(_png(rng, channel))
     config = default.get_config()
     config.data.source = f"folder:{folder / 'images'}"
     config.data.image_size = (16, 16)
     config.model.features, config.model.dense = (4, 8), 16
-    config.train.batch_size, config.train.epochs = 16, 12
+    config.train.batch_size, config.train.epochs = 16, 15
     config.report.detail = "none"
     from cnn_jax.training.loop import train_and_evaluate
 
@@ -103,16 +114,6 @@ def test_each_image_is_corrupted_in_different_ways():
     found = [reference_fit.condition(position) for position in range(12)]
     assert len(set(found[:6])) == len(set(found[6:])) == 6
     assert found == [reference_fit.condition(position) for position in range(12)]
-
-
-def _png(rng, channel, noise):
-    pixels = rng.integers(0, 120, (20, 20, 3))
-    pixels[..., channel] += 100
-    if noise:
-        pixels = rng.integers(0, 256, pixels.shape)
-    file = io.BytesIO()
-    Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 def test_noise_at_a_server_is_harm(run, tmp_path):

@@ -191,8 +191,8 @@ def test_statistics_and_estimates_of_a_window_are_those_of_its_rows(tmp_path, re
         np.bincount(part.classes, minlength=3),
     )
     assert result["windows"][1]["p_values"] == expected
-    mean = trust.correctness(reference, distances, part).mean()
-    assert result["windows"][1]["estimated_accuracy"] == pytest.approx(mean)
+    estimate = trust.estimate_accuracy(reference, distances, part)
+    assert result["windows"][1]["estimated_accuracy"] == estimate
     only = measure(rows, reference, window=50, last=1)["windows"]
     assert only == [result["windows"][1] | {"alarm": False}]
 

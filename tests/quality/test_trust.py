@@ -95,9 +95,8 @@ def test_the_estimate_equals_the_accuracy_on_the_validation_images(fitted):
     predictions(rng, rng_labels[0], 0)
     clean = predictions(rng, rng_labels[1], 0)
     assert fitted.accuracy == (clean.classes == rng_labels[1]).mean()
-    assert trust.correctness(fitted, distances, clean).mean() == pytest.approx(
-        fitted.accuracy, abs=0.01
-    )
+    estimate = trust.estimate_accuracy(fitted, distances, clean)
+    assert estimate == pytest.approx(fitted.accuracy, abs=1e-6)
     np.testing.assert_array_equal(fitted.statistics, trust.statistics(distances, clean))
 
 
@@ -112,7 +111,17 @@ def test_the_estimate_follows_the_accuracy(fitted, noise):
     assert estimated.min() >= 0
     assert estimated.max() <= 1
     accuracy = (drifted.classes == labels).mean()
-    assert estimated.mean() == pytest.approx(accuracy, abs=0.06)
+    estimate = trust.estimate_accuracy(fitted, distances, drifted)
+    assert estimate == pytest.approx(min(estimated.mean() * fitted.trust_factor, 1))
+    assert estimate == pytest.approx(accuracy, abs=0.07)
+
+
+def test_predictions_unlike_all_known_images_count_as_guesses(fitted):
+    rng = np.random.default_rng(4)
+    near = predictions(rng, rng.integers(CLASSES, size=50), 0)
+    far = Predictions(near.probabilities, 100 * near.embeddings, near.images)
+    distances = trust.Distances(fitted.class_means, fitted.covariance)
+    np.testing.assert_array_equal(trust.correctness(fitted, distances, far), 1 / CLASSES)
 
 
 def test_extreme_predictions_have_finite_features(fitted):
