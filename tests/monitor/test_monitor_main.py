@@ -179,3 +179,24 @@ def test_a_bundle_without_statistics_uses_a_file(run, tmp_path):
     # The simulated log has another number of features.
     with pytest.raises(DataError, match="reference statistics are of"):
         main([f"--bundle={old}", f"--log={tmp_path / 'log'}", f"--reference={file}"])
+
+
+def test_a_version_of_a_registry_is_found(run, tmp_path):
+    import argparse
+
+    from cnn_jax.monitor.flags import open_version
+    from cnn_jax.registry.registry import Registry
+    from cnn_jax.system.errors import ConfigError
+
+    registry = Registry(tmp_path / "registry")
+    registry.add("flowers", run / "bundle")
+    registry.promote("flowers", 1)
+    flags = {"bundle": None, "registry": str(tmp_path / "registry"), "reference": None}
+    for model in ("flowers", "flowers/1", "flowers@champion"):
+        served = open_version(argparse.Namespace(**flags, model=model))
+        assert (served.name, served.digest) == ("flowers/1", digest(run / "bundle"))
+        assert served.reference is not None
+    with pytest.raises(ConfigError, match="--bundle, or --registry and --model, must be given"):
+        open_version(argparse.Namespace(**flags, model=None))
+    with pytest.raises(ConfigError, match="--bundle already names the version"):
+        open_version(argparse.Namespace(**(flags | {"bundle": str(run)}), model="flowers"))
