@@ -86,15 +86,15 @@ def read_rows(
         their predictions have no embeddings.
     """
     tables = {f: read_requests(f, _COLUMNS, since, with_labelled=with_labelled) for f in folders}
-    own = {f: table.filter(pc.field("digest") == digest) for f, table in tables.items()}
-    table = pa.concat_tables(own.values())
+    own_tables = {f: table.filter(pc.field("digest") == digest) for f, table in tables.items()}
+    table = pa.concat_tables(own_tables.values())
     if not table.num_rows:
         in_time = " in this time" if since else ""
         raise DataError(
             f"{', '.join(map(str, folders))}: there are no predictions of the bundle "
             f"{digest[:12]}{in_time}; {_describe_versions(pa.concat_tables(tables.values()))}"
         )
-    classes = class_names(next(f for f, table in own.items() if table.num_rows), digest)
+    classes = class_names(next(f for f, table in own_tables.items() if table.num_rows), digest)
     warnings = []
     table, left_out = _unique(table)
     if left_out:

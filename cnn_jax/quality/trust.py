@@ -124,7 +124,7 @@ def fit_reference(
     clean_hits = clean.classes == clean_labels
     corrupted_hits = corrupted.classes == corrupted_labels
     accuracy = clean_hits.mean()
-    unfitted = Reference(
+    partial = Reference(
         statistics=statistics(distances, clean),
         class_counts=np.bincount(clean.classes, minlength=len(class_means)),
         accuracy=np.asarray(accuracy),
@@ -139,14 +139,14 @@ def fit_reference(
     )
     # The arrays of the trust model are stored as float32, so that the last bits of a sum do not
     # change the bundle's digest.
-    rows = np.concatenate([features(unfitted, distances, p) for p in (clean, corrupted)])
+    rows = np.concatenate([features(partial, distances, p) for p in (clean, corrupted)])
     hits = np.concatenate([clean_hits, corrupted_hits])
     weights = np.ones(len(hits))
     if len(corrupted):
         weights[: len(clean)] = _CLEAN_WEIGHT * len(corrupted) / len(clean)
     means, scales = rows.mean(axis=0), rows.std(axis=0) + _CLIP
     fitted = dataclasses.replace(
-        unfitted,
+        partial,
         trust_means=means.astype(np.float32),
         trust_scales=scales.astype(np.float32),
         trust_weights=fit_logistic((rows - means) / scales, hits, weights).astype(np.float32),
