@@ -153,8 +153,8 @@ def main(argv: Sequence[str]) -> None:
     result |= measure(rows, reference, flags.window, flags.last, flags.level, flags.max_drop)
     for warning in rows.warnings:
         logger.warning("%s", warning)
-    with cli.open_output(flags.output) as file:
-        if flags.output is not None:
+    if flags.output is not None:
+        with cli.open_output(flags.output) as file:
             cli.write_json(result, file)
     if flags.gauges is not None:
         write_text(pathlib.Path(flags.gauges), describe_gauges(result, time.time()), shared=True)
