@@ -83,12 +83,16 @@ def test_labels_go_to_the_log_that_has_the_image(log, tmp_path):
     [
         ({"label": "stars"}, "line 3: the model has no class 'stars'; did you mean 'star'?"),
         ({"key": ("f" * 32, 0)}, "line 3: .* has no image 0 of request f{32}"),
-        ({"label": "circle"}, "line 3: image 0 of request .* has two labels, 'star' and 'circle'"),
+        (
+            {"label": "circle", "key": None},
+            "line 3: image 0 of request .* has two labels, 'star' and 'circle'",
+        ),
     ],
 )
 def test_one_wrong_label_stores_none(log, change, message):
     keys = read_rows([log], DIGEST).keys
-    items = [_item(keys[0], "star"), _item(keys[0], "star", line=3) | change]
+    items = [_item(keys[0], "star"), _item(keys[1], "star", line=3) | change]
+    items[1]["key"] = items[1]["key"] or keys[0]
     with pytest.raises(DataError, match=message):
         add_labels([log], items)
     assert read_feedback(log).num_rows == 0
