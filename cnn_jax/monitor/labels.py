@@ -19,7 +19,7 @@ from cnn_jax.quality.reference import Reference
 from cnn_jax.quality.trust import Distances, statistics
 from cnn_jax.report import style
 from cnn_jax.system.atomic import write_text
-from cnn_jax.system.errors import DataError, did_you_mean, printable
+from cnn_jax.system.errors import DataError, closest, printable
 
 REASONS = ("random", "uncertain", "unusual")
 COLUMNS = ("request_id", "image_index", "label", "new_class")
@@ -186,9 +186,10 @@ def add_labels(folders: Folders, labels: Sequence[Mapping[str, Any]]) -> int:
             )
         known = class_names(folder, digests[folder][key])
         if label not in known and not item["new_class"]:
-            hint = did_you_mean(label, known)
+            close = closest(label, known)
+            hint = f"did you mean {printable(close)!r}? " if close else ""
             raise DataError(
-                f"{where}: the model has no class {printable(label)!r}{hint}; for a class "
+                f"{where}: the model has no class {printable(label)!r}; {hint}for a class "
                 "that the model does not know, write true in the column new_class"
             )
     for folder, by_key in given.items():

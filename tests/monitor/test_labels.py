@@ -81,7 +81,7 @@ def test_labels_go_to_the_log_that_has_the_image(log, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"label": "stars"}, "line 3: the model has no class 'stars'; did you mean 'star'?"),
+        ({"label": "stars"}, r"line 3: the model has no class 'stars'; did you mean 'star'\? for"),
         ({"key": ("f" * 32, 0)}, "line 3: .* has no image 0 of request f{32}"),
         (
             {"label": "circle", "key": None},
