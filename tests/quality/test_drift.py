@@ -67,6 +67,12 @@ def test_each_group_of_classes_has_an_expected_count_of_five(reference, seed):
     assert 0 <= drift.classes_p_value(reference, window) <= 1
 
 
+def test_a_small_rest_of_the_classes_joins_the_last_group():
+    """Two of these classes are enough for a group, and the third alone would be too small."""
+    groups = drift.group_classes(np.array([40, 40, 40]), np.array([4, 4, 4]))
+    np.testing.assert_array_equal(groups, [0, 0, 0])
+
+
 def test_windows_without_drift_rarely_differ():
     rng = np.random.default_rng(0)
 

@@ -124,6 +124,34 @@ def test_predictions_unlike_all_known_images_count_as_guesses(fitted):
     np.testing.assert_array_equal(trust.correctness(fitted, distances, far), 1 / CLASSES)
 
 
+def test_features_equal_a_computation_row_by_row(fitted):
+    rng = np.random.default_rng(7)
+    some = predictions(rng, rng.integers(CLASSES, size=20), 0.5)
+    distances = trust.Distances(fitted.class_means, fitted.covariance)
+    found = trust.features(fitted, distances, some)
+    to_classes, to_centre = distances(some.embeddings)
+    known = fitted.statistics.astype(np.float64)
+    scaled = np.column_stack([known[:, 2], np.log1p(known[:, 3]), np.log1p(known[:, 4])])
+    for row in range(20):
+        p, embedding = some.probabilities[row], np.abs(some.embeddings[row].astype(np.float64))
+        label, best = int(p.argmax()), float(p.max())
+        near = to_classes[row, label]
+        other = min(to_classes[row, k] for k in range(CLASSES) if k != label)
+        bright, sharp, contrast = some.images[row].astype(np.float64)
+        image = np.array([bright, np.log1p(sharp), np.log1p(contrast)])
+        standard = (image - scaled.mean(axis=0)) / scaled.std(axis=0)
+        unusual = np.log1p(np.sqrt((standard**2).sum()))
+        log_known = np.log(known[:, 0])
+        distance = (np.log(near) - log_known.mean()) / log_known.std()
+        expected = [
+            *(fitted.trust_classes[label], np.log((best + 1e-6) / (1 - best + 1e-6))),
+            *(np.log(near), np.log(other / near), np.log(to_centre[row])),
+            *(np.log(embedding.sum() / np.sqrt((embedding**2).sum())), np.log1p(contrast)),
+            *(unusual, distance * standard[1], distance * unusual),
+        ]
+        np.testing.assert_allclose(found[row], expected, rtol=1e-3, atol=1e-4)
+
+
 def test_extreme_predictions_have_finite_features(fitted):
     """Probabilities of 0 and 1, embeddings of zeros, and black images."""
     extreme = Predictions(
