@@ -6,6 +6,7 @@ smallest p-value is at most the level divided by six.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -55,8 +56,8 @@ def statistic_p_value(reference: Float[np.ndarray, " n"], window: Float[np.ndarr
     low, high = np.quantile(reference.astype(np.float64), (0.01, 0.99))
     step = max((high - low) * _STEP, np.finfo(np.float32).eps * max(abs(low), abs(high), 1.0))
     first, second = (np.round(sample.astype(np.float64) / step) for sample in (reference, window))
-    _, p_value = stats.ks_2samp(first, second, method="asymp")
-    return float(p_value)
+    result: Any = stats.ks_2samp(first, second, method="asymp")
+    return float(result.pvalue)
 
 
 def classes_p_value(
@@ -73,8 +74,8 @@ def classes_p_value(
         np.add.at(row, groups, counts)
     if table.shape[1] < 2:
         return 1.0
-    _, p_value, *_ = stats.chi2_contingency(table, correction=False)
-    return float(p_value)
+    result: Any = stats.chi2_contingency(table, correction=False)
+    return float(result.pvalue)
 
 
 def group_classes(
