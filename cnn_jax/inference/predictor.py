@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.inference.batching import BATCH_SIZE, map_batches, split_batches
+from cnn_jax.inference.batching import BATCH_SIZE, join_batches, map_batches, split_batches
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.inference.images import AnyImage, ImageReader, describe_image, single_images
 from cnn_jax.inference.protocol import Predictor, TrainedPredictor, check_images
@@ -244,6 +244,33 @@ def predict_pixels(
             *map_batches(predictor, split_batches(images), padded_size),
         ]
     )
+
+
+def predict_versions(
+    predictor: Predictor, versions: Iterable[UInt8[np.ndarray, "n height width 3"]]
+) -> Float[np.ndarray, "versions n classes"]:
+    """Returns the class probabilities of several versions of the same preprocessed images.
+
+    The versions are predicted in common batches of `BATCH_SIZE`, so that only the last batch is
+    padded, and one compiled program is enough.
+
+    Args:
+      predictor: A loaded bundle or any other predictor.
+      versions: Versions of the images, one or more; they are used one after the other.
+
+    Returns:
+      Probabilities, float32.
+    """
+    count = 0
+
+    def counted() -> Iterator[UInt8[np.ndarray, "n height width 3"]]:
+        nonlocal count
+        for images in versions:
+            count += 1
+            yield images
+
+    rows = list(map_batches(predictor, join_batches(counted()), BATCH_SIZE))
+    return np.concatenate(rows).reshape(count, -1, len(predictor.class_names))
 
 
 def _prediction(probabilities: np.ndarray, class_names: list[str]) -> Prediction:

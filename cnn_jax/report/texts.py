@@ -51,10 +51,12 @@ _MAP_METHODS = {
     "grad_cam_plus_plus": "Grad-CAM++: Chattopadhay et al. 2018.",
     "layer_cam": "Layer-CAM: Jiang et al. 2021.",
     "cam": "CAM: Zhou et al. 2016.",
+    "hires_cam": "HiResCAM: Draelos and Carin 2020, for the last stage whose feature maps are "
+    "larger than the final ones.",
 }
 _CHECKS = {
     "randomization": "Randomization (Adebayo et al. 2018): maps must change when the weights are "
-    "shuffled.",
+    "shuffled. Each image has a shuffle of its own.",
     "deletion": "Deletion (Petsiuk et al. 2018): when pixels are removed in the order of the map, "
     "the probability of the class must fall faster than in a random order and than from the "
     "centre outwards.",
