@@ -28,6 +28,8 @@ COMMANDS = {
     "tune": ("tune", "search for better hyper-parameters"),
     "registry": ("registry", "keep versions of bundles under names"),
     "serve": ("serve", "answer requests over HTTP"),
+    "monitor": ("monitor", "find drift and lost accuracy while serving"),
+    "label": ("label", "label images of the request log"),
     "cache": ("cache", "show or clear the files kept between runs"),
 }
 

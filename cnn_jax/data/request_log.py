@@ -360,7 +360,11 @@ def _check_version(path: pathlib.Path, schema: pa.Schema) -> None:
 
 
 def read_requests(
-    folder: str | os.PathLike[str], columns: Sequence[str] | None = None, since: float = 0.0
+    folder: str | os.PathLike[str],
+    columns: Sequence[str] | None = None,
+    since: float = 0.0,
+    *,
+    with_labelled: bool = True,
 ) -> pa.Table:
     """Returns the recorded images of all servers, while the servers may be writing.
 
@@ -368,6 +372,7 @@ def read_requests(
       folder: The folder of the request log.
       columns: The columns of `REQUESTS` to read; by default all columns.
       since: In seconds since the epoch; files without later rows are not read.
+      with_labelled: Whether to read also the rows of deleted files to which there is feedback.
 
     Raises:
       DataError: The folder is not a request log, or a file cannot be read.
@@ -375,7 +380,8 @@ def read_requests(
     folder = _checked(folder)
     # A deleted file's rows that have feedback move from the first folder to the second, so this
     # order misses none of them.
-    paths = (path for name in ("requests", "labelled") for path in list_files(folder / name))
+    names = ("requests", "labelled") if with_labelled else ("requests",)
+    paths = (path for name in names for path in list_files(folder / name))
     return _join(_read_all(paths, columns, since), REQUESTS, columns)
 
 

@@ -1,7 +1,8 @@
 """The bundle: a directory with everything that inference needs.
 
-    bundle.json            everything except the weights, and the sha256 of the weights
-    weights.safetensors    parameters and batch statistics
+    bundle.json              everything except the arrays, and the sha256 of the other files
+    weights.safetensors      parameters and batch statistics
+    reference.safetensors    reference statistics for `cnn_jax monitor`, if the bundle has them
 
 A bundle contains no code, and reading it needs no training code. An ensemble is a directory with
 a bundle.json too; in place of the weights it has bundles, its members, in `members/0` and so on.
@@ -28,6 +29,7 @@ import cnn_jax
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.bundle_files import file_sha256, listed_files
 from cnn_jax.models import NETWORKS
+from cnn_jax.quality.reference import Reference
 from cnn_jax.system.atomic import sync
 from cnn_jax.system.errors import (
     BundleError,
@@ -37,9 +39,13 @@ from cnn_jax.system.errors import (
     printable,
 )
 
-FORMAT = 2
+# The format of a bundle with reference statistics is 3, because earlier versions of this package
+# refuse bundles with a file that they do not know. Other bundles and exported models have format 2,
+# which these versions read.
+FORMAT, _REFERENCE_FORMAT = 2, 3
 _DESCRIPTION = "bundle.json"
 _WEIGHTS = "weights.safetensors"
+_REFERENCE = "reference.safetensors"
 
 
 # The fields of `Preprocessing` that are missing in bundles from early versions of this package.
@@ -111,7 +117,9 @@ def library_versions() -> dict[str, str]:
     return own | {name: importlib.metadata.version(name) for name in names}
 
 
-def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
+def write_bundle(
+    bundle: Bundle, path: str | os.PathLike[str], reference: Reference | None = None
+) -> None:
     """Writes a bundle to a directory.
 
     After a crash, the path contains either a complete bundle or no bundle. The written bytes are a
@@ -121,6 +129,7 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
     Args:
       bundle: The bundle.
       path: The directory for the bundle. An existing directory is replaced.
+      reference: The reference statistics of the network.
     """
     import flax.traverse_util
 
@@ -128,7 +137,17 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
     # safetensors 0.8 scrambles arrays that are not contiguous, so arrays are converted to C
     # order. np.ascontiguousarray is not used, because it would convert a scalar to a vector.
     weights = {name: np.asarray(array, order="C") for name, array in flat.items()}
-    write_folder(path, {_WEIGHTS: safetensors.numpy.save(weights)}, describe(bundle))
+    files, description = {_WEIGHTS: safetensors.numpy.save(weights)}, describe(bundle)
+    if reference is not None:
+        files[_REFERENCE] = serialize_reference(reference)
+        description["format"] = _REFERENCE_FORMAT
+    write_folder(path, files, description)
+
+
+def serialize_reference(reference: Reference, metadata: Mapping[str, str] | None = None) -> bytes:
+    """Returns the content of a safetensors file with reference statistics, and with metadata."""
+    arrays = {name: np.asarray(array, order="C") for name, array in reference.arrays().items()}
+    return safetensors.numpy.save(arrays, None if metadata is None else dict(metadata))
 
 
 def write_ensemble(
@@ -146,8 +165,8 @@ def write_ensemble(
     names = [f"members/{number}" for number in range(len(members))]
     files = {}
     for name, member in zip(names, map(pathlib.Path, members), strict=True):
-        for file in (_DESCRIPTION, _WEIGHTS):
-            with reading(member):
+        with reading(member):
+            for file in (_DESCRIPTION, *listed_files(read_description(member))):
                 files[f"{name}/{file}"] = (member / file).read_bytes()
     settings = {"members": names, "flip": ensemble.flip, "shift": ensemble.shift}
     write_folder(path, files, describe(ensemble) | {"ensemble": settings})
@@ -221,10 +240,11 @@ def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = pathlib.Path(path)
     with reading(path):
         description = json.loads((path / _DESCRIPTION).read_text(encoding="utf-8"))
-        if description["format"] != FORMAT:
+        if description["format"] not in (FORMAT, _REFERENCE_FORMAT):
             raise BundleError(
                 f"{path} is a bundle of format {description['format']}, and this version of "
-                f"cnn_jax reads format {FORMAT}"
+                f"cnn_jax reads formats {FORMAT} and {_REFERENCE_FORMAT}; install the version of "
+                "cnn_jax that wrote the bundle, or a later one"
             )
         for name, sha256 in listed_files(description).items():
             if file_sha256(path / name) != sha256:
@@ -267,8 +287,8 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
                 f"{path} is an ensemble, which has several networks; name the bundle of a member, "
                 f"such as {path / description['ensemble']['members'][0]}"
             )
-        if description["files"].keys() != {_WEIGHTS}:
-            raise ValueError(f"its only file must be {_WEIGHTS}")
+        if description["files"].keys() - {_REFERENCE} != {_WEIGHTS}:
+            raise ValueError(f"its files must be {_WEIGHTS} and, if it has one, {_REFERENCE}")
         _check_network(path, description["model"])
         # Flax imports JAX, which the server of an exported model does not need.
         import flax.traverse_util
@@ -344,6 +364,20 @@ def check_output(output: str | os.PathLike[str], kind: str) -> None:
             f"--output: {output} has files that are not of {wanted}, such as "
             f"{printable(foreign[0])}; name another folder"
         )
+
+
+def read_reference(path: str | os.PathLike[str]) -> Reference | None:
+    """Returns the reference statistics of a bundle; None if the bundle has none.
+
+    Raises:
+      BundleError: There is no bundle, or it is damaged, or it has another format.
+    """
+    path = pathlib.Path(path)
+    description = read_description(path)
+    if _REFERENCE not in description["files"]:
+        return None
+    with reading(path):
+        return Reference.from_arrays(safetensors.numpy.load_file(path / _REFERENCE))
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ _FALL = 0.1 - 1e-9
 _NUM_BINS = 5
 _FAMILIES_BY_NAME = {name: family for family, members in FAMILIES.items() for name in members}
 
+_Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
@@ -88,7 +89,7 @@ def measure(
     starts = range(0, len(conditions) * len(images), BATCH_SIZE)
     remaining = iter(conditions)
     rows = np.empty((0, len(predictor.class_names)), np.float32)
-    batches = track(_read_ahead(work, starts), "measuring corruptions", len(starts))
+    batches = track(read_ahead(work, starts), "measuring corruptions", len(starts))
     for probabilities in map_batches(predictor, batches, BATCH_SIZE):
         rows = np.concatenate([rows, probabilities])
         while len(rows) >= len(images):
@@ -151,7 +152,7 @@ def _corrupted_batch(
     return np.stack(batch)
 
 
-def _read_ahead(work: Callable[[int], _Result], items: Iterable[int]) -> Iterator[_Result]:
+def read_ahead(work: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
     """Yields work(item) for each item, in order, while threads compute the next results."""
     pending: collections.deque[concurrent.futures.Future[_Result]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(scan.num_cores()) as pool:

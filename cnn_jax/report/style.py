@@ -256,10 +256,15 @@ def embedded(path: pathlib.Path) -> dict[str, Any]:
 
 
 def sorting_script() -> dict[str, str]:
-    """Returns the script that sorts tables, and its digest for the Content Security Policy.
+    """Returns the script that sorts tables, and its digest; see `page_script`."""
+    return page_script("sort.js")
+
+
+def page_script(name: str) -> dict[str, str]:
+    """Returns a script of this package, and its digest for the Content Security Policy.
 
     With this digest, browsers run no other script on the page.
     """
-    script = importlib.resources.files("cnn_jax.report").joinpath("sort.js").read_text("utf-8")
+    script = importlib.resources.files("cnn_jax.report").joinpath(name).read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return {"script": markupsafe.Markup(script), "script_digest": digest}

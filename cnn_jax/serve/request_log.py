@@ -20,6 +20,7 @@ import numpy as np
 
 from cnn_jax.data import request_log as files
 from cnn_jax.data.decode import Pixels
+from cnn_jax.quality.image_statistics import image_statistics
 from cnn_jax.serve.fairness import Quota
 from cnn_jax.serve.limits import Refused
 from cnn_jax.serve.versions import Version
@@ -267,9 +268,7 @@ class RequestLog:
 
     def _record(self, row: _Row) -> dict[str, object]:
         best = int(np.argmax(row.probabilities))
-        grey = cv2.cvtColor(row.pixels, cv2.COLOR_RGB2GRAY)
-        mean, deviation = cv2.meanStdDev(grey)
-        _, sharpness = cv2.meanStdDev(cv2.Laplacian(grey, cv2.CV_16S))
+        brightness, sharpness, contrast = image_statistics(row.pixels)
         return {
             "time": round(1e6 * row.time),
             "request_id": row.request_id,
@@ -283,9 +282,9 @@ class RequestLog:
             "confidence": row.probabilities[best],
             "probabilities": row.probabilities,
             "embedding": row.embedding,
-            "brightness": mean.item(),
-            "sharpness": sharpness.item(),
-            "contrast": deviation.item(),
+            "brightness": brightness,
+            "sharpness": sharpness,
+            "contrast": contrast,
             "image": _png(row.pixels) if self._with_images else None,
         }
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ from cnn_jax.inference.bundle import Bundle, write_bundle
 from cnn_jax.inference.calibration import fit_temperature
 from cnn_jax.inference.evaluation import bundle_metrics, predict_split, score
 from cnn_jax.inference.predictor import BundlePredictor, Predictor
+from cnn_jax.quality.reference import Predictions
+from cnn_jax.quality.reference_fit import measure_reference
 from cnn_jax.training import run_directory, sharding
 
 
@@ -91,9 +94,21 @@ def write_results(
                 workdir, ids, source.labels[indices], probabilities, source.class_names
             )
     run_directory.write_metrics(workdir, report)
+    reference = None
+    if config.report.reference:
+        reference = measure_reference(
+            BundlePredictor(bundle),
+            loader,
+            dataset.splits,
+            source.labels,
+            track,
+            _share_predictions,
+        )
     if sharding.is_primary():
         write_bundle(
-            dataclasses.replace(bundle, metrics=bundle_metrics(report)), workdir / "bundle"
+            dataclasses.replace(bundle, metrics=bundle_metrics(report)),
+            workdir / "bundle",
+            reference,
         )
     return report
 
@@ -105,19 +120,43 @@ def _predict(
     track: Track,
     description: str,
 ) -> Float[np.ndarray, "n classes"]:
-    """Returns the class probabilities of images; the processes of the run share the work.
+    """Returns the class probabilities of images; the processes of the run share the work."""
 
-    Each of n processes calls `predict_split` for every n-th batch, and then all processes
-    receive all probabilities.
+    def predict(positions: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k classes"]:
+        return predict_split(predictor, loader, indices[positions], track, description)
+
+    return _share(lambda positions: [predict(positions)], len(indices))[0]
+
+
+def _share_predictions(predict: Callable[[np.ndarray], Predictions], count: int) -> Predictions:
+    """Returns the predictions for all positions below `count`; the processes share the work."""
+
+    def arrays(positions: np.ndarray) -> list[np.ndarray]:
+        predictions = predict(positions)
+        return [predictions.probabilities, predictions.embeddings, predictions.images]
+
+    return Predictions(*_share(arrays, count))
+
+
+def _share(function: Callable[[np.ndarray], list[np.ndarray]], count: int) -> list[np.ndarray]:
+    """Computes arrays with one row for each position below `count`; the processes share the work.
+
+    Each of n processes calls `function` with the positions of every n-th batch, and then all
+    processes receive all rows.
+
+    Args:
+      function: Takes positions, and returns arrays with a row for each position.
+      count: The number of positions.
     """
-    positions = np.arange(len(indices))
+    positions = np.arange(count)
     parts = [
         positions[positions // BATCH_SIZE % jax.process_count() == process]
         for process in range(jax.process_count())
     ]
-    own_part = parts[jax.process_index()]
-    predicted = predict_split(predictor, loader, indices[own_part], track, description)
-    probabilities = np.empty((len(indices), predicted.shape[1]), predicted.dtype)
-    for part, rows in zip(parts, sharding.gather_rows(predicted), strict=True):
-        probabilities[part] = rows
-    return probabilities
+    shared = []
+    for own_rows in function(parts[jax.process_index()]):
+        rows = np.empty((count, *own_rows.shape[1:]), own_rows.dtype)
+        for part, gathered in zip(parts, sharding.gather_rows(own_rows), strict=True):
+            rows[part] = gathered
+        shared.append(rows)
+    return shared

@@ -45,7 +45,7 @@ INDIFFERENT_KEYS = frozenset(
         "distill.bundles",
         "train.steps_per_execution",
         *("checkpoint.keep", "checkpoint.every_steps"),
-        *("report.detail", "report.splits"),
+        *("report.detail", "report.splits", "report.reference"),
     }
 )
 # The keys that may change when a run resumes. No result of a finished epoch depends on these keys.

@@ -486,7 +486,13 @@ class _Worker:
     def _trial_config(self, params: Mapping[str, Any]) -> Config:
         """Returns the configuration of a trial; only the validation split is evaluated."""
         return configured(
-            self.plan.config, {**params, "report.detail": "none", "report.splits": ("validation",)}
+            self.plan.config,
+            {
+                **params,
+                "report.detail": "none",
+                "report.splits": ("validation",),
+                "report.reference": False,
+            },
         )
 
     def _report(self, trial: Trial, history: History, reported: set[int], judged: set[int]) -> None:

@@ -10,7 +10,8 @@ from bundles import make_bundle
 from jax.sharding import NamedSharding, PartitionSpec
 
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.inference.bundle import Bundle, digest, read_bundle, write_bundle
+from cnn_jax.inference.bundle import Bundle, digest, read_bundle, read_reference, write_bundle
+from cnn_jax.quality.reference import Reference
 from cnn_jax.system.errors import BundleError
 
 
@@ -177,3 +178,50 @@ def test_a_bundle_without_later_preprocessing_keys_has_their_defaults(tmp_path):
         del description["preprocessing"][key]
     (tmp_path / "new" / "bundle.json").write_text(json.dumps(description), "utf-8")
     assert read_bundle(tmp_path / "new").preprocessing == Preprocessing(image_size=(16, 16))
+
+
+def _reference():
+    rng = np.random.default_rng(0)
+    return Reference(
+        statistics=rng.normal(size=(20, 5)).astype(np.float32),
+        class_counts=np.array([10, 6, 4]),
+        accuracy=np.asarray(0.9),
+        class_means=np.asfortranarray(rng.normal(size=(3, 16)).astype(np.float32)),
+        covariance=np.eye(16, dtype=np.float32),
+        trust_classes=rng.normal(size=3),
+        trust_means=rng.normal(size=10),
+        trust_scales=np.ones(10),
+        trust_weights=rng.normal(size=11),
+        trust_limit=np.asarray(2.0),
+        trust_factor=np.asarray(1.01),
+    )
+
+
+def test_reference_statistics_are_read_unchanged(tmp_path):
+    write_bundle(make_bundle(), tmp_path / "bundle", _reference())
+    read = read_reference(tmp_path / "bundle")
+    for name, array in _reference().arrays().items():
+        np.testing.assert_array_equal(read.arrays()[name], array)
+        assert read.arrays()[name].dtype == array.dtype
+    assert read_bundle(tmp_path / "bundle").model == make_bundle().model
+
+
+def test_only_reference_statistics_need_format_3(tmp_path):
+    """Earlier versions refuse format 3 with a clear message, and read format 2."""
+    write_bundle(make_bundle(), tmp_path / "without")
+    write_bundle(make_bundle(), tmp_path / "with", _reference())
+    formats = [
+        json.loads((tmp_path / name / "bundle.json").read_text())["format"]
+        for name in ("without", "with")
+    ]
+    assert formats == [2, 3]
+    assert read_reference(tmp_path / "without") is None
+
+
+def test_damaged_reference_statistics_are_detected(tmp_path):
+    write_bundle(make_bundle(), tmp_path / "bundle", _reference())
+    path = tmp_path / "bundle" / "reference.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    for read in (read_bundle, read_reference):
+        with pytest.raises(BundleError, match=r"reference\.safetensors is damaged"):
+            read(tmp_path / "bundle")

@@ -146,9 +146,9 @@ def test_read_ahead_keeps_the_order_and_stops_with_its_reader():
         started.append(item)
         return 2 * item
 
-    assert list(robustness._read_ahead(work, range(20))) == list(range(0, 40, 2))
+    assert list(robustness.read_ahead(work, range(20))) == list(range(0, 40, 2))
     started.clear()
-    reader = robustness._read_ahead(work, range(10_000))
+    reader = robustness.read_ahead(work, range(10_000))
     assert next(reader) == 0
     reader.close()
     assert len(started) < 100
@@ -157,7 +157,7 @@ def test_read_ahead_keeps_the_order_and_stops_with_its_reader():
         raise ValueError(f"no {item}")
 
     with pytest.raises(ValueError, match="no 0"):
-        list(robustness._read_ahead(fail, range(3)))
+        list(robustness.read_ahead(fail, range(3)))
 
 
 def test_a_bundle_is_measured_under_all_corruptions(predictor, image_folder):

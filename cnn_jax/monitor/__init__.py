@@ -1,0 +1,1 @@
+"""Watches a served network: drift, estimated accuracy, and the images worth labelling."""

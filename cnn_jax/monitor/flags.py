@@ -1,0 +1,152 @@
+"""The flags of `cnn_jax monitor` and `cnn_jax label` that name a version and its request log."""
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import tempfile
+import time
+
+import safetensors
+import safetensors.numpy
+
+from cnn_jax.inference.bundle import digest, find_bundle, read_reference, serialize_reference
+from cnn_jax.monitor.rows import Rows, read_rows
+from cnn_jax.quality.reference import Reference
+from cnn_jax.registry.ledger import CHAMPION, parse_reference
+from cnn_jax.registry.registry import Registry
+from cnn_jax.system import cli
+from cnn_jax.system.atomic import write_bytes
+from cnn_jax.system.errors import ConfigError, DataError
+
+_VARIABLE = "CNN_JAX_REGISTRY"
+_SECONDS_PER_DAY = 86_400.0
+# The key of the bundle's digest in the metadata of a file with reference statistics.
+_DIGEST = "bundle"
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """The version that the flags name.
+
+    Attributes:
+      name: MODEL/VERSION in the registry, or the bundle's folder; for messages.
+      digest: The digest of the bundle.
+      reference: The reference statistics; None if the bundle has none.
+    """
+
+    name: str
+    digest: str
+    reference: Reference | None
+
+
+def add_version_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name a version: --registry, --model, --bundle and --reference."""
+    parser.add_argument(
+        "--registry",
+        default=os.environ.get(_VARIABLE) or None,
+        metavar="DIR",
+        help=f"a registry's folder or URL (${_VARIABLE})",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL[@ALIAS|/VERSION]",
+        help=f"a model of the registry, and a version; by default the alias {CHAMPION}",
+    )
+    parser.add_argument(
+        "--bundle", type=cli.path, metavar="RUN", help="a run or a bundle, instead of a registry"
+    )
+    parser.add_argument(
+        "--reference",
+        type=cli.path,
+        metavar="FILE",
+        help="reference statistics of a bundle without them; `monitor --fit_reference` writes them",
+    )
+
+
+def add_log_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that name rows of request logs: --log and --days."""
+    parser.add_argument(
+        "--log",
+        nargs="+",
+        action="extend",
+        type=cli.path,
+        metavar="DIR",
+        help="request logs: the folders of the flag --request_log of the servers",
+    )
+    parser.add_argument(
+        "--days",
+        type=cli.number("above 0", lambda value: value > 0),
+        metavar="DAYS",
+        help="use only the rows of this number of days; by default all rows",
+    )
+
+
+def open_version(flags: argparse.Namespace) -> Served:
+    """Returns the version that the flags name.
+
+    Raises:
+      ConfigError: The flags name no version.
+      BundleError: The bundle is damaged.
+      DataError: The file of --reference belongs to another bundle.
+    """
+    if flags.bundle is not None:
+        if flags.model is not None:
+            raise ConfigError("--model: is for --registry; --bundle already names the version")
+        path = find_bundle(flags.bundle)
+        name = str(flags.bundle)
+        own_digest, reference = digest(path), read_reference(path)
+    else:
+        if not flags.registry or flags.model is None:
+            raise ConfigError("--bundle, or --registry and --model, must be given")
+        registry = Registry(flags.registry)
+        model, selector = parse_reference(flags.model)
+        version = registry.resolve(model, CHAMPION if selector is None else selector)
+        name, own_digest = str(version), version.bundle.digest
+        with tempfile.TemporaryDirectory(prefix="cnn_jax-") as directory:
+            reference = read_reference(registry.fetch(version, directory))
+    if flags.reference is not None:
+        reference = load_reference(pathlib.Path(flags.reference), own_digest)
+    return Served(name, own_digest, reference)
+
+
+def open_rows(flags: argparse.Namespace, served: Served, *, with_labelled: bool = False) -> Rows:
+    """Reads the rows of a version that the flags name.
+
+    Raises:
+      ConfigError: No log is named.
+      DataError: The log has no rows of the version, or cannot be read.
+    """
+    if not flags.log:
+        raise ConfigError("--log must be given")
+    since = 0.0 if flags.days is None else time.time() - flags.days * _SECONDS_PER_DAY
+    return read_rows(flags.log, served.digest, since, with_labelled=with_labelled)
+
+
+def save_reference(reference: Reference, bundle_digest: str, path: pathlib.Path) -> None:
+    """Writes the reference statistics of a bundle that lacks them to a file.
+
+    Raises:
+      OSError: The file cannot be written.
+    """
+    write_bytes(path, serialize_reference(reference, {_DIGEST: bundle_digest}))
+
+
+def load_reference(path: pathlib.Path, bundle_digest: str) -> Reference:
+    """Reads a file of `save_reference`.
+
+    Raises:
+      DataError: The file cannot be read, or has the statistics of another bundle.
+    """
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            own = (file.metadata() or {}).get(_DIGEST)
+        reference = Reference.from_arrays(safetensors.numpy.load_file(path))
+    except (OSError, KeyError, safetensors.SafetensorError) as error:
+        raise DataError(f"--reference: {path} cannot be read: {error}") from error
+    if own != bundle_digest:
+        raise DataError(
+            f"--reference: {path} has the statistics of the bundle {str(own)[:12]}, not of "
+            f"{bundle_digest[:12]}; write the file again with --fit_reference"
+        )
+    return reference
