@@ -30,11 +30,11 @@ class Decision(NamedTuple):
 
     Attributes:
       direction: 1 if the challenger is better, -1 if it is worse, 0 without a decision.
-      count: The number of observations at the decision; 0 without a decision.
+      observations: The number of observations at the decision; 0 without a decision.
     """
 
     direction: int
-    count: int
+    observations: int
 
 
 def decide(
