@@ -74,7 +74,7 @@ def sign_e_values(
     first, second = gains + _SIGN_PRIOR, losses + _SIGN_PRIOR
     ratio = betaln(first, second) - betaln(_SIGN_PRIOR, _SIGN_PRIOR) + (gains + losses) * np.log(2)
     with np.errstate(divide="ignore"):  # With many losses the probability can become 0.
-        return ratio + np.log(2 * betainc(second, first, 0.5))
+        return np.asarray(ratio + np.log(2 * betainc(second, first, 0.5)))
 
 
 def ratio_e_values(
@@ -95,7 +95,8 @@ def ratio_e_values(
     """
     first, second = _RATIO_WEIGHT * fraction, _RATIO_WEIGHT * (1 - fraction)
     likelihood = selected * np.log(fraction) + others * np.log1p(-fraction)
-    return betaln(first + selected, second + others) - betaln(first, second) - likelihood
+    evidence = betaln(first + selected, second + others) - betaln(first, second)
+    return np.asarray(evidence - likelihood)
 
 
 def effect_scores(
@@ -139,9 +140,12 @@ def betting_e_values(
     Returns:
       The logarithms of the e-values.
     """
-    total = np.full(scores.shape, -np.log(len(_BETS)))
-    capitals = (np.cumsum(np.log1p(bet / bound * scores), axis=-1) for bet in _BETS)
-    return total + np.logaddexp.reduce(list(capitals), axis=0)
+    total = np.zeros(scores.shape)
+    # A capital that is too small for a float becomes 0; one that is too large becomes infinite.
+    with np.errstate(over="ignore", under="ignore", divide="ignore"):
+        for bet in _BETS:
+            total += np.cumprod(1 + bet / bound * scores, axis=-1)
+        return np.log(total / len(_BETS))
 
 
 def confidence_sequence(

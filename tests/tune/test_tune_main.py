@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 from fakes import Log, install, raising
 
-from cnn_jax.system import compilation_cache, runtime
+from cnn_jax.system import cli, compilation_cache, runtime
 from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingError, UserError
 from cnn_jax.tune import __main__ as command
 from cnn_jax.tune import outcome, storage, study
