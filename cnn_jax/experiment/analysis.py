@@ -176,8 +176,8 @@ def _comparison(
     return {
         "difference": last["difference"],
         "interval": [last["low"], last["high"]] if len(scores) else None,
-        "e_value_better": last["better"],
-        "e_value_worse": last["worse"],
+        "e_value_better": _largest(better),
+        "e_value_worse": _largest(worse),
         "threshold": 2 / LEVEL,
         "decision": {1: "better", -1: "worse", 0: "none"}[decision.direction],
         "decided_after": decision.observations or None,
@@ -188,6 +188,11 @@ def _comparison(
 def _chosen(count: int) -> np.ndarray:
     """Returns the positions of the points of a curve, at most `_POINTS`; the last is included."""
     return np.unique(np.linspace(0, count - 1, min(count, _POINTS)).astype(int))
+
+
+def _largest(logarithms: Float[np.ndarray, " n"]) -> float:
+    """Returns the largest e-value so far, which the decision depends on; 1 is the e-value at 0."""
+    return _plain(logarithms.max(initial=0.0, keepdims=True))[0]
 
 
 def _plain(logarithms: Float[np.ndarray, " n"]) -> list[float]:

@@ -87,7 +87,7 @@ def _positions(result: Mapping[str, Any], axes: Any) -> list[Any]:
         axes.set_xlabel(texts.noun(result))
         axes.xaxis.set_major_formatter(style.thousands())
         return result["curve"]["count"]
-    locator = AutoDateLocator(maxticks=6)
+    locator = AutoDateLocator()
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     axes.set_xlabel("end of the window of a unit (UTC)")

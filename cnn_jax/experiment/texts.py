@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from cnn_jax.registry.split import ARMS, CHALLENGER_ARM, CHAMPION_ARM
+from cnn_jax.registry.split import ARMS, CHALLENGER_ARM
 from cnn_jax.system.text import facts, fill, table
 
 Result = Mapping[str, Any]
@@ -45,6 +45,7 @@ def rows(result: Result) -> dict[str, str]:
             f"{100 * low:+.2f} to {100 * high:+.2f})"
         )
         described["e-values"] = (
+            "the largest: "
             f"{_e_value(result['e_value_better'])} for better, "
             f"{_e_value(result['e_value_worse'])} for worse; a decision needs "
             f"{result['threshold']:g}"
@@ -62,38 +63,25 @@ def rows(result: Result) -> dict[str, str]:
 
 
 def arm_table(result: Result) -> tuple[list[str], list[list[str]]]:
-    """Returns the head and the rows of the table of the arms."""
-    metric = _metric(result)
-    if "arms" not in result:
-        head = ["arm", "version", "images", "correct", metric]
-        count = result["images"]
-        return head, [
-            [
-                arm,
-                str(result["versions"][arm]),
-                f"{count:,}",
-                f"{result['correct'][arm]:,}",
-                _percent(result["correct"][arm] / count if count else None),
-            ]
-            for arm in ARMS
-        ]
-    arms = result["arms"]
-    has_units = "units" in arms[CHAMPION_ARM]
-    names = ["units", "pending", "with_outcome"] if has_units else []
-    head = ["arm", "version", *(name.replace("_", " ") for name in names)]
-    head += [f"mean {metric}"] * has_units + ["images", "failures", "median ms", "95 % ms"]
-    return head, [
-        [
-            arm,
-            str(values["version"]),
-            *(f"{values[name]:,}" for name in names),
-            *([_percent(values["mean"])] if has_units else []),
-            f"{values['images']:,}",
-            f"{values['failures']:,}",
-            *(_milliseconds(values[f"{name}_milliseconds"]) for name in ("median", "p95")),
-        ]
-        for arm, values in arms.items()
-    ]
+    """Returns the head and the rows of a table with a column for each arm."""
+    metric, versions = _metric(result), _versions(result)
+    values = {"version": [str(versions[arm]) for arm in ARMS]}
+    if "correct" in result:
+        count, correct = result["images"], [result["correct"][arm] for arm in ARMS]
+        values["correct labelled images"] = [f"{one:,} of {count:,}" for one in correct]
+        values[metric] = [_percent(one / count if count else None) for one in correct]
+    arms = [result["arms"][arm] for arm in ARMS] if "arms" in result else []
+    if arms and "units" in arms[0]:
+        for name in ("units", "pending", "with_outcome"):
+            values[name.replace("_", " ")] = [f"{arm[name]:,}" for arm in arms]
+        values[f"mean {metric}"] = [_percent(arm["mean"]) for arm in arms]
+    if arms:
+        values["images"] = [f"{arm['images']:,}" for arm in arms]
+        values["failed requests"] = [f"{arm['failures']:,}" for arm in arms]
+        for name, title in (("median", "median"), ("p95", "95 % quantile")):
+            times = [arm[f"{name}_milliseconds"] for arm in arms]
+            values[f"milliseconds, {title}"] = ["-" if t is None else f"{t:.1f}" for t in times]
+    return ["arm", *ARMS], [[name, *cells] for name, cells in values.items()]
 
 
 def describe(result: Result, width: int) -> str:
@@ -127,10 +115,6 @@ def _metric(result: Result) -> str:
 
 def _percent(fraction: float | None) -> str:
     return "-" if fraction is None else f"{fraction:.2%}"
-
-
-def _milliseconds(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def _e_value(value: float) -> str:

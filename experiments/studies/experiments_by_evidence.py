@@ -62,16 +62,19 @@ def replay(
     Returns:
       The number of labels at the first decision of each run, for "better" and for "worse".
     """
-    found = []
+    rate, found = gain + loss, []
+    # Only images that exactly one version classifies correctly change the e-values.
+    count = math.ceil(rate * labels + 6 * math.sqrt(rate * labels))
     for size in chunks(runs):
-        draws = rng.random((size, labels), dtype=np.float32)
-        gains = np.cumsum(draws < gain, axis=1, dtype=np.int32)
-        losses = np.cumsum(draws > 1 - loss, axis=1, dtype=np.int32)
-        threshold = math.log(2 / LEVEL)
-        pair = [
-            sign_e_values(*counts) >= threshold for counts in ((gains, losses), (losses, gains))
-        ]
-        found.append([first_decisions(one) for one in pair])
+        positions = np.cumsum(rng.geometric(rate, (size, count)), axis=1)
+        is_gain = rng.random((size, count)) < gain / rate
+        gains, losses = np.cumsum(is_gain, axis=1), np.cumsum(~is_gain, axis=1)
+        pair = []
+        for first, second in ((gains, losses), (losses, gains)):
+            is_decided = sign_e_values(first, second) >= math.log(2 / LEVEL)
+            position = np.where(is_decided & (positions <= labels), positions, np.inf)
+            pair.append(position.min(axis=1))
+        found.append(pair)
     better, worse = np.concatenate(found, axis=1)
     return better, worse
 
@@ -186,7 +189,7 @@ def delays(window: float | None, units: int, runs: int, rng: np.random.Generator
     """Simulates rewards that arrive later with the challenger, but are equally frequent.
 
     The units arrive evenly during 20 days. 30 % of them give a reward, after 0.5 days on average
-    with the champion and after 1 day with the challenger. Someone looks every hour.
+    with the champion and after 1 day with the challenger. Someone looks every six hours.
 
     Args:
       window: Only units that arrived at least this number of days ago count, with the rewards of
@@ -199,7 +202,7 @@ def delays(window: float | None, units: int, runs: int, rng: np.random.Generator
       The fraction of the runs with a decision.
     """
     arrival = np.linspace(0, 20, units)
-    looks = np.arange(0, 20, 1 / 24) if window is None else [20 - window]
+    looks = np.arange(0, 20, 1 / 4) if window is None else [20 - window]
     total = 0
     for _ in range(runs):
         arms = rng.random(units) < 0.5
@@ -282,7 +285,7 @@ def main() -> None:
     print("\nThe check of the sample ratio at level 0.001.\n")
     print("| expected | actual | alarms | units at the alarm, median |\n| --- | --- | --- | --- |")
     for expected, actual in ((0.5, 0.5), (0.1, 0.1), (0.5, 0.48), (0.5, 0.45), (0.1, 0.08)):
-        alarms, first = ratio_alarms(actual, expected, 4 * units, runs, rng)
+        alarms, first = ratio_alarms(actual, expected, 2 * units, runs, rng)
         print(
             f"| {percent(expected)} | {percent(actual)} | {100 * alarms:.2f} % | {number(first)} |",
             flush=True,

