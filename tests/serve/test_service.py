@@ -21,6 +21,7 @@ from PIL import Image
 
 import cnn_jax.serve
 from cnn_jax.data.request_log import read_requests
+from cnn_jax.registry.split import Experiment
 from cnn_jax.serve import app, http
 from cnn_jax.serve.app import make_app, make_health_app
 from cnn_jax.serve.engine import Engine, Program
@@ -423,6 +424,32 @@ def test_models_are_found_by_name_number_and_alias(version):
     for number in range(100):
         models.set_state("one", number, END)
     assert len(models.states("one")) < 30
+
+
+def test_experiment_needs_both_versions(version):
+    models = Models()
+    models.add_model("one", is_required=True)
+    one, two, three = (
+        dataclasses.replace(version, model="one", number=number) for number in (1, 2, 3)
+    )
+    split = {"salt": "s", "fraction": 0.5, "outcome": "reward", "window": 1.0, "is_shadow": False}
+    running = Experiment(
+        "blue", **split, model="one", alias="champion", champion=1, challenger=2, start="now"
+    )
+    models.set_experiment("one", running)
+    assert models.experiment("one") is None
+    models.add_version(one)
+    models.set_aliases("one", {"champion": 1})
+    assert models.experiment("one") is None
+    models.add_version(two)
+    assert models.experiment("one") == (running, two)
+    # The alias has moved before this server has read the end of the experiment.
+    models.add_version(three)
+    models.set_aliases("one", {"champion": 3})
+    assert models.experiment("one") is None
+    models.set_aliases("one", {"champion": 1})
+    models.set_experiment("one", None)
+    assert models.experiment("one") is None
 
 
 def test_serving_imports_no_training_code():
