@@ -215,7 +215,7 @@ def _check(name: str, is_passed: bool, problem: str, is_guard: bool = False) -> 
         comparison.
     """
     described = "" if is_passed else problem
-    return {"name": name, "passed": bool(is_passed), "guard": is_guard, "problem": described}
+    return {"name": name, "passed": is_passed, "guard": is_guard, "problem": described}
 
 
 def _check_ratio(
@@ -227,7 +227,7 @@ def _check_ratio(
     largest = ratio_e_values(selected, others, fraction).max(initial=-math.inf)
     found = selected[-1] / len(units) if units else fraction
     problem = f"{found:.2%} of the {described} are in the challenger, expected {fraction:.2%}"
-    return _check(name, largest < -math.log(CHECK_LEVEL), problem)
+    return _check(name, bool(largest < -math.log(CHECK_LEVEL)), problem)
 
 
 def _check_guard(
@@ -240,7 +240,7 @@ def _check_guard(
     """Checks that a bad event is not more frequent with the challenger."""
     in_challenger = _in_challenger(units)
     more_bad, _ = _two_sided(effect_scores(in_challenger, is_bad, fraction), fraction)
-    is_passed = more_bad.max(initial=-math.inf) < -math.log(CHECK_LEVEL)
+    is_passed = bool(more_bad.max(initial=-math.inf) < -math.log(CHECK_LEVEL))
     of_arms = [
         f"{is_bad[which].mean():.2%}" if which.any() else "none"
         for which in (in_challenger, ~in_challenger)

@@ -167,7 +167,8 @@ def confidence_sequence(
     """
     count = np.arange(1, scores.shape[-1] + 1)
     mean = np.cumsum(scores, axis=-1) / count
-    variance = np.maximum(np.cumsum(scores**2, axis=-1) / count - mean**2, 0)
+    # Without the additional 1, intervals would be empty as long as all scores are equal.
+    variance = np.maximum((np.cumsum(scores**2, axis=-1) + 1) / count - mean**2, 0)
     log = -2 * np.log(level)
     rho2 = (log + np.log(log) + 1) / _NARROWEST
     spread = count * rho2 + 1

@@ -164,7 +164,7 @@ def test_confidence_sequence_equals_the_published_formula():
     for n in (1, 17, 500):
         part = scores[:n]
         rho = math.sqrt((-2 * math.log(0.05) + math.log(-2 * math.log(0.05)) + 1) / 2000)
-        expected = part.std() * math.sqrt(
+        expected = math.sqrt(part.var() + 1 / n) * math.sqrt(
             2 * (n * rho**2 + 1) / (n**2 * rho**2) * math.log(math.sqrt(n * rho**2 + 1) / 0.05)
         )
         assert (mean[n - 1], radius[n - 1]) == pytest.approx((part.mean(), expected))

@@ -30,7 +30,7 @@ def version():
 
 
 def offer(log, version, numbers):
-    """Records an image for each number, which is the `unit` of the row; returns the request ids."""
+    """Records one image per number, with the number as the `unit`; returns the request ids."""
     rng = np.random.default_rng(0)
     ids = []
     for number in numbers:
@@ -480,7 +480,7 @@ def test_rows_behind_a_damaged_place_are_kept(stream, caplog, batch, damage):
 
 
 def test_a_damaged_size_hides_no_rows(stream):
-    """With a larger size, a batch seems to be the incomplete last batch of the stream."""
+    """If a batch states too large a size, it looks like an incomplete last batch."""
     data = bytearray(stream.read_bytes())
     start = batch_starts(data)[1]
     metadata = int.from_bytes(data[start + 4 : start + 8], "little")
