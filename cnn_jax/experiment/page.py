@@ -90,5 +90,6 @@ def _positions(result: Mapping[str, Any], axes: Any) -> list[Any]:
     locator = AutoDateLocator()
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(ConciseDateFormatter(locator))
+    axes.xaxis.get_offset_text().set_size(style.TEXT_SIZE)
     axes.set_xlabel("end of the window of a unit (UTC)")
     return [datetime.datetime.fromisoformat(time) for time in times]

@@ -1,6 +1,7 @@
 """Simulates the error rates and the sample sizes of `cnn_jax compare` and `cnn_jax experiment`.
 
     python experiments/studies/experiments_by_evidence.py [--runs=2000] [--units=5000] [--seed=0]
+        [--tables replay labels equal effects ratio delays]
 
 The program prints Markdown tables. In each simulated run, someone looks at the result after every
 label or unit, and stops at the first decision. For comparison, the same runs are decided by a
@@ -231,14 +232,13 @@ def number(count: float) -> str:
     return f"{count:,.0f}" if math.isfinite(count) else "more"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Simulate comparisons and experiments.")
-    parser.add_argument("--runs", type=int, default=2_000)
-    parser.add_argument("--units", type=int, default=5_000)
-    parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args()
-    runs, units, rng = flags.runs, flags.units, np.random.default_rng(flags.seed)
+def quantiles(counts: np.ndarray) -> str:
+    """Returns the median and the 80 % quantile as two cells of a table."""
+    found = [np.quantile(counts, fraction, method="higher") for fraction in (0.5, 0.8)]
+    return " | ".join(map(number, found))
 
+
+def print_replay(runs: int, units: int, rng: np.random.Generator) -> None:
     print("Comparison by logged images; a look after every label.\n")
     print("| gains | losses | better | worse |\n| --- | --- | --- | --- |")
     for gain, loss in ((0.02, 0.02), (0.005, 0.005), (0.1, 0.1), (0.02, 0.01), (0.01, 0.02)):
@@ -248,17 +248,19 @@ def main() -> None:
         cells = (gain, loss, is_better.mean(), is_worse.mean())
         print(f"| {' | '.join(map(percent, cells))} |", flush=True)
 
-    print("\nLabels until the challenger, which is 1 point better (96 % against 95 %), is found.\n")
+
+def print_labels(runs: int, units: int, rng: np.random.Generator) -> None:
+    print("Labels until the challenger, which is 1 point better (96 % against 95 %), is found.\n")
     print("| method | median | 80 % of the runs |\n| --- | --- | --- |")
     better, _ = replay(0.02, 0.01, 20_000, runs // 2, rng)
-    quantiles = [number(np.quantile(better, q, method="higher")) for q in (0.5, 0.8)]
-    print(f"| same images, look after every label | {' | '.join(quantiles)} |", flush=True)
+    print(f"| same images, look after every label | {quantiles(better)} |", flush=True)
     print(f"| A/B test, one look at the end | | {fixed_size(0.95, 0.96):,} |")
     first = sizes_until_decision(0.95, 0.96, 60_000, max(runs // 20, 1), rng)
-    quantiles = [number(np.quantile(first, q, method="higher")) for q in (0.5, 0.8)]
-    print(f"| A/B test, look after every label | {' | '.join(quantiles)} |", flush=True)
+    print(f"| A/B test, look after every label | {quantiles(first)} |", flush=True)
 
-    print(f"\nExperiments in which the arms are equal: decisions among {runs:,} runs of {units:,} ")
+
+def print_equal(runs: int, units: int, rng: np.random.Generator) -> None:
+    print(f"Experiments in which the arms are equal: decisions among {runs:,} runs of {units:,}")
     print(f"units. The last two methods look first after {_FIRST_LOOK} units.\n")
     print("| outcomes | fraction | e-value | confidence sequence | z-test |")
     print("| --- | --- | --- | --- | --- |")
@@ -274,31 +276,56 @@ def main() -> None:
         cells = [percent(found[key]) for key in ("e-value", "sequence", "z-test")]
         print(f"| {name} | {fraction} | {' | '.join(cells)} |", flush=True)
 
-    print("\nExperiments with an effect: units until the decision.\n")
+
+def print_effects(runs: int, units: int, rng: np.random.Generator) -> None:
+    print("Experiments with an effect: units until the decision.\n")
     print("| means | median | 80 % of the runs |\n| --- | --- | --- |")
     for champion, challenger in ((0.1, 0.15), (0.5, 0.55), (0.1, 0.12)):
         first = sizes_until_decision(champion, challenger, 4 * units, max(runs // 10, 1), rng)
-        quantiles = [number(np.quantile(first, q, method="higher")) for q in (0.5, 0.8)]
-        name = f"{percent(champion)}, {percent(challenger)}"
-        print(f"| {name} | {' | '.join(quantiles)} |", flush=True)
+        print(f"| {percent(champion)}, {percent(challenger)} | {quantiles(first)} |", flush=True)
 
-    print("\nThe check of the sample ratio at level 0.001.\n")
+
+def print_ratio(runs: int, units: int, rng: np.random.Generator) -> None:
+    print("The check of the sample ratio at level 0.001.\n")
     print("| expected | actual | alarms | units at the alarm, median |\n| --- | --- | --- | --- |")
     for expected, actual in ((0.5, 0.5), (0.1, 0.1), (0.5, 0.48), (0.5, 0.45), (0.1, 0.08)):
         alarms, first = ratio_alarms(actual, expected, 2 * units, runs, rng)
-        print(
-            f"| {percent(expected)} | {percent(actual)} | {100 * alarms:.2f} % | {number(first)} |",
-            flush=True,
-        )
+        cells = [percent(expected), percent(actual), f"{100 * alarms:.2f} %", number(first)]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
-    print("\nRewards that arrive later with the challenger, but are equally frequent.\n")
+
+def print_delays(runs: int, units: int, rng: np.random.Generator) -> None:
+    print("Rewards that arrive later with the challenger, but are equally frequent.\n")
     print("| rule | decisions |\n| --- | --- |")
-    few = max(runs // 20, 1)
     for name, window, count in (
-        ("a missing reward counts as 0 at once", None, few),
+        ("a missing reward counts as 0 at once", None, max(runs // 4, 1)),
         ("only units whose window of 7 days has ended", 7.0, runs),
     ):
         print(f"| {name} | {percent(delays(window, units, count, rng))} |", flush=True)
+
+
+TABLES = {
+    "replay": print_replay,
+    "labels": print_labels,
+    "equal": print_equal,
+    "effects": print_effects,
+    "ratio": print_ratio,
+    "delays": print_delays,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Simulate comparisons and experiments.")
+    parser.add_argument("--runs", type=int, default=2_000)
+    parser.add_argument("--units", type=int, default=5_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
+    flags = parser.parse_args()
+    for name in flags.tables:
+        # Each table has its own random numbers, so that it can be computed separately.
+        rng = np.random.default_rng([flags.seed, list(TABLES).index(name)])
+        TABLES[name](flags.runs, flags.units, rng)
+        print()
 
 
 if __name__ == "__main__":
