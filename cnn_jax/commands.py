@@ -24,7 +24,7 @@ COMMANDS = {
     "robustness": ("robustness", "measure a bundle on corrupted images"),
     "tune": ("tune", "search for better hyper-parameters"),
     "registry": ("registry", "keep versions of bundles under names"),
-    "compare": ("compare", "compare two versions by logged images with labels"),
+    "compare": ("compare", "compare two versions by logged images"),
     "experiment": ("experiment", "compare two versions by live requests"),
     "serve": ("serve", "answer requests over HTTP"),
     "cache": ("cache", "show or clear the files kept between runs"),

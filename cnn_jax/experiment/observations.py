@@ -6,6 +6,7 @@ Times are in seconds since the epoch.
 import dataclasses
 import datetime
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ _COLUMNS = (
 # The difference between the clocks of the servers that is accepted, in seconds.
 MAX_SKEW = 5.0
 
+Folder = str | os.PathLike[str]
 # The id of an image: the id of its request, and its index in the request.
 Key = tuple[str, int]
 
@@ -87,7 +89,9 @@ class Observations:
     skew: float
 
 
-def read_observations(experiment: Experiment, folders: Sequence[str], now: float) -> Observations:
+def read_observations(
+    experiment: Experiment, folders: Sequence[Folder], now: float
+) -> Observations:
     """Reads the observations of an experiment from one or more request logs.
 
     Raises:
@@ -145,7 +149,7 @@ def _seconds(time: datetime.datetime) -> float:
     return time.timestamp()
 
 
-def check_unique(rows: Iterable[Mapping[str, Any]], folders: Sequence[str]) -> None:
+def check_unique(rows: Iterable[Mapping[str, Any]], folders: Sequence[Folder]) -> None:
     """Raises DataError if two rows of the request logs have the same request id and image index."""
     seen: set[Key] = set()
     for row in rows:
@@ -158,7 +162,7 @@ def check_unique(rows: Iterable[Mapping[str, Any]], folders: Sequence[str]) -> N
         seen.add(key)
 
 
-def read_valid_feedback(folders: Sequence[str], column: str) -> dict[Key, Feedback]:
+def read_valid_feedback(folders: Sequence[Folder], column: str) -> dict[Key, Feedback]:
     """Returns the latest label or reward of each image.
 
     Args:

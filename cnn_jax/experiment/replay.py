@@ -15,7 +15,7 @@ from cnn_jax.data import Track, no_track
 from cnn_jax.data.request_log import read_requests
 from cnn_jax.data.resize import resize
 from cnn_jax.experiment.analysis import analyse_pairs
-from cnn_jax.experiment.observations import check_unique, read_valid_feedback
+from cnn_jax.experiment.observations import Folder, check_unique, read_valid_feedback
 from cnn_jax.inference.exported import load_predictor
 from cnn_jax.inference.protocol import TrainedPredictor
 from cnn_jax.registry.ledger import Version
@@ -31,7 +31,7 @@ def replay(
     registry: Registry,
     challenger: Version,
     champion: Version,
-    folders: Sequence[str],
+    folders: Sequence[Folder],
     since: float | None = None,
     track: Track = no_track,
 ) -> dict[str, Any]:
@@ -102,7 +102,9 @@ def _predict(
     return predicted
 
 
-def _read(folders: Sequence[str], model: str, since: float) -> tuple[list[bytes], list[str], int]:
+def _read(
+    folders: Sequence[Folder], model: str, since: float
+) -> tuple[list[bytes], list[str], int]:
     """Returns the PNG images and labels in the order of the labels, and the number of copies.
 
     Raises:

@@ -38,7 +38,7 @@ class Log:
 
     def request(self, unit, time, **changes):
         """Adds an image that the arm of a unit answered; returns the id of the request."""
-        arm = self.running.arm(unit)
+        arm = self.running.arm(unit or "none")
         row = dict.fromkeys(files.REQUESTS.names) | {
             "time": round(1e6 * (START + time)),
             "request_id": f"{len(self._rows['requests']):032x}",
