@@ -336,7 +336,8 @@ class _Guard:
             metrics.arm_seconds.labels(arm, status).observe(seconds)
             if status >= 500:
                 reason = fields.get("reason", "internal")
-                self._service.record_failure(state["model"], state, reason)
+                ids = {name: state[name] for name in ("request_id", "unit", "arm")}
+                self._service.record_failure(state["model"], ids, reason)
         if route in ("/healthz", "/readyz", "/metrics") and status == 200:
             return  # Do not log monitoring requests, which arrive every few seconds.
         logger.info(

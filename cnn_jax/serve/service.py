@@ -435,8 +435,7 @@ class Service:
           reason: The reason of the error response.
         """
         if self.request_log is not None and "/" in (ids["arm"] or ""):
-            names = ("request_id", "unit", "arm")
-            row = {name: ids[name] for name in names}
+            row = {name: ids[name] for name in ("request_id", "unit", "arm")}
             self.request_log.record_failure(row | {"model": model, "reason": reason})
 
     def _count_pixels(self, image: bytes | np.ndarray) -> int:
