@@ -466,7 +466,8 @@ def test_failures_of_the_challenger_are_recorded(serve, version, tmp_path, is_sh
     until(lambda: not server.service._shadow_tasks)
     log.close()
     found = read_failures(tmp_path / "log").to_pylist()
-    assert [row["unit"] for row in found] == [u for u, arm in arms.items() if arm == "challenger"]
+    units = [unit for unit, arm in arms.items() if arm == "challenger"]
+    assert sorted(row["unit"] for row in found) == units
     assert {(row["arm"], row["reason"]) for row in found} == {("blue/challenger", "internal")}
     rows = read_requests(tmp_path / "log").to_pylist()
     assert len(rows) == (8 if is_shadow else 8 - count)
