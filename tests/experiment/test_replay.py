@@ -127,11 +127,11 @@ def test_same_version_twice_is_one_error(registry, log):
         replay(registry, version, version, [log.write().folder])
 
 
-def test_command_prints_json_and_writes_the_page(registry, log, tmp_path, capsys):
+def test_command_prints_json_and_writes_the_page(registry, log, tmp_path, capfd):
     folder = str(log.write().folder)
     page = tmp_path / "page.html"
     flags = [f"--registry={registry.url}", "--log", folder, "--json", f"--page={page}"]
     compare.main(["flowers", "2", "champion", *flags])
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capfd.readouterr().out)
     assert found["images"] == 70
     assert "Comparison of two versions of flowers" in page.read_text()

@@ -70,15 +70,15 @@ def wait_for_arm(server, has_arm, unit="probe"):
         time.sleep(0.2)
 
 
-def show(registry, log, name, capsys):
+def show(registry, log, name, capfd):
     """Returns the result of the command, when all rows are written."""
     time.sleep(1)
-    capsys.readouterr()
+    capfd.readouterr()
     experiment(registry, "show", "shapes", name, f"--log={log}", "--json")
-    return json.loads(capsys.readouterr().out)
+    return json.loads(capfd.readouterr().out)
 
 
-def test_replicas_agree_and_the_log_has_the_arms(registry, replicas, capsys):
+def test_replicas_agree_and_the_log_has_the_arms(registry, replicas, capfd):
     servers, log = replicas
     experiment(registry, "start", "shapes", "first", "--challenger=2", "--window=1s")
     for server in servers:
@@ -102,7 +102,7 @@ def test_replicas_agree_and_the_log_has_the_arms(registry, replicas, capsys):
     assert len(split) == 60
     assert all(arms[row["unit"]] == (row["arm"], row["version"]) for row in split)
     assert all(row["milliseconds"] > 0 for row in split)
-    result = show(registry, log, "first", capsys)
+    result = show(registry, log, "first", capfd)
     assert all(check["passed"] for check in result["checks"])
     units = {arm: values["units"] for arm, values in result["arms"].items()}
     assert sum(units.values()) == 31  # With the unit of `wait_for_arm`.
@@ -139,7 +139,7 @@ def test_requests_outside_the_experiment_have_no_arm(registry, replicas):
         assert answer.json()["version"] == (2 if "version" in path else 1)
 
 
-def test_shadow_predicts_without_answering(registry, replicas, capsys):
+def test_shadow_predicts_without_answering(registry, replicas, capfd):
     servers, log = replicas
     experiment(registry, "end", "shapes")
     wait_for_arm(servers[0], False)
@@ -162,7 +162,7 @@ def test_shadow_predicts_without_answering(registry, replicas, capsys):
     assert sorted(row["shadow_of"] for row in shadows) == sorted(ids)
     assert {(row["arm"], row["version"]) for row in shadows} == {("second/challenger", 2)}
     assert not {row["request_id"] for row in shadows} & set(ids)
-    result = show(registry, log, "second", capsys)
+    result = show(registry, log, "second", capfd)
     assert result["images"] == 1
     assert result["arms"]["challenger"]["images"] >= 15
     assert 0 <= result["agreement"] <= 1
