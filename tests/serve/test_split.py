@@ -86,7 +86,7 @@ def test_replicas_agree_and_the_log_has_the_arms(registry, replicas, capfd):
     arms = {}
     for number in range(30):
         unit = f"user-{number}"
-        found = []
+        found, fields = [], {}
         for server in servers:
             answer = server.post("/predict", picture(number), headers={"X-Unit-Id": unit})
             fields = answer.json()
