@@ -27,6 +27,8 @@ COMMANDS = {
     "lr_range": ("lr_range", "suggest a learning rate"),
     "tune": ("tune", "search for better hyper-parameters"),
     "registry": ("registry", "keep versions of bundles under names"),
+    "compare": ("compare", "compare two versions by logged images"),
+    "experiment": ("experiment", "compare two versions by live requests"),
     "serve": ("serve", "answer requests over HTTP"),
     "monitor": ("monitor", "find drift and lost accuracy while serving"),
     "label": ("label", "label images of the request log"),

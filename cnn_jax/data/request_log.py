@@ -5,6 +5,7 @@ the same time:
 
     requests/    one row for each recorded image, with its prediction
     feedback/    one row for each label or reward that a client has sent
+    failures/    one row for each request that an arm of an experiment has not answered
     labelled/    rows of deleted request files to which there is feedback
     models/      the class names of each bundle, in a JSON file that the digest names
 
@@ -48,7 +49,8 @@ REQUESTS = pa.schema(
         ("request_id", pa.string()),
         ("image_index", pa.int32()),  # Index of the image in its request.
         ("unit", pa.string()),  # The client's X-Unit-Id, such as a user; null without this header.
-        ("arm", pa.string()),  # The alias that selected the version; null if a number did.
+        # The alias that selected the version, or EXPERIMENT/ARM; null if a number selected it.
+        ("arm", pa.string()),
         ("model", pa.string()),
         ("version", pa.int32()),
         ("digest", pa.string()),  # The digest of the bundle.
@@ -59,6 +61,9 @@ REQUESTS = pa.schema(
         ("brightness", pa.float32()),  # Mean grey level, 0 to 255.
         ("sharpness", pa.float32()),  # Standard deviation of the Laplacian of the grey levels.
         ("contrast", pa.float32()),  # Standard deviation of the grey levels.
+        ("milliseconds", pa.float32()),  # The time to decode the image, to wait and to compute.
+        # The request that another version has answered, if this answer was dropped; else null.
+        ("shadow_of", pa.string()),
         ("image", pa.binary()),  # PNG in the size of the network's input; null if not enabled.
     ],
     metadata=_METADATA,
@@ -74,13 +79,25 @@ FEEDBACK = pa.schema(
     metadata=_METADATA,
 )
 
+FAILURES = pa.schema(
+    [
+        ("time", _TIME),
+        ("request_id", pa.string()),
+        ("unit", pa.string()),
+        ("arm", pa.string()),
+        ("model", pa.string()),
+        ("reason", pa.string()),  # The reason of the error response.
+    ],
+    metadata=_METADATA,
+)
+
 # A file is complete after this number of bytes, batches or seconds. From these seconds, `find_row`
 # computes which files can have a row.
 _SEGMENT_BYTES, _SEGMENT_BATCHES, _SEGMENT_SECONDS = 16_000_000, 2_000, 3600.0
 # A request is recorded at most this number of seconds after its id was created. This includes the
 # difference between the clocks of the servers.
 _MAX_DELAY = 900.0
-_FOLDERS = ("requests", "feedback", "labelled", "models")
+_FOLDERS = ("requests", "feedback", "failures", "labelled", "models")
 # The name of a file: when it was created, in milliseconds since the epoch, and its server.
 _FILE_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}(\.claimed)?\.(arrows|parquet)")
 # The first bytes of each message of an Arrow stream, the type of a message that is a batch, and a
@@ -299,7 +316,7 @@ def _read_stream(path: pathlib.Path) -> tuple[pa.Table, bytes]:
     Returns:
       The rows, and the bytes behind the last batch that can be read.
     """
-    schema = FEEDBACK if path.parent.name == "feedback" else REQUESTS
+    schema = {"feedback": FEEDBACK, "failures": FAILURES}.get(path.parent.name, REQUESTS)
     batches, end = [], 0
     with _converted_errors(path), pa.OSFile(str(path)) as file:
         try:
@@ -395,6 +412,16 @@ def read_feedback(folder: str | os.PathLike[str]) -> pa.Table:
     """
     tables = _read_all(list_files(_checked(folder) / "feedback"))
     return _join(tables, FEEDBACK, None)
+
+
+def read_failures(folder: str | os.PathLike[str]) -> pa.Table:
+    """Returns the requests that arms of experiments have not answered, as in `FAILURES`.
+
+    Raises:
+      DataError: The folder is not a request log, or a file cannot be read.
+    """
+    path = _checked(folder) / "failures"  # The logs of earlier versions do not have this folder.
+    return _join(_read_all(list_files(path) if path.exists() else ()), FAILURES, None)
 
 
 def class_names(folder: str | os.PathLike[str], digest: str) -> list[str]:

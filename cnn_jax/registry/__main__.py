@@ -242,7 +242,7 @@ def _promote(registry: Registry, flags: argparse.Namespace) -> None:
         version = registry.resolve(flags.model, flags.alias)
         _print(f"{flags.model}@{flags.alias} is already version {version.number}")
         return
-    _print(_alias_change(entry))
+    _print(_alias_change(registry, entry))
 
 
 def _evidence(registry: Registry, flags: argparse.Namespace, gates: Gates) -> Evidence | None:
@@ -278,14 +278,19 @@ def _evidence(registry: Registry, flags: argparse.Namespace, gates: Gates) -> Ev
 
 
 def _rollback(registry: Registry, flags: argparse.Namespace) -> None:
-    _print(_alias_change(registry.rollback(flags.model, flags.alias, flags.note, flags.current)))
+    entry = registry.rollback(flags.model, flags.alias, flags.note, flags.current)
+    _print(_alias_change(registry, entry))
 
 
-def _alias_change(entry: Entry) -> str:
+def _alias_change(registry: Registry, entry: Entry) -> str:
     """Returns a line of text that describes the change of an alias."""
     before = f"previously {entry.before}" if entry.before else "new"
     gates = f"; passed: {'; '.join(entry.gates)}" if entry.gates else ""
-    return f"{entry.model}@{entry.alias} is now version {entry.version} ({before}){gates}"
+    experiments = registry.models[entry.model].experiments.values()
+    ended = "".join(
+        f"; the experiment {one.name} has ended" for one in experiments if one.end == entry.time
+    )
+    return f"{entry.model}@{entry.alias} is now version {entry.version} ({before}){gates}{ended}"
 
 
 def _remove(registry: Registry, flags: argparse.Namespace) -> None:
@@ -521,8 +526,12 @@ def _line(entry: Entry) -> str:
         "promote": f"{entry.alias} -> {entry.version}",
         "rollback": f"{entry.alias} -> {entry.version}",
         "remove": f"{entry.version or entry.alias}",
+        "split": f"{entry.alias} into {entry.before} and {entry.version}",
+        "unsplit": "",
     }.get(entry.action, "(skipped, because this version of cnn_jax does not know the action)")
     before = f" (previously {entry.before})" * (entry.before is not None)
+    if entry.split is not None:
+        before = f" experiment {entry.split.get('name')}"
     gates = "".join(f"  {gate}" for gate in entry.gates)
     note = f"  # {entry.note}" * bool(entry.note)
     time = re.sub(r"\+00:00$", "Z", entry.time)

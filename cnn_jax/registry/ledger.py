@@ -6,12 +6,14 @@ All functions are pure: they read and write no files. An entry is a JSON object:
     format, number, previous    1, the entry's number, sha256 of the previous entry's file or ""
     id                          a random id, so that a writer recognises its own entry
     time, user, host, note      time (UTC), user and host of the change; a note by the user
-    action                      add, promote, rollback or remove
+    action                      add, promote, rollback, remove, split or unsplit
     skippable                   true if a reader that does not know the action may skip the entry
     model, version              the changed model and version
     alias, before               the changed alias, and the version it pointed to before
     gates                       for promote: the gates that the version passed
     evidence                    for promote: the comparison with another version; see `Evidence`
+    split                       for split: the experiment that starts; see `Split`. Its challenger
+                                is `version`, and its champion is `before`. For unsplit: its name
     bundle                      for add: the path and the metadata of the bundle
 """
 
@@ -25,6 +27,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from cnn_jax.quality.comparison import Comparison
+from cnn_jax.registry.split import Experiment, Split
 from cnn_jax.system.errors import ConfigError, UserError, did_you_mean, printable
 
 FORMAT = 1
@@ -38,7 +41,12 @@ _NEEDED_FIELDS = {
     "promote": ("version", "alias"),
     "rollback": ("version", "alias", "before"),
     "remove": ("version",),
+    "split": ("version", "alias", "before", "split"),
+    "unsplit": ("split",),
 }
+# The actions that earlier versions of this package may skip: their servers answer all requests with
+# the version of the alias.
+_SKIPPABLE = ("split", "unsplit")
 # The pattern of a bundle's path is strict, because removing a version deletes the folder at this
 # path, and a damaged log could contain any path.
 _PATH = rf"bundles/{_DIGEST}-\d{{8}}T\d{{6}}Z-[0-9a-f]{{16}}"
@@ -101,6 +109,7 @@ class Entry:
     before: int | None = None
     gates: tuple[str, ...] = ()
     evidence: dict[str, Any] | None = None
+    split: dict[str, Any] | None = None
     bundle: BundleFacts | None = None
 
 
@@ -172,12 +181,19 @@ class Model:
       aliases: The history of each alias: the last number is the current version, the number
         before it is the target of a rollback.
       last: The largest number that was ever used.
+      experiments: All experiments by name, oldest first.
     """
 
     name: str
     versions: dict[int, Version] = dataclasses.field(default_factory=dict)
     aliases: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     last: int = 0
+    experiments: dict[str, Experiment] = dataclasses.field(default_factory=dict)
+
+    @property
+    def running_experiment(self) -> Experiment | None:
+        """The experiment that has not ended; a model has at most one."""
+        return next((one for one in self.experiments.values() if not one.end), None)
 
     def alias_target(self, alias: str) -> int | None:
         """Returns the number of an alias's current version, or None if the alias does not exist."""
@@ -303,6 +319,12 @@ def removable_version(models: Models, name: str, number: int) -> Version:
       RegistryError: The version does not exist, or an alias points to it.
     """
     version = resolve(models, name, number)
+    experiment = models[name].running_experiment
+    if experiment is not None and number in experiment.versions.values():
+        raise RegistryError(
+            f"{version} is not removed, because the experiment {experiment.name} uses it: end the "
+            f"experiment first (cnn_jax experiment end {name})"
+        )
     if aliases := models[name].version_aliases(number):
         raise RegistryError(
             f"{version} is not removed, because it is {' and '.join(aliases)}: promote another "
@@ -406,7 +428,14 @@ def apply(models: Models, entry: Entry) -> dict[str, Model]:
     Raises:
       ValueError: The entry is not valid in this state.
     """
-    change = {"add": _add, "promote": _promote, "rollback": _roll_back, "remove": _remove}
+    change = {
+        "add": _add,
+        "promote": _promote,
+        "rollback": _roll_back,
+        "remove": _remove,
+        "split": _split,
+        "unsplit": _unsplit,
+    }
     if entry.action not in change:
         return dict(models)
     model = models.get(entry.model, Model(entry.model))
@@ -445,20 +474,60 @@ def _move(model: Model, entry: Entry, history: tuple[Any, ...]) -> Model:
     """Returns a copy of a model in which the entry's alias has a new history."""
     alias = str(entry.alias)
     _expect(entry.before == model.alias_target(alias), f"{alias} was not {entry.before}")
-    return dataclasses.replace(model, aliases={**model.aliases, alias: history})
+    model = dataclasses.replace(model, aliases={**model.aliases, alias: history})
+    return _end_experiment(model, entry, alias == getattr(model.running_experiment, "alias", None))
+
+
+def _split(model: Model, entry: Entry) -> Model:
+    split = Split(**(entry.split or {}))
+    _expect(model.running_experiment is None, "another experiment is running")
+    _expect(split.name not in model.experiments, f"there was an experiment {split.name} before")
+    _expect(entry.version in model.versions, f"there is no version {entry.version}")
+    _expect(entry.before == model.alias_target(str(entry.alias)), f"{entry.alias} was another")
+    _expect(entry.before != entry.version, "both versions are the same")
+    experiment = Experiment(
+        **dataclasses.asdict(split),
+        model=model.name,
+        alias=str(entry.alias),
+        champion=entry.before,  # type: ignore[arg-type]
+        challenger=entry.version,  # type: ignore[arg-type]
+        start=entry.time,
+    )
+    return dataclasses.replace(model, experiments={**model.experiments, split.name: experiment})
+
+
+def _unsplit(model: Model, entry: Entry) -> Model:
+    name = (entry.split or {}).get("name")
+    running = model.running_experiment
+    _expect(running is not None and running.name == name, f"there is no running experiment {name}")
+    return _end_experiment(model, entry)
+
+
+def _end_experiment(model: Model, entry: Entry, is_affected: bool = True) -> Model:
+    """Ends the running experiment of a model, if there is one and the entry affects it."""
+    running = model.running_experiment
+    if running is None or not is_affected:
+        return model
+    ended = dataclasses.replace(running, end=entry.time)
+    return dataclasses.replace(model, experiments={**model.experiments, running.name: ended})
 
 
 def _remove(model: Model, entry: Entry) -> Model:
     if entry.alias is not None:
         _expect(entry.alias in model.aliases, f"there is no alias {entry.alias}")
         aliases = {k: history for k, history in model.aliases.items() if k != entry.alias}
-        return dataclasses.replace(model, aliases=aliases)
+        is_affected = entry.alias == getattr(model.running_experiment, "alias", None)
+        model = dataclasses.replace(model, aliases=aliases)
+        return _end_experiment(model, entry, is_affected)
     number = entry.version
     _expect(number in model.versions, f"there is no version {number}")
     _expect(number not in map(model.alias_target, model.aliases), f"an alias points to {number}")
     versions = {k: version for k, version in model.versions.items() if k != number}
     aliases = {alias: _without(history, number) for alias, history in model.aliases.items()}
-    return dataclasses.replace(model, versions=versions, aliases=aliases)
+    # An earlier version of this package, which skips experiments, may remove the challenger.
+    is_affected = number == getattr(model.running_experiment, "challenger", None)
+    model = dataclasses.replace(model, versions=versions, aliases=aliases)
+    return _end_experiment(model, entry, is_affected)
 
 
 def _without(history: tuple[int, ...], number: int | None) -> tuple[int, ...]:
@@ -480,6 +549,8 @@ def serialise(entry: Entry) -> bytes:
     """
     fields = {"format": FORMAT} | dataclasses.asdict(entry)
     fields = {key: value for key, value in fields.items() if value not in (None, "", ())}
+    if entry.action in _SKIPPABLE:
+        fields["skippable"] = True
     fields["sha256"] = fields_digest(fields)
     text = json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False)
     # Text from the command line may contain surrogates for bytes that are not UTF-8. Surrogates are
@@ -536,8 +607,11 @@ def parse(data: bytes) -> Entry:
             before=_take(fields, "before", int, None),
             gates=tuple(map(str, _take(fields, "gates", list, []))),
             evidence=_take(fields, "evidence", dict, None),
+            split=_take(fields, "split", dict, None),
             bundle=_facts(fields["bundle"]) if "bundle" in fields else None,
         )
+        if action == "split":
+            Split(**fields.get("split", {}))
     except KeyError as error:
         raise ValueError(f"it has no {error}") from error
     except (AttributeError, ConfigError, OverflowError, RecursionError, TypeError) as error:
@@ -552,7 +626,7 @@ def _check_shape(entry: Entry) -> None:
     if entry.action == "remove" and entry.alias is not None:
         needed = ("alias", "before")
     optional = {"promote": ("before",)}.get(entry.action, ())
-    for field in ("version", "alias", "before", "bundle"):
+    for field in ("version", "alias", "before", "split", "bundle"):
         is_set, is_needed = getattr(entry, field) is not None, field in needed
         problem = f"its {field} is {'missing' if is_needed else 'not allowed'} for {entry.action}"
         _expect(is_set == is_needed or field in optional, problem)

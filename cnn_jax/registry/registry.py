@@ -46,6 +46,7 @@ from cnn_jax.registry.ledger import (
     RegistryError,
     Version,
 )
+from cnn_jax.registry.split import Experiment, Split
 from cnn_jax.registry.store import NoAnswerError, Store, StoreError, unique_name
 from cnn_jax.system.errors import BundleError, UserError, printable
 
@@ -462,6 +463,79 @@ class Registry:
         entry = self._commit(decide, note)
         assert entry is not None
         return entry
+
+    def start_experiment(
+        self, model: str, challenger: str | int, split: Split, alias: str = CHAMPION, note: str = ""
+    ) -> Experiment:
+        """Splits the requests of an alias between its version and another version.
+
+        The experiment cannot be changed. It ends with `end_experiment`, or if the alias moves.
+
+        Args:
+          model: The model's name.
+          challenger: The number of the other version, or an alias of it.
+          split: The description of the experiment.
+          alias: The alias.
+          note: A text for the log.
+
+        Raises:
+          RegistryError: An experiment of the model is running, the name was used before, or the
+            challenger is the version of the alias.
+          BundleError: The challenger's files are damaged.
+        """
+        ledger.check_name("experiment", split.name)
+        self.refresh()
+        number = ledger.resolve(self._models, model, challenger).number
+
+        def decide(models: ledger.Models) -> dict[str, Any]:
+            version = ledger.resolve(models, model, number)
+            champion = ledger.resolve(models, model, alias)
+            running = models[model].running_experiment
+            if running is not None:
+                raise RegistryError(
+                    f"the experiment {running.name} of {model} has been running since "
+                    f"{running.start} and cannot be changed; to end it: cnn_jax experiment end "
+                    f"{model}"
+                )
+            if split.name in models[model].experiments:
+                raise RegistryError(
+                    f"{model} has had an experiment {split.name}; choose another name, because the "
+                    "request log has rows with this name"
+                )
+            if champion.number == number:
+                raise RegistryError(f"{version} is {alias}: choose another version to compare")
+            return {
+                "action": "split",
+                "model": model,
+                "version": number,
+                "alias": alias,
+                "before": champion.number,
+                "split": dataclasses.asdict(split),
+            }
+
+        decide(self._models)
+        self.verify(self.resolve(model, number))
+        self._commit(decide, note)
+        return self._models[model].experiments[split.name]
+
+    def end_experiment(self, model: str, note: str = "") -> Experiment:
+        """Ends the running experiment of a model; the version of the alias answers all requests.
+
+        Raises:
+          RegistryError: No experiment of the model is running.
+        """
+        name = ""
+
+        def decide(models: ledger.Models) -> dict[str, Any]:
+            nonlocal name
+            running = ledger.find(models, model).running_experiment
+            if running is None:
+                raise RegistryError(f"no experiment of {model} is running")
+            name = running.name
+            return {"action": "unsplit", "model": model, "split": {"name": name}}
+
+        self._commit(decide, note)
+        return self._models[model].experiments[name]
 
     def verify(self, version: Version) -> None:
         """Reads the files of a version and checks that the digests of the files are correct.

@@ -126,7 +126,7 @@ def make_app(
         allow_origins=cors_origins,
         allow_methods=("GET", "POST"),
         allow_headers=_CORS_HEADERS,
-        expose_headers=("X-Request-Id", "Retry-After"),
+        expose_headers=("X-Request-Id", "X-Arm", "Retry-After"),
     )
 
 
@@ -243,6 +243,10 @@ class _Guard:
             is_read |= message["type"] == "http.request" and not message.get("more_body", False)
             return message
 
+        def arm_header() -> list[tuple[bytes, bytes]]:
+            arm = state.get("arm") or ""
+            return [(b"x-arm", arm.encode())] if "/" in arm else []
+
         async def send_with_headers(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
@@ -253,6 +257,7 @@ class _Guard:
                     *message["headers"],
                     *added,
                     (b"x-request-id", request_id.encode()),
+                    *arm_header(),
                 ]
                 if not is_read and b"connection" not in names:
                     # Close the connection, because the server will not read the rest of the
@@ -325,6 +330,14 @@ class _Guard:
         metrics.latency.labels(route).observe(seconds)
         if "reason" in fields:
             metrics.refused.labels(fields["reason"]).inc()
+        state = scope["state"]
+        if "/" in (arm := state.get("arm") or ""):
+            fields["arm"] = arm
+            metrics.arm_seconds.labels(arm, status).observe(seconds)
+            if status >= 500:
+                reason = fields.get("reason", "internal")
+                ids = {name: state[name] for name in ("request_id", "unit", "arm")}
+                self._service.record_failure(state["model"], ids, reason)
         if route in ("/healthz", "/readyz", "/metrics") and status == 200:
             return  # Do not log monitoring requests, which arrive every few seconds.
         logger.info(

@@ -21,6 +21,7 @@ from cnn_jax.inference.exported import OnnxPredictor, read_model
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import CHAMPION, RegistryError
 from cnn_jax.registry.registry import Registry
+from cnn_jax.registry.split import Experiment
 from cnn_jax.serve.service import END, LOADING, Service
 from cnn_jax.serve.versions import Version, make_version
 from cnn_jax.system.errors import UserError
@@ -49,10 +50,12 @@ class DesiredState:
     Attributes:
       versions: Bundle digests by version number.
       aliases: Version numbers by alias. The version of the first alias is the default version.
+      experiment: The experiment that splits the requests of the first alias; None without one.
     """
 
     versions: Mapping[int, str]
     aliases: Mapping[str, int]
+    experiment: Experiment | None = None
 
 
 class Source(abc.ABC):
@@ -196,14 +199,20 @@ class RegistrySource(Source):
             admin_extra = [number for model, number in self._admin_extra if model == name]
         # The default version must come first, because the code below takes the default version from
         # `found[0]`.
-        found = [self._number(name, one) for one in (self._alias, *self._extra, *admin_extra)]
-        numbers = dict.fromkeys(number for number in found if number is not None)
         model = self._registry.models[name]
+        experiment = model.running_experiment
+        if experiment is not None and experiment.alias != self._alias:
+            experiment = None
+        challengers = [] if experiment is None else [experiment.challenger]
+        extra = (*self._extra, *admin_extra, *challengers)
+        found = [self._number(name, one) for one in (self._alias, *extra)]
+        numbers = dict.fromkeys(number for number in found if number is not None)
         aliases = {self._alias: found[0]}
         aliases |= {alias: model.alias_target(alias) for alias in model.aliases}
         return DesiredState(
             {number: model.versions[number].bundle.digest for number in numbers},
             {alias: number for alias, number in aliases.items() if number in numbers},
+            experiment,
         )
 
     def open(self, model: str, number: int) -> Bundle | Ensemble | OnnxPredictor:
@@ -469,6 +478,7 @@ class Loader:
         models.set_aliases(
             model, {a: number for a, number in targets.items() if number is not None}
         )
+        models.set_experiment(model, state.experiment)
 
     def _remove_models(self, desired: Mapping[str, DesiredState]) -> None:
         """Unloads the models that the desired state does not contain."""

@@ -33,6 +33,13 @@ class ServerMetrics:
             buckets=_SECONDS,
             **options,
         )
+        self.arm_seconds = Histogram(
+            "arm_request_seconds",
+            "Seconds of the requests of experiments, as EXPERIMENT/ARM.",
+            ("arm", "status"),
+            buckets=_SECONDS,
+            **options,
+        )
         self.refused = Counter(
             "refused", "Requests that were answered with an error.", ("reason",), **options
         )

@@ -12,7 +12,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import cv2
@@ -52,11 +52,13 @@ class _Row:
       request_id: The id that the server gave the request.
       image_index: The index of the image in the request.
       unit: The client's unit of an experiment, such as a user; None if unknown.
-      arm: The alias that selected the version; None if the request named a number.
+      arm: The alias or the arm that selected the version; None if the request named a number.
       version: The version that answered.
       pixels: The network's input, uint8 [height, width, 3].
       probabilities: float32 [classes].
       embedding: The input of the network's last layer, float32 [features].
+      milliseconds: The time to decode the image, to wait and to compute.
+      shadow_of: If the answer was dropped, the id of the request that another version answered.
       time: When the image was predicted, in seconds since the epoch.
     """
 
@@ -68,6 +70,8 @@ class _Row:
     pixels: Pixels
     probabilities: np.ndarray
     embedding: np.ndarray
+    milliseconds: float | None = None
+    shadow_of: str | None = None
     time: float = dataclasses.field(default_factory=time.time)
 
 
@@ -135,6 +139,7 @@ class RequestLog:
             segment_bytes = round(_SEGMENT_FRACTION * max_bytes)
             self._requests = files.Segments(folder / "requests", files.REQUESTS, segment_bytes)
             self._feedback = files.Segments(folder / "feedback", files.FEEDBACK)
+            self._failures = files.Segments(folder / "failures", files.FAILURES)
             files.check_writable(folder)
         except OSError as error:
             raise ConfigError(f"--request_log: cannot use {folder}: {error}") from error
@@ -154,6 +159,17 @@ class RequestLog:
         if self._waiting.qsize() < _MAX_WAITING and num_bytes <= _MAX_WAITING_BYTES:
             self._bytes_added += row.pixels.nbytes
             self._waiting.put(row)
+        else:
+            self._num_dropped += 1
+
+    def record_failure(self, fields: Mapping[str, str | None]) -> None:
+        """Adds a failed request of an experiment to the write queue.
+
+        Args:
+          fields: The columns of `FAILURES`, except `time`.
+        """
+        if self._waiting.qsize() < _MAX_WAITING:
+            self._waiting.put({"time": round(1e6 * time.time()), **fields})
         else:
             self._num_dropped += 1
 
@@ -211,11 +227,20 @@ class RequestLog:
             self._bytes_removed += sum(row.pixels.nbytes for row in rows)
             if isinstance(item, tuple):
                 self._answer_feedback(*item)
+            elif isinstance(item, dict):
+                self._write_failure(item)
             self._complete_files(is_end=item is None)
+
+    def _write_failure(self, row: Mapping[str, object]) -> None:
+        try:
+            self._failures.append({name: [value] for name, value in row.items()})
+        except Exception as error:
+            logger.error("a failure is not in the request log: %s", error)
+            self._num_failed += 1
 
     def _complete_files(self, is_end: bool) -> None:
         """Completes the files that are large or old enough, or all files at the end of the log."""
-        for segments in (self._requests, self._feedback):
+        for segments in (self._requests, self._feedback, self._failures):
             if not (is_end or segments.is_complete):
                 continue
             try:
@@ -237,8 +262,8 @@ class RequestLog:
     def _next_rows(self) -> tuple[list[_Row], object]:
         """Waits for rows; returns the rows of a batch, and the item that ended the batch.
 
-        The item is feedback with its future, None if the log was closed, or something else. If no
-        row arrives for a while, the batch is empty.
+        The item is feedback with its future, a failure, None if the log was closed, or something
+        else. If no row arrives for a while, the batch is empty.
         """
         rows: list[_Row] = []
         try:
@@ -285,7 +310,10 @@ class RequestLog:
             "brightness": brightness,
             "sharpness": sharpness,
             "contrast": contrast,
-            "image": _png(row.pixels) if self._with_images else None,
+            "milliseconds": row.milliseconds,
+            "shadow_of": row.shadow_of,
+            # The row of the version that answered has the image.
+            "image": _png(row.pixels) if self._with_images and not row.shadow_of else None,
         }
 
     def _answer_feedback(

@@ -1,7 +1,9 @@
 """The service that all protocols use to select a version and to predict the classes of images."""
 
+import asyncio
 import contextlib
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -11,17 +13,22 @@ from fastapi import Path, Request
 
 from cnn_jax.data import decode
 from cnn_jax.data.decode import Pixels
-from cnn_jax.serve.engine import Computed, Engine
+from cnn_jax.registry.split import CHALLENGER_ARM, CHAMPION_ARM, Experiment
+from cnn_jax.serve.engine import Computed, DeadlineExceeded, Engine, Overloaded, Program
 from cnn_jax.serve.image_size import count_pixels
 from cnn_jax.serve.limits import Bodies, Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
+from cnn_jax.serve.responses import new_request_id
 from cnn_jax.serve.versions import Output, Version
 from cnn_jax.system.errors import DataError
 
 if TYPE_CHECKING:  # Importing pyarrow would delay the start of a server without a request log.
     from cnn_jax.serve.request_log import RequestLog
 
+logger = logging.getLogger(__name__)
 T = TypeVar("T")
+# The client of the predictions of all challengers whose answers are dropped, for the limits.
+_SHADOW = "shadow"
 # The type of a version number in the path of a URL.
 VersionNumber = Annotated[int, Path(ge=1, lt=2**31)]
 # For each model, the states of at most this number of unloaded versions are kept.
@@ -40,6 +47,7 @@ class Models:
         self._versions: dict[str, dict[int, Version]] = {}
         # The version of a model's first alias is the default version of the model.
         self._aliases: dict[str, dict[str, int]] = {}
+        self._experiments: dict[str, Experiment | None] = {}
         # The (state, problem) of each version, by model and number. The problem says why a version
         # could not be loaded; "" means that there is no problem.
         self._states: dict[str, dict[int, tuple[str, str]]] = {}
@@ -128,6 +136,18 @@ class Models:
         """Returns the alias whose version is the default version of a model."""
         return next(iter(self._aliases.get(model, {})), None)
 
+    def experiment(self, model: str) -> tuple[Experiment, Version] | None:
+        """Returns the running experiment of a model, and its challenger.
+
+        Returns None until both versions of the experiment are loaded. Otherwise one arm would have
+        the answers of another version.
+        """
+        experiment, default = self._experiments.get(model), self.default(model)
+        if experiment is None or default is None or default.number != experiment.champion:
+            return None
+        challenger = self._versions[model].get(experiment.challenger)
+        return None if challenger is None else (experiment, challenger)
+
     def _check(self, model: str) -> None:
         if model not in self._states:
             raise Refused(404, "no_model", f"there is no model {model!r} here")
@@ -159,7 +179,7 @@ class Models:
 
     def remove_model(self, model: str) -> None:
         """Removes a model, after all versions of the model have been removed."""
-        for values in (self._versions, self._aliases, self._states):
+        for values in (self._versions, self._aliases, self._states, self._experiments):
             values.pop(model, None)
         self._required.discard(model)
         for key in [key for key in self._load_starts if key[0] == model]:
@@ -173,6 +193,10 @@ class Models:
     def set_aliases(self, model: str, aliases: Mapping[str, int]) -> None:
         """Sets the aliases of a model; the version of the first alias is the default version."""
         self._aliases[model] = dict(aliases)
+
+    def set_experiment(self, model: str, experiment: Experiment | None) -> None:
+        """Sets the experiment that splits the requests for the default version of a model."""
+        self._experiments[model] = experiment
 
     def remove_version(self, model: str, number: int) -> Version:
         """Removes and returns a version; only the requests in flight still use the version."""
@@ -207,6 +231,7 @@ class Service:
         self.is_shutting_down = False
         self.request_log = request_log
         self._bodies = Bodies(limits)
+        self._shadow_tasks: set[asyncio.Task[None]] = set()
 
     def select(
         self,
@@ -217,13 +242,29 @@ class Service:
     ) -> Version:
         """Returns the version that a request selects; see `Models.find`.
 
-        Stores the alias that selected the version for the request log. The alias is None if the
-        request names a number.
+        An experiment may select another version, unless the request names a version or an alias.
+
+        Stores for the request log: `arm`, the alias that selected the version, or the arm of the
+        experiment, or None if the request names a number; and `shadow`, the experiment and the
+        challenger that also predicts the images, or None.
         """
-        found = self.models.find(model, version, alias)
+        found, state = self.models.find(model, version, alias), request.state
         is_default = version is None and alias is None
-        request.state.arm = self.models.default_alias(found.model) if is_default else alias
-        return found
+        state.arm = self.models.default_alias(found.model) if is_default else alias
+        state.model, state.shadow = found.model, None
+        running = self.models.experiment(found.model) if is_default else None
+        if running is None:
+            return found
+        experiment, challenger = running
+        if experiment.is_shadow:
+            if experiment.arm(state.unit or state.request_id) == CHALLENGER_ARM:
+                state.arm, state.shadow = experiment.column(CHAMPION_ARM), running
+            return found
+        if state.unit is None:
+            return found
+        arm = experiment.arm(state.unit)
+        state.arm = experiment.column(arm)
+        return challenger if arm == CHALLENGER_ARM else found
 
     @contextlib.asynccontextmanager
     async def body(self, request: Request, version: Version | None = None) -> AsyncIterator[bytes]:
@@ -323,20 +364,79 @@ class Service:
         fields = {"model": version.model, "version": version.number, "images": len(images)}
         request.state.log_fields.update(fields)
         pixels = [self._count_pixels(image) for image in images]
+        state = request.state
         if sum(pixels) > (limit := self.limits.request_pixels):
             message = f"the images of a request may have at most {limit:,} pixels together"
             raise Refused(413, "too_many_pixels", f"{message}; send them in several requests")
+        results = await self._compute(
+            version, program, images, pixels, state.deadline, state.client
+        )
+        ids = {"request_id": state.request_id, "unit": state.unit, "arm": state.arm}
+        self._record(version, results, ids)
+        if state.shadow is not None:
+            experiment, challenger = state.shadow
+            shadow = self._compute_shadow(experiment, challenger, images, pixels, ids)
+            task = asyncio.create_task(shadow)
+            self._shadow_tasks.add(task)
+            task.add_done_callback(self._shadow_tasks.discard)
+        return results
+
+    async def _compute(
+        self,
+        version: Version,
+        program: Program,
+        images: Sequence[bytes | np.ndarray],
+        pixels: Sequence[int],
+        deadline: float,
+        client: str,
+    ) -> list[Computed | DataError]:
+        """Decodes images and runs a program of a version on them, within the limits."""
         reads = [
             functools.partial(self._read, version, image, size)
             for image, size in zip(images, pixels, strict=True)
         ]
-        client, deadline = request.state.client, request.state.deadline
         with self.engine.admit(len(images), sum(pixels), client):
-            results = await self.engine.compute(program, reads, deadline, pixels, client)
-        for index, computed in enumerate(results):
-            if isinstance(computed, Computed):
-                self._record(version, computed, request, index)
-        return results
+            return await self.engine.compute(program, reads, deadline, pixels, client)
+
+    async def _compute_shadow(
+        self,
+        experiment: Experiment,
+        challenger: Version,
+        images: Sequence[bytes | np.ndarray],
+        pixels: Sequence[int],
+        ids: Mapping[str, str | None],
+    ) -> None:
+        """Records the predictions of a challenger whose answer is dropped."""
+        arm = experiment.column(CHALLENGER_ARM)
+        ids = {**ids, "request_id": new_request_id(), "arm": arm, "shadow_of": ids["request_id"]}
+        deadline = time.monotonic() + self.limits.seconds
+        program = challenger.predict_program
+        try:
+            with challenger.hold():
+                results = await self._compute(
+                    challenger, program, images, pixels, deadline, _SHADOW
+                )
+        except Overloaded:
+            return  # The server has too many other images; this is no failure of the challenger.
+        except DeadlineExceeded:
+            self.record_failure(challenger.model, ids, "late")
+        except Exception:
+            logger.exception("the challenger failed on request %s", ids["shadow_of"])
+            self.record_failure(challenger.model, ids, "internal")
+        else:
+            self._record(challenger, results, ids)
+
+    def record_failure(self, model: str, ids: Mapping[str, str | None], reason: str) -> None:
+        """Records that an arm of an experiment has not answered, for `cnn_jax experiment`.
+
+        Args:
+          model: The name of the model.
+          ids: The "request_id", "unit" and "arm" of the request.
+          reason: The reason of the error response.
+        """
+        if self.request_log is not None and "/" in (ids["arm"] or ""):
+            row = {name: ids[name] for name in ("request_id", "unit", "arm")}
+            self.request_log.record_failure(row | {"model": model, "reason": reason})
 
     def _count_pixels(self, image: bytes | np.ndarray) -> int:
         """Returns the number of pixels of an image, according to its first bytes.
@@ -356,23 +456,36 @@ class Service:
         # would take more time than the request was admitted for.
         return version.read(image, max_pixels=max(pixels, _SMALL_PIXELS))
 
-    def _record(self, version: Version, computed: Computed, request: Request, index: int) -> None:
-        """Records the prediction for an image in the metrics and in the request log."""
-        output: Output = computed.result
-        predicted = version.class_names[int(np.argmax(output.probabilities))]
-        self.metrics.predictions.labels(version.model, version.number, predicted).inc()
-        if self.request_log is not None:
-            state = request.state
-            self.request_log.record(
-                request_id=state.request_id,
-                image_index=index,
-                unit=state.unit,
-                arm=state.arm,
-                version=version,
-                pixels=computed.pixels,
-                probabilities=output.probabilities,
-                embedding=output.embedding,
-            )
+    def _record(
+        self,
+        version: Version,
+        results: Sequence[Computed | DataError],
+        ids: Mapping[str, str | None],
+    ) -> None:
+        """Records the predictions for images in the metrics and in the request log.
+
+        Args:
+          version: The version that has predicted the images.
+          results: The results of the images of a request.
+          ids: The columns of the request log that describe the request.
+        """
+        for index, computed in enumerate(results):
+            if not isinstance(computed, Computed):
+                continue
+            output: Output = computed.result
+            predicted = version.class_names[int(np.argmax(output.probabilities))]
+            self.metrics.predictions.labels(version.model, version.number, predicted).inc()
+            seconds = computed.decode_seconds + computed.queue_seconds + computed.compute_seconds
+            if self.request_log is not None:
+                self.request_log.record(
+                    image_index=index,
+                    version=version,
+                    pixels=computed.pixels,
+                    probabilities=output.probabilities,
+                    embedding=output.embedding,
+                    milliseconds=1000 * seconds,
+                    **ids,
+                )
 
 
 def probability_rows(answers: Sequence[Computed | DataError], name: str) -> list[np.ndarray]:

@@ -32,6 +32,8 @@ _STDOUT = 1  # The file descriptor of stdout.
 # The exit code EX_TEMPFAIL of sysexits.h: "temporary failure; the user is invited to retry".
 START_AGAIN = 75
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+# The seconds of the units of `duration`.
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 
 
 def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoReturn:
@@ -315,6 +317,19 @@ def number(requirement: str, accepts: Callable[[float], bool]) -> Callable[[str]
 
 fraction = number("from 0 to 1", lambda value: 0 <= value <= 1)
 not_negative = number("0 or more", lambda value: value >= 0)
+
+
+def duration(text: str) -> float:
+    """An argparse type that converts a time such as 1h30m, or 90 for seconds, to seconds."""
+    parts = re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s?)?", text)
+    seconds = sum(
+        int(part.rstrip("dhms")) * _SECONDS.get(part[-1], 1)
+        for part in (parts.groups() if parts else ())
+        if part
+    )
+    if not seconds:
+        raise argparse.ArgumentTypeError(f"must be a time such as 90m or 1h30m, got {text!r}")
+    return float(seconds)
 
 
 @contextlib.contextmanager

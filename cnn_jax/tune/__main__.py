@@ -19,7 +19,6 @@ from cnn_jax.system import cli
 from cnn_jax.system.errors import ConfigError, Interrupted, UserError
 from cnn_jax.tune import PRUNERS
 
-_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _STUDIES = pathlib.Path("studies")
 
 
@@ -103,13 +102,13 @@ def _parser() -> files.ConfigParser:
     parser.add_argument("--pruner", choices=PRUNERS, default=PRUNERS[0])
     parser.add_argument(
         "--time_budget",
-        type=_duration,
+        type=cli.duration,
         metavar="TIME",
         help="such as 90m or 1h30m; the next start continues an unfinished trial",
     )
     parser.add_argument(
         "--storage_timeout",
-        type=_duration,
+        type=cli.duration,
         default=60.0,
         metavar="TIME",
         help="time for which a storage that does not answer is retried (60s)",
@@ -134,19 +133,6 @@ def _storage(text: str) -> str:
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
     return text
-
-
-def _duration(text: str) -> float:
-    """An argparse type that converts a time such as 1h30m, or 90 for seconds, to seconds."""
-    parts = re.fullmatch(r"(?=.)(\d+d)?(\d+h)?(\d+m)?(\d+s?)?", text)
-    seconds = sum(
-        int(part.rstrip("dhms")) * _UNITS.get(part[-1], 1)
-        for part in (parts.groups() if parts else ())
-        if part
-    )
-    if not seconds:
-        raise argparse.ArgumentTypeError(f"must be a time such as 90m or 1h30m, got {text!r}")
-    return float(seconds)
 
 
 if __name__ == "__main__":

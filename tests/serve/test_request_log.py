@@ -108,6 +108,8 @@ def test_a_row_has_named_columns(version, tmp_path):
         "embedding": [1.5, -2.0],
         "brightness": 50.0,
         "contrast": 50.0,
+        "milliseconds": None,
+        "shadow_of": None,
     }
     # The Laplacian is 100 in column 7, -100 in column 8, and 0 elsewhere.
     assert sharpness == pytest.approx(np.sqrt(2 * 100**2 / 16))

@@ -20,7 +20,8 @@ from conftest import TRAINING_MODULES, imported_modules
 from PIL import Image
 
 import cnn_jax.serve
-from cnn_jax.data.request_log import read_requests
+from cnn_jax.data.request_log import read_failures, read_requests
+from cnn_jax.registry.split import Experiment
 from cnn_jax.serve import app, http
 from cnn_jax.serve.app import make_app, make_health_app
 from cnn_jax.serve.engine import Engine, Program
@@ -423,6 +424,77 @@ def test_models_are_found_by_name_number_and_alias(version):
     for number in range(100):
         models.set_state("one", number, END)
     assert len(models.states("one")) < 30
+
+
+def make_experiment(model, is_shadow=False):
+    return Experiment(
+        name="blue",
+        salt="s",
+        fraction=0.5,
+        outcome="reward",
+        window=1.0,
+        is_shadow=is_shadow,
+        model=model,
+        alias="champion",
+        champion=1,
+        challenger=2,
+        start="now",
+    )
+
+
+@pytest.mark.parametrize("is_shadow", [False, True])
+def test_failures_of_the_challenger_are_recorded(serve, version, tmp_path, is_shadow):
+    log = RequestLog(tmp_path / "log")
+    server = serve(request_log=log)
+    server.gate.set()
+
+    def fail(images):
+        raise RuntimeError("broken")
+
+    broken = dataclasses.replace(version, number=2, predict_program=Program(fail, {1: 1.0}))
+    server.service.models.add_version(broken)
+    running = make_experiment("default", is_shadow)
+    server.service.models.set_experiment("default", running)
+    arms = {unit: running.arm(unit) for unit in map(str, range(8))}
+    for unit, arm in arms.items():
+        headers = {"X-Unit-Id": unit}
+        answer = requests.post(f"{server.url}/predict", encode(), headers=headers, timeout=30)
+        is_failure = arm == "challenger" and not is_shadow
+        assert answer.status_code == (500 if is_failure else 200)
+    count = sum(arm == "challenger" for arm in arms.values())
+    assert 0 < count < 8
+    until(lambda: not server.service._shadow_tasks)
+    log.close()
+    found = read_failures(tmp_path / "log").to_pylist()
+    units = [unit for unit, arm in arms.items() if arm == "challenger"]
+    assert sorted(row["unit"] for row in found) == units
+    assert {(row["arm"], row["reason"]) for row in found} == {("blue/challenger", "internal")}
+    rows = read_requests(tmp_path / "log").to_pylist()
+    assert len(rows) == (8 if is_shadow else 8 - count)
+    assert {row["version"] for row in rows} == {1}
+
+
+def test_experiment_needs_both_versions(version):
+    models = Models()
+    models.add_model("one", is_required=True)
+    one, two, three = (
+        dataclasses.replace(version, model="one", number=number) for number in (1, 2, 3)
+    )
+    running = make_experiment("one")
+    models.set_experiment("one", running)
+    assert models.experiment("one") is None
+    models.add_version(one)
+    models.set_aliases("one", {"champion": 1})
+    assert models.experiment("one") is None
+    models.add_version(two)
+    assert models.experiment("one") == (running, two)
+    # The alias has moved before this server has read the end of the experiment.
+    models.add_version(three)
+    models.set_aliases("one", {"champion": 3})
+    assert models.experiment("one") is None
+    models.set_aliases("one", {"champion": 1})
+    models.set_experiment("one", None)
+    assert models.experiment("one") is None
 
 
 def test_serving_imports_no_training_code():

@@ -11,7 +11,7 @@ import pytest
 from conftest import REPOSITORY
 from fakes import Log, install, raising
 
-from cnn_jax.system import compilation_cache, runtime
+from cnn_jax.system import cli, compilation_cache, runtime
 from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingError, UserError
 from cnn_jax.tune import __main__ as command
 from cnn_jax.tune import outcome, storage, study
@@ -53,8 +53,8 @@ def space(tmp_path):
     ],
 )
 def test_durations_are_converted_to_seconds(text, seconds):
-    assert command._duration(text) == seconds
-    assert isinstance(command._duration(text), float)
+    assert cli.duration(text) == seconds
+    assert isinstance(cli.duration(text), float)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_durations_are_converted_to_seconds(text, seconds):
 )
 def test_a_wrong_duration_is_refused(text):
     with pytest.raises(argparse.ArgumentTypeError, match="must be a time such as 90m or 1h30m"):
-        command._duration(text)
+        cli.duration(text)
 
 
 @pytest.mark.parametrize(

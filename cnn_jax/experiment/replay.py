@@ -1,0 +1,152 @@
+"""Compares two versions of a model by logged images with labels."""
+
+import dataclasses
+import datetime
+import logging
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow as pa
+
+from cnn_jax.data import Track, no_track
+from cnn_jax.data.request_log import read_requests
+from cnn_jax.data.resize import resize
+from cnn_jax.experiment.analysis import analyse_pairs
+from cnn_jax.experiment.observations import Folder, check_unique, read_valid_feedback
+from cnn_jax.inference.exported import load_predictor
+from cnn_jax.inference.protocol import TrainedPredictor
+from cnn_jax.registry.ledger import Version
+from cnn_jax.registry.registry import Registry
+from cnn_jax.registry.split import ARMS
+from cnn_jax.system.errors import ConfigError, DataError, printable
+
+logger = logging.getLogger(__name__)
+_BATCH = 64
+
+
+def replay(
+    registry: Registry,
+    challenger: Version,
+    champion: Version,
+    folders: Sequence[Folder],
+    since: float | None = None,
+    track: Track = no_track,
+) -> dict[str, Any]:
+    """Lets two versions predict the same logged images, and compares them by the labels.
+
+    Args:
+      registry: The registry of the versions.
+      challenger: A version.
+      champion: The version that it is compared with.
+      folders: The folders of request logs with images.
+      since: Only later images count, in seconds since the epoch. By default, the time at which the
+        newer version was added to the registry: a version may have been trained on older images.
+      track: Shows progress.
+
+    Returns:
+      The values of `analyse_pairs`, of JSON types; and the "versions", "since", and "copies", the
+      number of images that were left out because they are equal to other images.
+
+    Raises:
+      BundleError: A version is damaged.
+      ConfigError: Both versions are the same.
+      DataError: A log cannot be used, has no rows of the model, or has no labelled image.
+    """
+    if challenger.number == champion.number:
+        raise ConfigError(f"both versions are {champion}: name two versions")
+    if since is None:
+        since = max(
+            datetime.datetime.fromisoformat(version.time).timestamp()
+            for version in (challenger, champion)
+        )
+    images, labels, copies = _read(folders, champion.model, since)
+    correct = []
+    for version in (challenger, champion):
+        with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
+            predictor = load_predictor(registry.fetch(version, folder))
+        predicted = _predict(predictor, images, str(version), track)
+        correct.append(np.array(predicted) == np.array(labels))
+    return {
+        "model": champion.model,
+        "versions": dict(zip(ARMS, (champion.number, challenger.number), strict=True)),
+        "since": datetime.datetime.fromtimestamp(since, datetime.UTC).isoformat(timespec="seconds"),
+        "copies": copies,
+        **analyse_pairs(np.stack(correct, axis=1)),
+    }
+
+
+def _predict(
+    predictor: TrainedPredictor, images: Sequence[bytes], name: str, track: Track
+) -> list[str]:
+    """Returns the predicted classes of images, each PNG; a warning says if sizes differ."""
+    # The log has the images after cropping.
+    preprocessing = dataclasses.replace(predictor.preprocessing, crop_ratio=1.0)
+    is_resized, predicted = False, []
+    batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
+    for batch in track(batches, f"predicting with {name}", len(batches)):
+        decoded = list(map(_decode, batch))
+        is_resized |= any(one.shape[:2] != preprocessing.image_size for one in decoded)
+        pixels = np.stack([resize(one, preprocessing) for one in decoded])
+        best = predictor(pixels).argmax(axis=1).tolist()
+        predicted += [predictor.class_names[index] for index in best]
+    if is_resized:
+        logger.warning(
+            "%s reads images of %d x %d pixels, and the log has images of other sizes: its "
+            "accuracy may be lower than on the original images",
+            name,
+            *preprocessing.image_size,
+        )
+    return predicted
+
+
+def _read(
+    folders: Sequence[Folder], model: str, since: float
+) -> tuple[list[bytes], list[str], int]:
+    """Returns the PNG images and labels in the order of the labels, and the number of copies.
+
+    Raises:
+      DataError: See `replay`.
+    """
+    columns = ("time", "request_id", "image_index", "model", "shadow_of", "image")
+    rows = pa.concat_tables([read_requests(folder, columns, since) for folder in folders])
+    name = ", ".join(map(str, folders))
+    models = sorted(rows["model"].unique().to_pylist())
+    if model not in models:
+        found = printable(", ".join(models)) or "(none)"
+        raise DataError(f"{name} has no images of the model {model}; it has: {found}")
+    own = [row for row in rows.to_pylist() if row["model"] == model and row["shadow_of"] is None]
+    check_unique(own, folders)
+    recent = [row for row in own if row["time"].timestamp() >= since]
+    feedback = read_valid_feedback(folders, "label")
+    labelled = [
+        (feedback[key], row["image"])
+        for row in recent
+        if (key := (row["request_id"], row["image_index"])) in feedback
+    ]
+    with_image = [(given, image) for given, image in labelled if image is not None]
+    if not with_image:
+        moment = datetime.datetime.fromtimestamp(since, datetime.UTC).isoformat(timespec="seconds")
+        advice = (
+            "record images with --request_log_images"
+            if labelled
+            else "send labels with POST /feedback, or choose an earlier --since"
+        )
+        raise DataError(
+            f"{name}: of {len(recent):,} images of {model} since {moment}, {len(labelled):,} have "
+            f"a label and none of these has the image itself: {advice}"
+        )
+    with_image.sort(key=lambda item: item[0].time)
+    first: dict[bytes, str] = {}
+    for given, image in with_image:
+        first.setdefault(image, given.value)
+    return list(first), list(first.values()), len(with_image) - len(first)
+
+
+def _decode(png: bytes) -> np.ndarray:
+    """Decodes an image of the log to uint8 [height, width, 3]."""
+    decoded = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert decoded is not None
+    return np.asarray(decoded)
