@@ -17,7 +17,6 @@ import numpy as np
 
 from cnn_jax.config.schema import FLIPS, SOURCE_FORMS
 from cnn_jax.data import Track, no_track
-from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.evaluate import percent
 from cnn_jax.inference.bundle import (
@@ -33,6 +32,7 @@ from cnn_jax.inference.calibration import apply_temperature, fit_temperature
 from cnn_jax.inference.ensemble import EnsemblePredictor
 from cnn_jax.inference.evaluation import (
     bundle_metrics,
+    check_unseen,
     open_as_trained,
     predict_split,
     score,
@@ -40,7 +40,7 @@ from cnn_jax.inference.evaluation import (
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console
-from cnn_jax.system.errors import ConfigError, DataError
+from cnn_jax.system.errors import ConfigError
 from cnn_jax.system.text import table
 
 
@@ -99,10 +99,7 @@ def make_ensemble(
     predictor = EnsemblePredictor(ensemble)
     dataset = open_as_trained(predictor, source, track)
     for path, member in zip(paths, predictor.members, strict=True):
-        is_same = member.data["fingerprint"] == dataset.fingerprint
-        own = dataset if is_same else open_as_trained(member, source, track)
-        _check_data(path, member.data["fingerprint"], own)
-        _check_unseen(path, own, paths[0], dataset)
+        check_unseen(member, path, dataset, source, track)
     labels = {split: dataset.source.labels[dataset.splits[split]] for split in SPLITS}
     uncalibrated = {
         split: predict_split(
@@ -150,40 +147,6 @@ def _check_members(paths: Sequence[pathlib.Path], members: Sequence[Bundle]) -> 
                     f"--bundles: {path} was trained with data.{field.name} = {own}, and {paths[0]} "
                     f"with {wanted}; the members of an ensemble need the same images"
                 )
-
-
-def _check_data(path: pathlib.Path, fingerprint: str, dataset: Dataset) -> None:
-    """Raises DataError if a data set is not the data on which a bundle's network was trained."""
-    if dataset.fingerprint != fingerprint:
-        raise DataError(
-            f"{dataset.source.name} is not the data that {path} was trained on, or has changed, so "
-            "the images that its network has seen are unknown; name the training data with --source"
-        )
-
-
-def _check_unseen(path: pathlib.Path, own: Dataset, first: pathlib.Path, dataset: Dataset) -> None:
-    """Checks that no member was trained on the images that measure and calibrate the ensemble.
-
-    Args:
-      path: The bundle of the member.
-      own: The data with the splits of the member.
-      first: The bundle of the first member.
-      dataset: The data with the splits of the ensemble.
-
-    Raises:
-      DataError: The member used some of these images, so the metrics would be too good.
-    """
-    if own is dataset:
-        return
-    for split, used in (("test", ("train", "validation")), ("validation", ("train",))):
-        seen = {own.source.ids[i] for name in used for i in own.splits[name]}
-        ids = [dataset.source.ids[i] for i in dataset.splits[split]]
-        if count := sum(one in seen for one in ids):
-            raise DataError(
-                f"{path} was trained on other splits: it has seen {count:,} of the {len(ids):,} "
-                f"{split} images of {first}, so the metrics of the ensemble would be too good; "
-                "train all members with the same data.split_seed"
-            )
 
 
 def describe(ensemble: Ensemble, names: Sequence[str], width: int | None) -> str:

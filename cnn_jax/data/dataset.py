@@ -42,6 +42,7 @@ class Dataset:
       loader: Loads examples of the source.
       splits: The positions in the source of each name in `SPLITS`.
       fingerprint: A hash of the id, class, content and split of all examples.
+      contents: The digest of the decoded pixels of each example; see `scan.Record`.
       findings: The findings of the scan.
       residency: The place where the pixels are kept, one of `schema.RESIDENCIES`.
     """
@@ -49,6 +50,7 @@ class Dataset:
     loader: Loader
     splits: Mapping[str, Int[np.ndarray, " _"]]
     fingerprint: str
+    contents: Sequence[str]
     findings: Findings
     residency: str = "none"
 
@@ -92,7 +94,8 @@ def open_dataset(
     values = value_ranges(records, preprocessing)
     _check_readable(listing, unreadable, max_unreadable, values)
     records = [records[row] for row in rows]
-    splits = division.divide(source, [record.pixels for record in records])
+    contents = [record.pixels for record in records]
+    splits = division.divide(source, contents)
     return Dataset(
         loader=Loader(
             source,
@@ -104,6 +107,7 @@ def open_dataset(
         ),
         splits=splits,
         fingerprint=fingerprint(source, [record.digest for record in records], splits),
+        contents=contents,
         findings=find(source, records, division, splits, unreadable, values),
         residency=residency,
     )

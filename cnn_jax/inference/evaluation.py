@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ from cnn_jax.data.splits import Division
 from cnn_jax.inference.batching import BATCH_SIZE, map_batches
 from cnn_jax.inference.calibration import log_probabilities
 from cnn_jax.inference.predictor import Predictor, TrainedPredictor
-from cnn_jax.system.errors import DataError
+from cnn_jax.system.errors import ConfigError, DataError
 from cnn_jax.training.metrics import HEADLINE, agreement_p_value, full_report
 
 logger = logging.getLogger(__name__)
@@ -221,18 +222,20 @@ def open_as_trained(
     source: str | None = None,
     track: Track = no_track,
     *,
+    residency: str = "auto",
     grouped: bool = True,
     max_unreadable: float | None = None,
     allow_outside: bool = False,
 ) -> Dataset:
     """Opens a data source, and splits it as the training data of a bundle was split.
 
-    The images are decoded once and cached, as in training.
+    By default the images are decoded once and cached, as in training.
 
     Args:
       predictor: A loaded bundle.
       source: The name of a source; by default the source of the bundle.
       track: Shows progress.
+      residency: "auto" or one of `schema.RESIDENCIES`; "none": no image is cached.
       grouped: Whether to apply the pattern of the bundle's `data.group`, which the paths of
         other data may not match.
       max_unreadable: The largest fraction of images that may be unreadable, 0 to 1; by default
@@ -256,6 +259,50 @@ def open_as_trained(
         division if grouped else dataclasses.replace(division, group=""),
         predictor.preprocessing,
         max_unreadable=data["max_unreadable"] if max_unreadable is None else max_unreadable,
-        residency=choose_residency("auto", listing, predictor.preprocessing, device_bytes=0),
+        residency=choose_residency(residency, listing, predictor.preprocessing, device_bytes=0),
         track=track,
     )
+
+
+def check_unseen(
+    predictor: TrainedPredictor,
+    path: str | os.PathLike[str],
+    dataset: Dataset,
+    source: str | None = None,
+    track: Track = no_track,
+) -> None:
+    """Checks that a network was not trained on the images that measure another network.
+
+    Images are compared by their pixels, because copies of an image may have other names.
+
+    Args:
+      predictor: The network, a loaded bundle.
+      path: The path of the bundle, for messages.
+      dataset: The data with the splits of the other network.
+      source: The name of the bundle's training data; by default the name in the bundle.
+      track: Shows progress.
+
+    Raises:
+      DataError: The network was trained on validation or test images of `dataset`, or was
+        validated on its test images, or its training data has changed or cannot be opened.
+    """
+    if predictor.data["fingerprint"] == dataset.fingerprint:
+        return
+    try:
+        own = open_as_trained(predictor, source, track, residency="none")
+    except (ConfigError, DataError) as error:
+        raise DataError(f"{path}: its training data cannot be opened: {error}") from error
+    if own.fingerprint != predictor.data["fingerprint"]:
+        raise DataError(
+            f"{own.source.name} is not the data that {path} was trained on, or has changed, so the "
+            "images that its network has seen are unknown; restore this data, or train again"
+        )
+    for split, used in (("test", ("train", "validation")), ("validation", ("train",))):
+        seen = {own.contents[i] for name in used for i in own.splits[name]}
+        contents = [dataset.contents[i] for i in dataset.splits[split]]
+        if count := sum(content in seen for content in contents):
+            raise DataError(
+                f"{path} was trained on other splits: it has seen {count:,} of the "
+                f"{len(contents):,} {split} images of {dataset.source.name}, so the metrics would "
+                "be too good; train it with the same splits (data.split_seed, data.fold)"
+            )

@@ -17,6 +17,8 @@ from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing, normalize
 from cnn_jax.inference.bundle import Bundle, Ensemble, read_networks
+from cnn_jax.inference.evaluation import check_unseen
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models.network import Network, make_model
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.training.loss import cross_entropy
@@ -108,7 +110,8 @@ def open_teachers(config: Config, dataset: Dataset) -> tuple[Distillation, list[
 
     Raises:
       BundleError: A bundle does not exist, or is damaged.
-      ConfigError: A teacher has other classes, or was trained on other splits of the same data.
+      ConfigError: A teacher has other classes.
+      DataError: A teacher has seen validation or test images of the data; see `check_unseen`.
     """
     distill = config.distill
     if not distill.bundles:
@@ -117,7 +120,7 @@ def open_teachers(config: Config, dataset: Dataset) -> tuple[Distillation, list[
     for path in distill.bundles.split(","):
         networks = read_networks(path)
         for bundle in networks.members if isinstance(networks, Ensemble) else [networks]:
-            _check(bundle, path, config.data.source, dataset)
+            _check(bundle, path, dataset)
             teachers.append(
                 _Teacher(
                     make_model(bundle.model, len(bundle.class_names), config.precision),
@@ -132,8 +135,8 @@ def open_teachers(config: Config, dataset: Dataset) -> tuple[Distillation, list[
     return term, variables
 
 
-def _check(bundle: Bundle, path: str, source: str, dataset: Dataset) -> None:
-    """Raises ConfigError if a bundle cannot be the teacher of a network of this data set."""
+def _check(bundle: Bundle, path: str, dataset: Dataset) -> None:
+    """Raises an error if a bundle cannot be a teacher for this data set; see `open_teachers`."""
     classes: Any = dataset.source.class_names
     if set(bundle.class_names) != set(classes):
         other = sorted(set(bundle.class_names) ^ set(classes))
@@ -141,9 +144,4 @@ def _check(bundle: Bundle, path: str, source: str, dataset: Dataset) -> None:
             f"config.distill.bundles: {path} has other classes than the data ({other[0]!r} is only "
             "in one of them); train the teacher on the same classes"
         )
-    is_same_source = bundle.data["source"] == source
-    if is_same_source and bundle.data["fingerprint"] != dataset.fingerprint:
-        raise ConfigError(
-            f"config.distill.bundles: {path} was trained on other splits of this data, so it has "
-            "seen test images; train the teacher with the same splits"
-        )
+    check_unseen(BundlePredictor(bundle), path, dataset)

@@ -267,7 +267,7 @@ MUTATIONS = [
     ("inference/ensemble.py", "images[(*before, slice(-1, None))]", "images[(*before, slice(0, 1))]", "inference/test_ensemble.py"),
     ("inference/ensemble.py", "found += [view[reversed_axis] for view in found]", "found += [images[reversed_axis]]", "inference/test_ensemble.py"),
     ("inference/calibration.py", "scipy.special.entr(predictions).sum(axis=-1).mean(axis=0)", "0", "inference/test_ensemble.py"),
-    ("ensemble.py", "(\"test\", (\"train\", \"validation\")), ", "", "inference/test_ensemble.py"),
+    ("inference/evaluation.py", "(\"test\", (\"train\", \"validation\")), ", "", "inference/test_ensemble.py"),
     ("ensemble.py", "fit_temperature(uncalibrated[\"validation\"], labels[\"validation\"])", "1.0", "inference/test_ensemble.py"),
     ("export/function.py", "jnp.log(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))", "mean", "inference/test_ensemble.py"),
     ("export/translate.py", "for value in (-1, -(2**31), -1)", "for value in (-1, 0, -1)", "export/test_translate.py"),

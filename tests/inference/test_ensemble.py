@@ -239,20 +239,26 @@ def test_members_may_normalise_the_pixels_differently(member_paths, image_folder
     np.testing.assert_allclose(EnsemblePredictor(ensemble)(images), (first + second) / 2, rtol=1e-5)
 
 
-def test_a_member_with_other_splits_is_refused(member_paths, image_folder, tmp_path):
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_a_member_with_other_splits_is_refused(member_paths, image_folder, tmp_path, is_renamed):
+    """A copy of an image is the same image, whatever its name is."""
     bundle = read_bundle(member_paths[1])
     data = bundle.data | {"division": Division(seed=1, rule="exact").to_dict()}
-    write_bundle(dataclasses.replace(bundle, data=data), tmp_path / "other")
-    own = open_as_trained(BundlePredictor.load(tmp_path / "other"))
+    if is_renamed:
+        for path in image_folder.rglob("*.png"):
+            (tmp_path / "images" / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, tmp_path / "images" / path.parent.name / f"x{path.name}")
+        data |= {"source": f"folder:{tmp_path / 'images'}"}
+    own = open_as_trained(BundlePredictor(dataclasses.replace(bundle, data=data)))
     data |= {"fingerprint": own.fingerprint}
     write_bundle(dataclasses.replace(bundle, data=data), tmp_path / "other")
-    ids = {split: {own.source.ids[i] for i in indices} for split, indices in own.splits.items()}
+    seen = {own.contents[i] for name in ("train", "validation") for i in own.splits[name]}
     dataset = open_as_trained(BundlePredictor.load(member_paths[0]))
-    test = {dataset.source.ids[i] for i in dataset.splits["test"]}
-    count = len(test & (ids["train"] | ids["validation"]))
+    test = [dataset.contents[i] for i in dataset.splits["test"]]
+    count = sum(content in seen for content in test)
     message = (
         rf"other was trained on other splits: it has seen {count} of the {len(test)} test images "
-        r"of .*train all members with the same data.split_seed"
+        r"of .*train it with the same splits \(data.split_seed, data.fold\)"
     )
     with pytest.raises(DataError, match=message):
         make_ensemble([member_paths[0], tmp_path / "other"], tmp_path / "new")

@@ -1,5 +1,6 @@
 import dataclasses
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,11 @@ from test_step import MODEL, PREPROCESSING, _batch, _train_step, assert_trees_eq
 from cnn_jax.config import files
 from cnn_jax.config.resolve import resolve
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.inference.bundle import read_bundle
+from cnn_jax.inference.bundle import read_bundle, write_bundle
+from cnn_jax.inference.evaluation import open_as_trained
+from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models.cnn import CNN
-from cnn_jax.system.errors import BundleError, ConfigError
+from cnn_jax.system.errors import BundleError, ConfigError, DataError
 from cnn_jax.training.distillation import Distillation, _Teacher
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.programs import Programs
@@ -207,7 +210,7 @@ def test_unsuitable_teachers_are_refused(teacher, image_folder, tmp_path):
         train_and_evaluate(config, tmp_path / "run")
     config.distill.bundles = str(teacher)
     config.seed = 5
-    with pytest.raises(ConfigError, match="was trained on other splits of this data, so it has"):
+    with pytest.raises(DataError, match=r"was trained on other splits: it has seen \d+ of the"):
         train_and_evaluate(config, tmp_path / "run")
     other = tmp_path / "images"
     for name in ("blue", "green", "yellow"):
@@ -218,3 +221,28 @@ def test_unsuitable_teachers_are_refused(teacher, image_folder, tmp_path):
     config = _config(other, **{"distill.bundles": str(teacher)})
     with pytest.raises(ConfigError, match=r"other classes than the data \('red' is only in one"):
         train_and_evaluate(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize("kind", ["link", "renamed"])
+def test_a_teacher_of_a_copy_with_other_splits_is_refused(teacher, image_folder, tmp_path, kind):
+    """The teacher's images have another path, or other names too."""
+    other = tmp_path / "other"
+    if kind == "link":
+        other.symlink_to(image_folder)
+    else:
+        for path in pathlib.Path(image_folder).rglob("*.png"):
+            (other / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, other / path.parent.name / f"x{path.name}")
+    bundle = read_bundle(teacher / "bundle")
+    data = bundle.data | {"source": f"folder:{other}"}
+    data["division"] = data["division"] | {"seed": 1}
+    own = open_as_trained(BundlePredictor(dataclasses.replace(bundle, data=data)))
+    data["fingerprint"] = own.fingerprint
+    write_bundle(dataclasses.replace(bundle, data=data), tmp_path / "teacher")
+    config = _config(image_folder, **{"distill.bundles": str(tmp_path / "teacher")})
+    with pytest.raises(DataError, match=r"it has seen \d+ of the \d+ test images"):
+        train_and_evaluate(config, tmp_path / "run")
+    if kind == "link":
+        other.unlink()
+        with pytest.raises(DataError, match="teacher: its training data cannot be opened"):
+            train_and_evaluate(config, tmp_path / "run")
