@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from cnn_jax.config import files
 from cnn_jax.config.resolve import resolve
+from cnn_jax.config.schema import Config
 from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.inference.batching import BATCH_SIZE
@@ -22,10 +23,11 @@ from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models.network import make_model, updates_statistics
 from cnn_jax.system.atomic import write_text
 from cnn_jax.system.console import Console
-from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.errors import ConfigError, DataError
 from cnn_jax.training import results, run_directory
 from cnn_jax.training.checkpoint import monitored_score
 from cnn_jax.training.loop import open_dataset, train_and_evaluate
+from cnn_jax.training.run_directory import INDIFFERENT_KEYS
 from cnn_jax.training.step import Statistics, update_statistics
 
 # The number of training images from which BatchNorm's statistics are estimated, as in a run.
@@ -62,7 +64,7 @@ def make_soup(
     Raises:
       ConfigError: There is no run, or a key is wrong or cannot be set.
       BundleError: The run has no bundle, or the bundle is damaged.
-      DataError: The data cannot be used.
+      DataError: The data cannot be used, or has changed since the run.
       TrainingError: Training cannot continue.
       Interrupted: A continuation was saved and stopped.
     """
@@ -70,6 +72,7 @@ def make_soup(
     if not (run / "config.json").is_file():
         raise ConfigError(f"--run: {run} is not the folder of a run: it has no config.json")
     original = read_bundle(find_bundle(run))
+    _check_output(workdir, run)
     fixed = {
         "data.split_seed": original.data["division"]["seed"],
         "checkpoint.init_from": str(find_bundle(run).resolve()),
@@ -80,27 +83,55 @@ def make_soup(
         "report.detail": "none",
         "report.splits": ("validation",),
     }
-    if wrong := sorted({"seed", "model.pretrained", *fixed} & overrides.keys()):
-        raise ConfigError(f"config.{wrong[0]}: cannot be set, because soup determines it")
+    for key in sorted(overrides):
+        # Other splits would let the continuations see the test images of the run.
+        is_fixed = key.startswith(("data.", "model.")) and key not in INDIFFERENT_KEYS
+        if key in ("seed", *fixed) or is_fixed:
+            raise ConfigError(
+                f"config.{key}: cannot be set, because soup determines it or takes it from the run"
+            )
     config = files.load(str(run / "config.json"), overrides)
-    seed = config.seed
     with config.ignore_type():
         config.update_from_flattened_dict(fixed)
     if config.model.get("pretrained"):
         # A run starts from one bundle only, and the L2 penalty of pretrained networks is on the
         # kernel of the head only.
         config.model.pretrained, config.optimizer.l2 = "", 0.0
+    run_directory.check_apart(workdir, config.data.source)
+    with run_directory.lock(workdir):
+        return _train_and_average(run, workdir, members, config, original, overrides, console)
+
+
+def _train_and_average(
+    run: pathlib.Path,
+    workdir: pathlib.Path,
+    members: int,
+    config: Config,
+    original: Bundle,
+    overrides: Mapping[str, str],
+    console: Console,
+) -> dict[str, Any]:
+    """Trains the continuations, and writes the result; see `make_soup`.
+
+    `config` is the configuration of the continuations, except their seeds. `original` is the bundle
+    of the run.
+    """
+    seed = config.seed
     total: PyTree = None
     for number in range(1, members + 1):
         console.print(f"continuation {number} of {members}")
         config.seed = (seed + number) % 2**32
         folder = workdir / f"continuation-{number}"
         train_and_evaluate(config, folder, console)
-        params = jax.tree.map(np.float64, read_bundle(folder / "bundle").variables["params"])
+        continuation = read_bundle(folder / "bundle")
+        _check_data(run, original, continuation.data["fingerprint"])
+        params = jax.tree.map(np.float64, continuation.variables["params"])
         total = params if total is None else jax.tree.map(np.add, total, params)
     own = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    resolved = resolve(files.load(str(run / "config.json"), {}), files.flat(own))
+    moved = {key: value for key, value in overrides.items() if key in INDIFFERENT_KEYS}
+    resolved = resolve(files.load(str(run / "config.json"), moved), files.flat(own))
     dataset = open_dataset(resolved, console.track)
+    _check_data(run, original, dataset.fingerprint)
     params = jax.tree.map(lambda array: (array / members).astype(np.float32), total)
     variables = {**original.variables, "params": params}
     soup = _with_new_statistics(
@@ -119,7 +150,7 @@ def make_soup(
     )
     record = {
         "members": members,
-        "epochs": epochs,
+        "epochs": config.train.epochs,
         "monitor": monitor,
         "validation": values,
         "is_kept": is_kept,
@@ -127,6 +158,28 @@ def make_soup(
     }
     write_text(workdir / "soup.json", json.dumps(record, indent=1) + "\n")
     return record
+
+
+def _check_output(workdir: pathlib.Path, run: pathlib.Path) -> None:
+    """Raises ConfigError if the folder of the result has files that are not of a soup."""
+    names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
+    is_soup = "continuation-1" in names and "config.json" not in names
+    if names - {"lock"} and not is_soup:
+        raise ConfigError(
+            f"--workdir: {workdir} has files that are not of a soup, such as {min(names)}; name "
+            "another folder"
+        )
+    if workdir.resolve().is_relative_to(find_bundle(run).resolve()):
+        raise ConfigError(f"--workdir: {workdir} is inside the bundle of the run; name another")
+
+
+def _check_data(run: pathlib.Path, original: Bundle, fingerprint: str) -> None:
+    """Raises DataError if a fingerprint is not that of the data and the splits of the run."""
+    if fingerprint != original.data["fingerprint"]:
+        raise DataError(
+            f"{run}: the data or its splits have changed since the run, so the continuations may "
+            "have seen its test images; restore the data"
+        )
 
 
 def describe(record: Mapping[str, Any]) -> str:

@@ -239,7 +239,7 @@ MUTATIONS = [
     ("data/augment.py", "near[...] = image", "near[...] = images[0]", "data/test_augment.py"),
     ("data/source.py", "return example_id[len(folder) + 1 :]", "return example_id", "data/test_dataset.py"),
     ("report/inspection.py", "percents = 100 * counts", "percents = 10 * counts", "report/test_inspection.py"),
-    ("inference/evaluation.py", "residency=choose_residency(\"auto\", listing, predictor.preprocessing, device_bytes=0)", "residency=\"none\"", "inference/test_evaluate.py"),
+    ("inference/evaluation.py", "residency=choose_residency(residency, listing, predictor.preprocessing, device_bytes=0)", "residency=\"none\"", "inference/test_evaluate.py"),
     ("data/decode.py", "return None, _upright(np.asarray(_strip_to_rgb(image)), orientation)", "return None, np.asarray(_strip_to_rgb(image))", "data/test_decode.py"),
     ("data/decode.py", "astype(np.float64) * 255 / white", "astype(np.float64) * 256 / white", "data/test_decode_values.py"),
     ("data/decode.py", "white = white_level or deep.white", "white = deep.white or white_level", "data/test_decode_values.py"),

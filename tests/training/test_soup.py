@@ -4,14 +4,15 @@ import json
 import jax
 import numpy as np
 import pytest
+from conftest import write_images
 from test_distillation import _config
 from test_step import assert_trees_equal
 
 from cnn_jax.inference.bundle import read_bundle
 from cnn_jax.inference.evaluation import open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
-from cnn_jax.system.errors import ConfigError
-from cnn_jax.training import soup
+from cnn_jax.system.errors import ConfigError, DataError
+from cnn_jax.training import run_directory, soup
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.soup import make_soup
 
@@ -86,6 +87,41 @@ def test_a_soup_of_another_run_or_with_a_fixed_key_is_refused(run, tmp_path):
         make_soup(tmp_path / "nowhere", tmp_path / "soup", 2, 1)
     with pytest.raises(ConfigError, match=r"config\.seed: cannot be set, because soup"):
         make_soup(run, tmp_path / "soup", 2, 1, {"seed": "4"})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.split", "0.98,0.01,0.01"),
+        ("data.stratify", "stable"),
+        ("data.folds", "3"),
+        ("data.image_size", "24"),
+        ("model.dense", "8"),
+    ],
+)
+def test_an_override_of_the_splits_or_the_network_is_refused(run, tmp_path, key, value):
+    with pytest.raises(ConfigError, match=rf"config\.{key}: cannot be set, because soup"):
+        make_soup(run, tmp_path / "soup", 2, 1, {key: value})
+
+
+def test_continuations_with_other_data_are_refused(run, tmp_path):
+    write_images(tmp_path / "other", per_class=10, seed=9)
+    with pytest.raises(DataError, match="the data or its splits have changed since the run"):
+        make_soup(run, tmp_path / "soup", 2, 1, {"data.source": f"folder:{tmp_path / 'other'}"})
+    assert not (tmp_path / "soup" / "bundle").exists()
+
+
+def test_a_folder_that_is_not_of_a_soup_is_refused(run, tmp_path):
+    for folder in (run, run / "bundle", run.parent):
+        with pytest.raises(ConfigError, match="has files that are not of a soup, such as"):
+            make_soup(run, folder, 2, 1)
+    with pytest.raises(ConfigError, match="is inside the bundle of the run"):
+        make_soup(run, run / "bundle" / "soup", 2, 1)
+    with (
+        run_directory.lock(tmp_path / "soup"),
+        pytest.raises(ConfigError, match="is in use by process"),
+    ):
+        make_soup(run, tmp_path / "soup", 2, 1)
 
 
 def test_the_soup_is_compared_without_calibration(run):
