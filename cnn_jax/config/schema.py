@@ -248,7 +248,7 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
     },
     "optimizer": {
-        "name": choice(
+        "algorithm": choice(
             "adam",
             "The optimizer; adamw is adam with optimizer.weight_decay, sgd has momentum.",
             OPTIMIZERS,
@@ -641,10 +641,10 @@ def validate(config: Config, num_devices: int) -> None:
         )
     if not values["train.epochs"] and not values["train.probe"]:
         raise ConfigError("config.train.epochs: must be at least 1 unless train.probe=True, got 0")
-    if values["optimizer.name"] == "adamw" and not values["optimizer.weight_decay"]:
+    if values["optimizer.algorithm"] == "adamw" and not values["optimizer.weight_decay"]:
         raise ConfigError(
-            "config.optimizer.weight_decay: must be above 0 with optimizer.name=adamw, such as "
-            "0.01, got 0"
+            "config.optimizer.weight_decay: must be above 0 with optimizer.algorithm=adamw, such "
+            "as 0.01, got 0"
         )
     decay = "optimizer.decay_epochs" if values["optimizer.decay_epochs"] else "train.epochs"
     if values["train.epochs"] and values["optimizer.warmup_epochs"] >= values[decay]:

@@ -57,7 +57,7 @@ def make_train_step(
         optimizer=make_optimizer(
             schedule,
             optimizer.l2,
-            name=optimizer.name,
+            name=optimizer.algorithm,
             momentum=optimizer.momentum,
             # An L2 penalty would pull pretrained weights to zero.
             l2_mask=head_kernel_mask if config.model.get("pretrained") else kernel_mask,

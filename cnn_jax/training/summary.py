@@ -186,9 +186,9 @@ def _options(config: Config) -> str:
     """Describes the optimizer, the average of the weights and the teachers, unless default."""
     optimizer, distill = config.optimizer, config.distill
     parts = []
-    if (optimizer.name, optimizer.schedule) != ("adam", "cosine"):
+    if (optimizer.algorithm, optimizer.schedule) != ("adam", "cosine"):
         schedule = optimizer.schedule.replace("_", "-")
-        parts.append(f"{optimizer.name} with the {schedule} schedule")
+        parts.append(f"{optimizer.algorithm} with the {schedule} schedule")
     if config.train.ema:
         parts.append(f"averaged weights (decay {config.train.ema:g})")
     if distill.bundles:

@@ -40,14 +40,14 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     "ema 0.999": {"train.ema": 0.999},
     "one_cycle": {"optimizer.schedule": "one_cycle"},
     "one_cycle 3e-3": {"optimizer.schedule": "one_cycle", "optimizer.learning_rate": 3e-3},
-    "adamw": {"optimizer.name": "adamw", "optimizer.weight_decay": 0.05, "optimizer.l2": 0.0},
+    "adamw": {"optimizer.algorithm": "adamw", "optimizer.weight_decay": 0.05, "optimizer.l2": 0.0},
     "sgd": {
-        "optimizer.name": "sgd",
+        "optimizer.algorithm": "sgd",
         "optimizer.learning_rate": 0.05,
         "optimizer.final_learning_rate": 5e-3,
     },
     "lion": {
-        "optimizer.name": "lion",
+        "optimizer.algorithm": "lion",
         "optimizer.learning_rate": 2e-4,
         "optimizer.final_learning_rate": 2e-5,
     },

@@ -103,7 +103,7 @@ INVALID = [
     ("optimizer.final_learning_rate", 1.0),
     ("optimizer.warmup_epochs", 22.0),
     ("optimizer.l2", -1e-4),
-    ("optimizer.name", "adagrad"),
+    ("optimizer.algorithm", "adagrad"),
     ("optimizer.momentum", 1.0),
     ("optimizer.schedule", "linear"),
     ("train.ema", 1.0),
@@ -195,8 +195,8 @@ def test_an_image_size_may_be_one_side(value, expected):
             r"of the 4 devices that share a batch times train\.accumulation_steps = 3, got 32",
         ),
         (
-            {"optimizer.name": "adamw"},
-            r"weight_decay: must be above 0 with optimizer\.name=adamw, such as 0\.01, got 0",
+            {"optimizer.algorithm": "adamw"},
+            r"weight_decay: must be above 0 with optimizer\.algorithm=adamw, such as 0\.01, got 0",
         ),
         (
             {"optimizer.warmup_epochs": 5, "optimizer.decay_epochs": 5},
@@ -273,6 +273,12 @@ def test_automatic_values_are_decided_once():
 def test_the_default_of_a_key_passes_its_check(key, declared):
     assert declared.accepts(declared.default), key
     assert re.fullmatch(r"[^\n]{10,}\.", declared.comment), f"{key} needs a sentence"
+
+
+def test_the_last_word_of_each_key_is_unique():
+    """`cnn_jax.train(path, name="cnn")` names a key by its last word."""
+    words = [name.rpartition(".")[2] for name in list(schema.keys())]
+    assert len(words) == len(set(words))
 
 
 def test_the_keys_of_a_network_are_the_fields_of_its_module():

@@ -21,7 +21,7 @@ SPACE = {
     "augment.dropout": {"kind": "float", "low": 0.0, "high": 0.5, "log": False},
     "optimizer.warmup_epochs": {"kind": "int", "low": 0, "high": 5, "log": False},
     "model.normalize": {"kind": "categorical", "choices": [False, True]},
-    "optimizer.name": {"kind": "categorical", "choices": ["adamw", "sgd", "lion", "lamb"]},
+    "optimizer.algorithm": {"kind": "categorical", "choices": ["adamw", "sgd", "lion", "lamb"]},
 }
 
 

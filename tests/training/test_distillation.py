@@ -126,7 +126,7 @@ def test_several_devices_and_steps_equal_single_ones(is_stacked):
 
 
 _OPTIONS = {
-    "optimizer.name": "sgd",
+    "optimizer.algorithm": "sgd",
     "optimizer.learning_rate": 1e-2,
     "optimizer.final_learning_rate": 1e-4,
     "optimizer.schedule": "one_cycle",

@@ -44,7 +44,7 @@ def test_the_plan_names_the_options_of_training():
     assert summary._options(config) == ""
     config.update_from_flattened_dict(
         {
-            "optimizer.name": "sgd",
+            "optimizer.algorithm": "sgd",
             "optimizer.schedule": "one_cycle",
             "train.ema": 0.999,
             "distill.bundles": "runs/a,runs/b",
