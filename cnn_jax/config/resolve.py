@@ -20,7 +20,7 @@ from cnn_jax.inference.bundle import digest, find_bundle
 from cnn_jax.models import NETWORKS, hub
 from cnn_jax.models.network import compute_dtype
 from cnn_jax.models.pretrained import check_network, open_weights
-from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.errors import ConfigError, MissingBundleError
 
 
 def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config:
@@ -52,7 +52,9 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
             resolved.train.steps_per_execution = previous.get("train.steps_per_execution", 0)
         _resolve_pretrained(resolved, previous)
         if config.distill.bundles:
-            _resolve_teachers(resolved)
+            _resolve_teachers(resolved, previous)
+        else:
+            resolved.distill.sha256 = ""
         if config.checkpoint.init_from:
             resolved.checkpoint.init_from = str(_absolute_path(config.checkpoint.init_from))
         if config.model.get("batch_norm_statistics") == "auto":
@@ -80,8 +82,10 @@ def _absolute_path(text: str) -> pathlib.Path:
     return pathlib.Path(text).expanduser().resolve()
 
 
-def _resolve_teachers(resolved: Config) -> None:
+def _resolve_teachers(resolved: Config, previous: Mapping[str, Any]) -> None:
     """Makes the paths of the teachers absolute, and sets their sha256.
+
+    If a teacher is missing, a run that resumes keeps its sha256. A finished run needs no teachers.
 
     Raises:
       BundleError: A teacher is not a bundle.
@@ -90,7 +94,12 @@ def _resolve_teachers(resolved: Config) -> None:
     paths = [
         find_bundle(_absolute_path(name.strip())) for name in resolved.distill.bundles.split(",")
     ]
-    sha256 = hashlib.sha256("".join(map(digest, paths)).encode()).hexdigest()
+    try:
+        sha256 = hashlib.sha256("".join(map(digest, paths)).encode()).hexdigest()
+    except MissingBundleError:
+        sha256 = previous.get("distill.sha256")
+        if not sha256:
+            raise
     if resolved.distill.sha256 not in ("", sha256):
         raise ConfigError(
             "config.distill.sha256: the teachers in distill.bundles are not those of the "

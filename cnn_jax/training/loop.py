@@ -29,7 +29,7 @@ from cnn_jax.models.network import Network, make_model
 from cnn_jax.models.pretrained import PretrainedWeights
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay
-from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
+from cnn_jax.system.errors import BundleError, ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.system.signals import Interruption
 from cnn_jax.training import (
     initial_weights,
@@ -200,6 +200,7 @@ class _Run:
       dataset: The data set of the run.
       pixels: All images of the data set on the devices, or None.
       teachers: The variables of each teacher on the devices; None without distillation.
+      teacher_error: The error if the teachers cannot be opened, else None.
       programs: The jitted functions.
       memory: The check of the devices' memory.
       schedule: A function from the step to the learning rate.
@@ -215,6 +216,7 @@ class _Run:
     dataset: Dataset
     pixels: Array | None
     teachers: PyTree
+    teacher_error: Exception | None
     programs: Programs
     memory: Memory
     schedule: optax.Schedule
@@ -253,7 +255,14 @@ def _make_run(
         warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
         shape=config.optimizer.schedule,
     )
-    distillation, teachers = open_teachers(config, dataset) or (None, None)
+    distillation = teachers = teacher_error = None
+    try:
+        distillation, teachers = open_teachers(config, dataset) or (None, None)
+    except (BundleError, DataError) as error:
+        # A finished run needs no teachers.
+        if not checkpoints.steps():
+            raise
+        teacher_error = error
     step = make_train_step(config, model, schedule, dataset, distillation)
     programs = Programs(step, config.train.batch_size, config.mesh.model)
     pixels = dataset.loader.pixels if dataset.loader.on_device else None
@@ -263,6 +272,7 @@ def _make_run(
         dataset=dataset,
         pixels=None if pixels is None else programs.layout.to_all_devices(pixels),
         teachers=jax.tree.map(programs.layout.to_all_devices, teachers),
+        teacher_error=teacher_error,
         programs=programs,
         memory=Memory(programs),
         schedule=schedule,
@@ -338,6 +348,8 @@ def _train(
     train, monitor = run.config.train, run.config.train.monitor
     last_step = train.epochs * run.steps_per_epoch
     is_finished = progress.step >= last_step or _patience_is_over(progress.history, run.config)
+    if run.teacher_error is not None and not is_finished:
+        raise run.teacher_error
     log = run_directory.EpochLog(run.workdir, progress.history)
     display = run.console.training(train.epochs, run.steps_per_epoch)
     augmentation = Augmentation.from_config(run.config.augment)

@@ -246,3 +246,20 @@ def test_a_teacher_of_a_copy_with_other_splits_is_refused(teacher, image_folder,
         other.unlink()
         with pytest.raises(DataError, match="teacher: its training data cannot be opened"):
             train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_finished_run_needs_no_teachers(teacher, image_folder, tmp_path):
+    """More epochs need the same teachers."""
+    shutil.copytree(teacher / "bundle", tmp_path / "teacher")
+    bundles = str(tmp_path / "teacher")
+    config = _config(image_folder, **{"train.epochs": 1, "distill.bundles": bundles})
+    report = train_and_evaluate(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "teacher")
+    assert train_and_evaluate(config, tmp_path / "run")["test"] == report["test"]
+    config.train.epochs = 2
+    with pytest.raises(BundleError, match="teacher is not a bundle"):
+        train_and_evaluate(config, tmp_path / "run")
+    config = files.load(str(tmp_path / "run" / "config.json"), {"distill.bundles": ""})
+    assert resolve(config).distill.sha256 == ""
+    with pytest.raises(ConfigError, match=r"distill\.sha256: \w{64} -> "):
+        train_and_evaluate(config, tmp_path / "run")
