@@ -214,10 +214,10 @@ def divide_into_folds(
     groups: list[str] | None = None,
     contents: list[str] | None = None,
 ) -> Int[np.ndarray, " n"]:
-    """Divides examples into folds of equal size, class by class, for a cross-validation.
+    """Divides examples into folds, class by class, for a cross-validation.
 
     The units and their numbers are those of `divide`. A class of as many units as folds, or more,
-    has a unit in each fold.
+    has a unit in each fold. The folds have equal sizes only if the rule is "exact".
 
     Args:
       ids: A unique id of each example.

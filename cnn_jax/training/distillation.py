@@ -110,7 +110,7 @@ def open_teachers(config: Config, dataset: Dataset) -> tuple[Distillation, list[
 
     Raises:
       BundleError: A bundle does not exist, or is damaged.
-      ConfigError: A teacher has other classes.
+      ConfigError: A teacher has other classes, another preprocessing, or views.
       DataError: A teacher has seen validation or test images of the data; see `check_unseen`.
     """
     distill = config.distill
@@ -119,11 +119,16 @@ def open_teachers(config: Config, dataset: Dataset) -> tuple[Distillation, list[
     teachers, variables = [], []
     for path in distill.bundles.split(","):
         networks = read_networks(path)
+        if isinstance(networks, Ensemble) and (networks.flip != "none" or networks.shift):
+            raise ConfigError(
+                f"config.distill.bundles: {path} is an ensemble with views, which distillation "
+                "does not compute; make the ensemble without --flip and --shift"
+            )
         for bundle in networks.members if isinstance(networks, Ensemble) else [networks]:
             _check(bundle, path, dataset)
             teachers.append(
                 _Teacher(
-                    make_model(bundle.model, len(bundle.class_names), config.precision),
+                    make_model(bundle.model, len(bundle.class_names), bundle.precision),
                     bundle.preprocessing,
                     bundle.temperature,
                     tuple(map(bundle.class_names.index, dataset.source.class_names)),
@@ -144,4 +149,11 @@ def _check(bundle: Bundle, path: str, dataset: Dataset) -> None:
             f"config.distill.bundles: {path} has other classes than the data ({other[0]!r} is only "
             "in one of them); train the teacher on the same classes"
         )
+    student = dataset.loader.preprocessing
+    for key in ("resize", "crop_ratio", "interpolation", "white_level"):
+        if (own := getattr(bundle.preprocessing, key)) != getattr(student, key):
+            raise ConfigError(
+                f"config.distill.bundles: {path} was trained with data.{key}={own}, and this run "
+                f"has {getattr(student, key)}; set data.{key} to the value of the teacher"
+            )
     check_unseen(BundlePredictor(bundle), path, dataset)

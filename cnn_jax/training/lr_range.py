@@ -34,6 +34,8 @@ _WINDOW = 0.1
 _DIVERGENCE = 1.5
 # The suggestion is the learning rate of divergence, divided by this number.
 _SAFETY = 10.0
+# A change of the mean loss is noise if it is at most this many times its standard error.
+_NOISE = 4.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +59,10 @@ class LearningRates:
 
     @property
     def suggestion(self) -> float:
-        """A tenth of the rate of divergence; without divergence, the steepest rate."""
-        return self.divergence / _SAFETY if self.divergence else self.steepest
+        """A tenth of the rate of divergence, at least the first rate; else the steepest rate."""
+        if self.divergence is None:
+            return self.steepest
+        return max(self.divergence / _SAFETY, float(self.rates[0]))
 
     def describe(self) -> str:
         """Describes the result in one line."""
@@ -84,16 +88,27 @@ def analyse(
       rates: The learning rates, at least three; their logarithms have equal distances.
       losses: The training loss at each rate, finite.
       not_finite_at: The next learning rate, if the loss is not finite there.
+
+    Raises:
+      TrainingError: The loss does not fall by more than its noise.
     """
     half = max(1, round(len(losses) * _WINDOW / 2))
     smoothed = np.array(
         [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
     )
     lowest = int(np.argmin(smoothed))
+    # The second differences have no trend. Their median is not changed by a divergence.
+    noise = 1.4826 * np.median(np.abs(np.diff(losses, 2))) / math.sqrt(6)
+    margin = _NOISE * noise * math.sqrt(1 / (half + 1) + 1 / (2 * half + 1))
+    if smoothed[0] - smoothed[lowest] <= margin:
+        raise TrainingError(
+            f"the loss does not fall between learning rates of {rates[0]:.2g} and {rates[-1]:.2g}; "
+            "use another --low and --high, or more --steps"
+        )
     # After the minimum, a loss that jumps up and down can fall faster than before.
     falls = smoothed[: lowest + 1]
     changes = [falls[min(i + half, lowest)] - falls[max(i - half, 0)] for i in range(len(falls))]
-    too_large = np.flatnonzero(smoothed[lowest:] > smoothed[0])
+    too_large = np.flatnonzero(smoothed[lowest:] > smoothed[0] + margin)
     return LearningRates(
         rates=rates,
         losses=losses,
@@ -118,7 +133,7 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
     Raises:
       ConfigError: A key is wrong.
       DataError: The data cannot be used.
-      TrainingError: The loss is not finite in the first steps.
+      TrainingError: The loss is not finite in the first steps, or does not fall.
     """
     schema.validate(config, jax.device_count())
     config = resolve(config)

@@ -12,6 +12,7 @@ from test_step import MODEL, PREPROCESSING, _batch, _train_step, assert_trees_eq
 from cnn_jax.config import files
 from cnn_jax.config.resolve import resolve
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.ensemble import make_ensemble
 from cnn_jax.inference.bundle import read_bundle, write_bundle
 from cnn_jax.inference.evaluation import open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
@@ -262,4 +263,14 @@ def test_a_finished_run_needs_no_teachers(teacher, image_folder, tmp_path):
     config = files.load(str(tmp_path / "run" / "config.json"), {"distill.bundles": ""})
     assert resolve(config).distill.sha256 == ""
     with pytest.raises(ConfigError, match=r"distill\.sha256: \w{64} -> "):
+        train_and_evaluate(config, tmp_path / "run")
+
+
+def test_a_teacher_with_another_preprocessing_or_views_is_refused(teacher, image_folder, tmp_path):
+    config = _config(image_folder, **{"distill.bundles": str(teacher), "data.resize": "crop"})
+    with pytest.raises(ConfigError, match=r"trained with data.resize=stretch, and this run has"):
+        train_and_evaluate(config, tmp_path / "run")
+    make_ensemble([teacher], tmp_path / "flipped", flip="horizontal")
+    config = _config(image_folder, **{"distill.bundles": str(tmp_path / "flipped")})
+    with pytest.raises(ConfigError, match="is an ensemble with views, which distillation does not"):
         train_and_evaluate(config, tmp_path / "run")

@@ -39,16 +39,31 @@ def test_without_divergence_the_suggestion_is_the_steepest_rate():
     assert result.describe().endswith("training does not diverge up to 1)")
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_noise_is_not_a_divergence(seed):
+    noise = np.random.default_rng(seed).normal(0, 0.1, len(RATES))
+    result = lr_range.analyse(RATES, _losses(1e-3, 1.0) + noise)
+    assert result.divergence is None
+    with pytest.raises(TrainingError, match="the loss does not fall between learning rates of"):
+        lr_range.analyse(RATES, 2.3 + noise)
+
+
+def test_the_suggestion_is_not_below_the_first_rate():
+    result = lr_range.analyse(RATES[40:], _losses(1e-3, 3e-3)[40:])
+    assert result.divergence < 10 * RATES[40]
+    assert result.suggestion == RATES[40]
+
+
 def test_a_loss_that_is_not_finite_is_a_divergence():
     result = lr_range.analyse(RATES[:60], _losses(1e-3, 1.0)[:60], float(RATES[60]))
     assert result.divergence == RATES[60]
 
 
 def test_losses_are_averaged_over_the_steps_around():
-    losses = np.arange(20.0)
-    losses[10] += 3
+    losses = 20 - np.arange(20.0)
+    losses[10] -= 3
     smoothed = lr_range.analyse(np.geomspace(1e-5, 1, 20), losses).smoothed
-    assert smoothed[[0, 5, 9, 10, 11]].tolist() == [0.5, 5.0, 10.0, 11.0, 12.0]
+    assert smoothed[[0, 5, 9, 10, 11]].tolist() == [19.5, 15.0, 10.0, 9.0, 8.0]
 
 
 def test_a_range_test_of_a_network(image_folder, tmp_path):
