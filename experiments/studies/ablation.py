@@ -467,7 +467,12 @@ class Run:
         """Returns the flags that set the configuration of the training command."""
         changes = {"seed": self.seed, "report.detail": "none", **VARIANTS[self.variant]}
         if self.folds:
-            changes |= {"data.folds": self.folds, "data.fold": self.fold}
+            # `pool` compares the number of tested images with the sum over all splits.
+            changes |= {
+                "data.folds": self.folds,
+                "data.fold": self.fold,
+                "report.splits": schema.SPLITS,
+            }
         return [*self.overrides, *(f"--config.{key}={value}" for key, value in changes.items())]
 
     def settings(self) -> dict[str, Any]:

@@ -249,6 +249,7 @@ def folds_training(training):
     script = """
     fold = int(flags["config.data.fold"])
     assert flags["config.data.folds"] == "3"
+    assert flags["config.report.splits"] == "('train', 'validation', 'test')"
     counts = {"train": {"count": 10}, "validation": {"count": 10 + fold % 2}, "test": {"count": 10}}
     figures = json.loads(figures)
     for split in counts:
