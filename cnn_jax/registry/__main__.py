@@ -36,6 +36,7 @@ from cnn_jax.registry.ledger import CHAMPION, Entry, Evidence, Gates, Model, Reg
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
 from cnn_jax.system.errors import BundleError, ConfigError, printable
+from cnn_jax.system.text import facts as align
 from cnn_jax.system.text import terminal_width, wrap
 
 _VARIABLE = "CNN_JAX_REGISTRY"
@@ -80,14 +81,16 @@ def _parser() -> argparse.ArgumentParser:
     rollback.add_argument("model", type=_model, metavar="MODEL")
     remove = command("remove", _remove, "remove a version without an alias, or an alias")
     remove.add_argument("model", type=_model, metavar="MODEL")
-    remove.add_argument("version", type=_version, nargs="?", metavar="VERSION")
+    remove.add_argument("version", type=ledger.parse_version, nargs="?", metavar="VERSION")
     verify = command("verify", _verify, "check the files of all versions, or of one model")
     verify.add_argument("model", type=_model, nargs="?", metavar="MODEL")
     fetch = command("fetch", _fetch, "copy a version's bundle into a folder, and print its path")
     export = command("export", _export, "register versions and aliases in MLflow")
 
     for subparser in (show, fetch, export):
-        subparser.add_argument("reference", type=_reference, metavar="MODEL[@ALIAS|/VERSION]")
+        subparser.add_argument(
+            "reference", type=ledger.parse_reference, metavar="MODEL[@ALIAS|/VERSION]"
+        )
     fetch.add_argument(
         "folder", type=cli.path, metavar="FOLDER", help="created if it does not exist"
     )
@@ -104,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     rollback.add_argument(
         "--from",
         dest="current",
-        type=_version,
+        type=ledger.parse_version,
         metavar="VERSION",
         help="refuse unless the alias points to this version now",
     )
@@ -126,7 +129,7 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
     promote.add_argument("model", type=_model, metavar="MODEL")
     promote.add_argument(
         "version",
-        type=_version_or_alias,
+        type=ledger.parse_version_or_alias,
         metavar="VERSION",
         help="the number of the version, or one of its aliases",
     )
@@ -179,25 +182,6 @@ def _location(text: str) -> str:
     return text if "://" in text else cli.path(text)
 
 
-def _argparse_type(parse: Callable[[str], Any], kind: str = "") -> Callable[[str], Any]:
-    """Converts a parser that raises ConfigError to an argparse type.
-
-    Args:
-      parse: The parser.
-      kind: The argument's name at the start of the parser's errors, which is removed because
-        argparse adds the name too.
-    """
-
-    def parse_argument(text: str) -> Any:
-        try:
-            return parse(text)
-        except ConfigError as error:
-            message = str(error).removeprefix(f"{kind}: ")
-            raise argparse.ArgumentTypeError(message) from error
-
-    return parse_argument
-
-
 def _margin(text: str) -> float:
     """Parses the margin of --not_worse_than; an argparse type."""
     margin = cli.fraction(text)
@@ -206,11 +190,12 @@ def _margin(text: str) -> float:
     return margin
 
 
-_model = _argparse_type(lambda text: ledger.check_name("model", text), "model")
-_alias = _argparse_type(lambda text: ledger.check_name("alias", text), "alias")
-_version_or_alias = _argparse_type(ledger.parse_version_or_alias)
-_version = _argparse_type(ledger.parse_version, "version")
-_reference = _argparse_type(ledger.parse_reference)
+def _model(text: str) -> str:
+    return ledger.check_name("model", text)
+
+
+def _alias(text: str) -> str:
+    return ledger.check_name("alias", text)
 
 
 def _add(registry: Registry, flags: argparse.Namespace) -> None:
@@ -477,11 +462,7 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
 def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
     """Formats names and descriptions as two aligned columns, wrapped to a width."""
     indent = max(len(name) for name, _ in facts) + 2
-    lines = []
-    for name, text in facts:
-        first, *rest = wrap(text, None if width is None else width - indent)
-        lines += [f"{name.ljust(indent)}{first}", *(" " * indent + part.lstrip() for part in rest)]
-    return "\n".join(lines)
+    return "\n".join(align(dict(facts), width, indent))
 
 
 def _describe_model(model: Model, width: int | None) -> str:

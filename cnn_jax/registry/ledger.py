@@ -45,10 +45,7 @@ _PATH = rf"bundles/{_DIGEST}-\d{{8}}T\d{{6}}Z-[0-9a-f]{{16}}"
 
 
 class RegistryError(UserError):
-    """Raised if a registry is missing or damaged, or cannot fulfil a request.
-
-    For example, the requested version does not exist, or the requested change is not allowed.
-    """
+    """Raised if a registry is missing or damaged, or cannot fulfil a request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +71,7 @@ class BundleFacts:
     fingerprint: str
 
     def test_metric(self, metric: str) -> float | None:
-        """Returns a metric of the test split, or None if the bundle does not have this metric."""
+        """Returns a metric of the test split, or None if it is unknown."""
         return self.metrics.get("test", {}).get(metric)
 
 
@@ -82,9 +79,9 @@ class BundleFacts:
 class Entry:
     """A log entry, which describes a change of the registry.
 
-    The docstring of this module explains the fields. Missing fields are None or empty. If a later
-    version of this package wrote the entry, and the entry is skippable, its action may be unknown.
-    Such an entry has only the fields up to `action`; it changes nothing.
+    The docstring of this module explains the fields. Missing fields are None or empty. An entry
+    with an unknown action, of a later version of this package, has only the fields up to `action`;
+    it changes nothing.
     """
 
     number: int
@@ -114,8 +111,6 @@ class Evidence(Comparison):
       reference: The number of the alias's version.
       source: The name of the source of the images.
       split: The split, "test" or "all".
-
-    The other attributes are those of `Comparison`.
     """
 
     candidate: int
@@ -192,11 +187,7 @@ Models = Mapping[str, Model]
 
 
 def check_name(kind: str, name: str) -> str:
-    """Checks the name of a model or of an alias, and returns the name.
-
-    Args:
-      kind: "model" or "alias", for the error message.
-      name: The name.
+    """Returns the name of a model or of an alias; `kind` is "model" or "alias".
 
     Raises:
       ConfigError: The name is not allowed.
@@ -212,10 +203,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def parse_reference(text: str) -> tuple[str, str | int | None]:
-    """Parses a reference of the form MODEL, MODEL@ALIAS or MODEL/VERSION.
-
-    Returns:
-      The model's name, and an alias, a version number or None.
+    """Parses MODEL, MODEL@ALIAS or MODEL/VERSION to a name and an alias, a number or None.
 
     Raises:
       ConfigError: The text has none of these forms.
@@ -230,20 +218,12 @@ def parse_reference(text: str) -> tuple[str, str | int | None]:
 
 
 def parse_version_or_alias(text: str) -> str | int:
-    """Parses a version number or an alias.
-
-    Raises:
-      ConfigError: The text is neither a version number nor a valid alias.
-    """
+    """Parses a version number or an alias; raises ConfigError for other texts."""
     return parse_version(text) if text.isdecimal() else check_name("alias", text)
 
 
 def parse_version(text: str) -> int:
-    """Parses a version number, without checking that the version exists.
-
-    Raises:
-      ConfigError: The text is not a number.
-    """
+    """Parses a version number; raises ConfigError if the text is not a number."""
     # The number of digits is limited, because Python's int() raises ValueError above 4,300 digits.
     if not re.fullmatch(r"[0-9]{1,1000}", text):
         raise ConfigError(f"version: must be a number, got {text!r}")
@@ -251,11 +231,7 @@ def parse_version(text: str) -> int:
 
 
 def find(models: Models, name: str) -> Model:
-    """Returns the model with a given name.
-
-    Raises:
-      RegistryError: The model does not exist.
-    """
+    """Returns the model with a given name; raises RegistryError if it does not exist."""
     if name not in models:
         raise RegistryError(f"there is no model {printable(name)}{_suggestion(name, models)}")
     return models[name]
@@ -297,11 +273,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def removable_version(models: Models, name: str, number: int) -> Version:
-    """Returns a version after checking that the version may be removed.
-
-    Raises:
-      RegistryError: The version does not exist, or an alias points to it.
-    """
+    """Returns a version; raises RegistryError if an alias points to it."""
     version = resolve(models, name, number)
     if aliases := models[name].version_aliases(number):
         raise RegistryError(
@@ -326,12 +298,12 @@ def previous_version(models: Models, name: str, alias: str) -> Version:
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """The conditions that the test metrics of a version must meet before the version is promoted.
+    """The conditions that a version must meet before it is promoted.
 
     Attributes:
-      min_accuracy, min_precision, min_recall, min_f1: The least allowed value, 0 to 1; None for
-        no condition.
-      max_loss: The largest allowed loss, 0 or more; None for no condition.
+      min_accuracy, min_precision, min_recall, min_f1: The least test metric, 0 to 1; None for no
+        condition.
+      max_loss: The largest test loss, 0 or more; None for no condition.
       not_worse_than: An alias. Unless the alias is missing, or points to the version, `evidence`
         must be a comparison with the alias's version. None for no condition.
       evidence: A comparison in which the version must not be worse; see
@@ -347,12 +319,7 @@ class Gates:
     evidence: Evidence | None = None
 
     def check(self, models: Models, version: Version, alias: str) -> tuple[str, ...]:
-        """Checks that a version meets all conditions for its promotion.
-
-        Args:
-          models: The state of the registry.
-          version: The version to promote.
-          alias: The alias that will point to the version.
+        """Checks that a version meets all conditions before an alias is pointed to it.
 
         Returns:
           A description of each condition that the version meets.
@@ -397,11 +364,7 @@ def _metric_text(value: float | None) -> str:
 
 
 def apply(models: Models, entry: Entry) -> dict[str, Model]:
-    """Returns the state of a registry after the change that an entry describes.
-
-    Args:
-      models: The state before the entry; it is not modified.
-      entry: The next entry of the log.
+    """Returns the state after an entry; the state before, `models`, is not modified.
 
     Raises:
       ValueError: The entry is not valid in this state.
@@ -575,11 +538,7 @@ def _facts(fields: Mapping[str, Any]) -> BundleFacts:
 
 
 def finite_metrics(metrics: Any) -> dict[str, dict[str, float]]:
-    """Returns the finite metrics of a bundle, by split and metric name.
-
-    Args:
-      metrics: The metrics in the description of a bundle; unchecked JSON of any type.
-    """
+    """Returns the finite metrics in unchecked JSON, by split and metric name."""
     if not isinstance(metrics, dict):
         return {}
     return {

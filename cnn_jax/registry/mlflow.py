@@ -9,14 +9,12 @@ store it twice.
 """
 
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
 import os
 import pathlib
-import re
 import sys
 import tempfile
 import time
@@ -139,7 +137,7 @@ def export_versions(
 ) -> Iterator[str]:
     """Registers versions of a model, and the aliases of these versions, in MLflow.
 
-    Damaged versions are skipped. A version that MLflow already has is not registered again.
+    A version that MLflow already has is not registered again.
 
     Args:
       registry: The registry to export from.
@@ -243,10 +241,7 @@ def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
 def _find_run(client: Any, digest: str, source: str | None = None) -> Any:
     """Returns the finished MLflow run that has a bundle, or None.
 
-    Args:
-      client: The client of MLflow.
-      digest: The digest of the bundle.
-      source: The command that has created the run; None for any command.
+    If `source` is given, only runs of this command are searched.
     """
     condition = f"tags.`{_DIGEST_TAG}` = '{digest}' and attributes.status = 'FINISHED'"
     if source is not None:
@@ -287,22 +282,10 @@ def _new_run(
 def _requirements(bundle: pathlib.Path) -> list[str]:
     """Returns the packages that a bundle needs, in the form of pip.
 
-    The versions are those of this machine. For a package that this machine lacks, such as
-    onnxruntime beside onnxruntime-gpu, the requirement is that of this package's metadata.
+    The requirements of cnn_jax include the other packages, such as JAX.
     """
     is_export = "export" in _read_json(bundle / "bundle.json")
-    names = (*(("onnxruntime",) if is_export else ("jax", "flax")), "numpy", "pandas")
-    return [*map(_requirement, names), f"cnn_jax=={cnn_jax.__version__}"]
-
-
-def _requirement(name: str) -> str:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return f"{name}=={importlib.metadata.version(name)}"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        for requirement in importlib.metadata.requires("cnn_jax") or ():
-            if re.match(rf"{name}(?![\w.-])", requirement):
-                return requirement.partition(";")[0].strip()
-    return name
+    return [f"cnn_jax=={cnn_jax.__version__}", "pandas", *["onnxruntime"] * is_export]
 
 
 def _save_model(bundle: pathlib.Path, target: pathlib.Path, requirements: list[str]) -> None:
@@ -339,11 +322,7 @@ def _client(uri: str) -> Any:
 
 @contextlib.contextmanager
 def _one_line_errors(uri: str) -> Iterator[None]:
-    """Converts errors of MLflow, its database and its artifact store to one-line errors.
-
-    MLflow and these libraries raise exceptions of many types. Therefore every exception except
-    UserError is converted.
-    """
+    """Converts all errors of MLflow, its database and its storage to one-line errors."""
     # Hide MLflow's warnings about failed connections to a database, because MLflow also raises the
     # last error.
     logging.getLogger("mlflow").setLevel(logging.ERROR)

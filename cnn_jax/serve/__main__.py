@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     from cnn_jax.serve.limits import Limits
     from cnn_jax.serve.loader import BundleSource, RegistrySource
     from cnn_jax.serve.logs import start_logging
-    from cnn_jax.serve.server import Options, run
+    from cnn_jax.serve.server import run
     from cnn_jax.serve.tokens import Tokens
     from cnn_jax.system import runtime
 
@@ -86,26 +86,8 @@ def main(argv: Sequence[str]) -> None:
         images=flags.max_images,
         seconds=flags.timeout,
     )
-    run(
-        source,
-        Options(
-            host=flags.host,
-            port=flags.port,
-            health_port=flags.health_port,
-            limits=limits,
-            queue=flags.queue,
-            max_batch=flags.max_batch,
-            max_wait=flags.max_wait_ms / 1000,
-            poll=flags.poll,
-            load_timeout=flags.load_timeout,
-            allowed_hosts=flags.allowed_hosts or (),
-            cors_origins=flags.cors_origins or (),
-            trusted_proxies=flags.trusted_proxies or (),
-            drain=flags.drain,
-        ),
-        Tokens(pathlib.Path(flags.tokens)) if flags.tokens else None,
-        request_log,
-    )
+    tokens = Tokens(pathlib.Path(flags.tokens)) if flags.tokens else None
+    run(source, flags, limits, tokens, request_log)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -150,22 +132,25 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         type=_port,
         help="second port, for /healthz, /readyz and /metrics only, with a thread of its own",
     )
-    add("--tokens", type=cli.path, metavar="FILE", help="file of access tokens: ROLE TOKEN lines")
+    add("--tokens", type=cli.path, metavar="FILE", help="file with a line `predict TOKEN` each")
     add(
         "--allowed_hosts",
         type=_names,
+        default=(),
         metavar="NAME,...",
         help="further names for the Host header; checked by default on 127.0.0.1 without --tokens",
     )
     add(
         "--cors_origins",
         type=_origins,
+        default=(),
         metavar="URL,...",
         help="origins whose web pages may use the server, such as https://example.com; or *",
     )
     add(
         "--trusted_proxies",
         type=_names,
+        default=(),
         metavar="ADDRESS,...",
         help="proxies whose header X-Forwarded-For gives the address of a client",
     )

@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cnn_jax
-from cnn_jax.serve import admin, feedback, native, open_inference, page, tf_serving
+from cnn_jax.serve import feedback, native, open_inference, page, tf_serving
 from cnn_jax.serve.engine import DeadlineExceeded, Overloaded
 from cnn_jax.serve.limits import ClientDisconnected, Refused, check_query
 from cnn_jax.serve.metrics import CONTENT_TYPE
@@ -65,11 +65,9 @@ class ErrorOut(BaseModel):
 _STATUSES = {
     400: "The request is invalid.",
     401: "The token is missing or unknown.",
-    403: "The token does not allow this request.",
     404: "The model, version or path does not exist.",
     405: "The path does not support this method.",
     408: "The body arrived too slowly.",
-    409: "The version cannot be loaded, or cannot be unloaded because an alias selects it.",
     413: "The request has too many bytes, pixels or images.",
     415: "The body is not an image of a known format.",
     421: "The Host header has a name that is not allowed.",
@@ -90,8 +88,7 @@ def make_app(
 
     Args:
       service: The service that makes the predictions.
-      tokens: The access tokens. With None, every client may predict and no client may use the
-        administration API.
+      tokens: The access tokens; with None, every client may predict.
       lifespan: A context manager that is entered before the first request and left at shutdown.
       hosts: The host names that the Host header of a request may have, without ports; if empty, it
         may have any. It may always have an IP address.
@@ -113,7 +110,7 @@ def make_app(
             for status, description in _STATUSES.items()
         },
     )
-    for protocol in (native, tf_serving, open_inference, feedback, admin):
+    for protocol in (native, tf_serving, open_inference, feedback):
         app.include_router(protocol.make_router(service))
     app.include_router(page.make_router(service, app))
     _add_health(app, service)
@@ -235,13 +232,6 @@ class _Guard:
             if (value := _matching(pattern, headers.get(header)))
         }
         status = _CLIENT_DISCONNECTED
-        is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
-
-        async def receive_and_watch() -> Message:
-            nonlocal is_read
-            message = await receive()
-            is_read |= message["type"] == "http.request" and not message.get("more_body", False)
-            return message
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -249,15 +239,8 @@ class _Guard:
                 status = message["status"]
                 names = {name for name, _ in message["headers"]}
                 added = [header for header in _HEADERS if header[0] not in names]
-                message["headers"] = [
-                    *message["headers"],
-                    *added,
-                    (b"x-request-id", request_id.encode()),
-                ]
-                if not is_read and b"connection" not in names:
-                    # Close the connection, because the server will not read the rest of the
-                    # request's body.
-                    message["headers"].append((b"connection", b"close"))
+                added.append((b"x-request-id", request_id.encode()))
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         try:
@@ -265,10 +248,10 @@ class _Guard:
                 scope["path"], headers.get(b"authorization")
             )
             if refused is None:
-                await self._app(scope, receive_and_watch, send_with_headers)
+                await self._app(scope, receive, send_with_headers)
             else:
                 answer = _refused(Request(scope), refused)
-                await answer(scope, receive_and_watch, send_with_headers)
+                await answer(scope, receive, send_with_headers)
         except Exception:  # The response to the client contains no details of the error.
             logger.exception("request %s failed", state["request_id"])
         finally:
@@ -292,30 +275,20 @@ class _Guard:
         if name in self._hosts or is_address(name):
             return None
         message = f"this server is not known as {name[:100]!r}; --allowed_hosts adds a name"
-        return Refused(421, "host", message, connection="close")
+        return Refused(421, "host", message)
 
     def _refuse(self, path: str, authorization: bytes | None) -> Refused | None:
-        """Returns an error if the client is not allowed to make a request, else None."""
-        is_admin = path.startswith("/admin/")
-        if path in _OPEN or path.startswith(_OPEN_PREFIXES):
+        """Returns an error if the request needs a token and has none, else None."""
+        if self._tokens is None or path in _OPEN or path.startswith(_OPEN_PREFIXES):
             return None
-        if self._tokens is None:
-            message = "administration needs a token, and the server was started without --tokens"
-            return Refused(403, "token", message, connection="close") if is_admin else None
-        header = None if authorization is None else authorization.decode("latin-1")
-        is_allowed = self._tokens.allow(header, "admin" if is_admin else "predict")
-        if is_allowed is None:
-            return Refused(
-                401,
-                "token",
-                "this request needs a bearer token of this server",
-                connection="close",
-                www_authenticate="Bearer",
-            )
-        if not is_allowed:
-            message = "the token does not allow this request"
-            return Refused(403, "token", message, connection="close")
-        return None
+        if self._tokens.allow((authorization or b"").decode("latin-1")):
+            return None
+        return Refused(
+            401,
+            "token",
+            "this request needs a bearer token of this server",
+            www_authenticate="Bearer",
+        )
 
     def _log(self, scope: Scope, status: int, seconds: float, fields: dict[str, Any]) -> None:
         """Adds an answered request to the metrics and to the log."""

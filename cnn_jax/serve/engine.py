@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
-from cnn_jax.serve.fairness import Call, FairThreads, Quota
+from cnn_jax.serve.fairness import FairThreads, Quota
 from cnn_jax.system.errors import DataError, UserError
 
 T = TypeVar("T")
@@ -45,8 +45,6 @@ _BEAT_SECONDS = 1.0
 # An image with more pixels is large: separate threads decode it. Decoding 4 million pixels takes
 # about 40 ms.
 LARGE_PIXELS = 4_000_000
-# An image of any size takes at least as long as the decoding of this number of pixels.
-_MIN_COST = 50_000
 # Maximum seconds that the shutdown waits for a running batch.
 _CLOSING_SECONDS = 10.0
 
@@ -54,8 +52,7 @@ _CLOSING_SECONDS = 10.0
 class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's)
     """Raised if a request would exceed a limit on the images in flight.
 
-    Attributes:
-      retry_after: Whole seconds after which the client should try again.
+    The client should try again after `retry_after` seconds.
     """
 
     def __init__(self, retry_after: int):
@@ -90,7 +87,7 @@ class Program:
         return max(self.seconds)
 
     def best_size(self, count: int) -> int:
-        """Returns the compiled batch size with the least time per image for `count` waiting images.
+        """Returns the batch size with the least time per image for `count` waiting images.
 
         On a CPU the time grows with the batch size. The best size is the next smaller compiled
         size, and the remaining images wait. On an accelerator the best size is the next larger
@@ -263,7 +260,7 @@ class Engine:
 
         Args:
           images: The number of images.
-          pixels: The number of pixels of these images, to which the decoding time is proportional.
+          pixels: The number of pixels of these images together.
           client: The client that has sent the request.
 
         Raises:
@@ -309,8 +306,7 @@ class Engine:
         calls = {self._decoders: [], self._large_decoders: []}
         for index, (read, size) in enumerate(zip(reads, pixels or [0] * count, strict=True)):
             threads = self._large_decoders if size > LARGE_PIXELS else self._decoders
-            call = functools.partial(self._decode, request, index, read)
-            calls[threads].append(Call(_MIN_COST + size, call))
+            calls[threads].append(functools.partial(self._decode, request, index, read))
         waiting = [threads.submit(client, chosen) for threads, chosen in calls.items()]
         # The future is cancelled if the client disconnects or the deadline passes. The compute
         # thread then drops the images of the request.
@@ -328,33 +324,12 @@ class Engine:
                 one.clear()
 
     async def run_on_decoder(self, call: Callable[[], T], deadline: float, client: str = "") -> T:
-        """Runs a function on a decoder thread.
+        """Runs a function on a decoder thread; see `_run_on_thread`."""
+        return await _run_on_thread(self._decoders, call, deadline, client)
 
-        Args:
-          call: The function, which takes about as long as the decoding of a million pixels.
-          deadline: In seconds of `time.monotonic`.
-          client: The client for which the function runs.
-
-        Raises:
-          DeadlineExceeded: The deadline passed before the function returned.
-        """
-        return await _run_on_thread(self._decoders, call, deadline, client, 1_000_000)
-
-    async def run_on_parser(
-        self, call: Callable[[], T], deadline: float, client: str = "", size: int = 0
-    ) -> T:
-        """Runs a function on the parser thread, which runs one function at a time.
-
-        Args:
-          call: The function.
-          deadline: In seconds of `time.monotonic`.
-          client: The client for which the function runs.
-          size: The number of bytes that the function parses.
-
-        Raises:
-          DeadlineExceeded: The deadline passed before the function returned.
-        """
-        return await _run_on_thread(self._parser, call, deadline, client, size)
+    async def run_on_parser(self, call: Callable[[], T], deadline: float, client: str = "") -> T:
+        """Runs a function on the parser thread, which runs one function at a time."""
+        return await _run_on_thread(self._parser, call, deadline, client)
 
     def close(self) -> bool:
         """Stops all threads; returns False if the compute thread hangs.
@@ -376,8 +351,8 @@ class Engine:
     def _decode(self, request: "_Request", index: int, read: _Read) -> None:
         """Decodes an image of a request.
 
-        A decoded image is passed directly to the compute thread, because a detour through the event
-        loop would delay the image and the event loop.
+        The image is passed directly to the compute thread, because a detour through the event loop
+        would delay it.
         """
         start = time.monotonic()
         try:
@@ -419,12 +394,10 @@ class Engine:
             return batch
 
     def _next_program(self) -> Program:
-        """Chooses the program of the next batch; if possible, not the program of the last batch.
+        """Returns the program of the oldest waiting image that needs another program than the last.
 
-        The returned program is that of the oldest waiting image whose program differs from the
-        last batch's program. If there is no such image, the last program is returned again.
-        Without this alternation, many requests for one program could delay the requests for
-        another program.
+        If there is no such image, the last program is returned. Without this alternation, many
+        requests for one program could delay the requests for another program.
         """
         last = self._last()
         others = (
@@ -492,9 +465,13 @@ class Engine:
 
 
 async def _run_on_thread(
-    threads: FairThreads, call: Callable[[], T], deadline: float, client: str, cost: int
+    threads: FairThreads, call: Callable[[], T], deadline: float, client: str
 ) -> T:
-    """Runs a function on a thread; see `Engine.run_on_decoder`."""
+    """Runs a function on a thread, for a client.
+
+    Raises:
+      DeadlineExceeded: The deadline passed before the function returned.
+    """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
@@ -507,7 +484,7 @@ async def _run_on_thread(
 
     # If this coroutine is cancelled, drop the function, so that the buffers that the function uses
     # are freed.
-    waiting = threads.submit(client, [Call(_MIN_COST + cost, run)])
+    waiting = threads.submit(client, [run])
     try:
         async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
             return await asyncio.wrap_future(future)
@@ -518,7 +495,7 @@ async def _run_on_thread(
 
 
 def _in_turns(images: Iterable[_DecodedImage]) -> list[_DecodedImage]:
-    """Returns the images in an order in which the clients take turns; the oldest image is first."""
+    """Returns the images in an order in which the clients take turns; the oldest is first."""
     counts: collections.Counter[str] = collections.Counter()
 
     def turn(image: _DecodedImage) -> int:

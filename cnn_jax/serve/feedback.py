@@ -62,14 +62,7 @@ def make_router(service: Service) -> APIRouter:
             raise Refused(404, "no_log", message)
         try:
             async with asyncio.timeout(max(0.0, request.state.deadline - time.monotonic())):
-                await service.request_log.add_feedback(
-                    client=request.state.client,
-                    request_id=given.request_id,
-                    image_index=given.image_index,
-                    label=given.label,
-                    reward=given.reward,
-                    is_new_class=given.new_class,
-                )
+                await service.request_log.add_feedback(request.state.client, given)
         except TimeoutError as error:
             message = "the request timed out before its feedback was written"
             raise DeadlineExceeded(message) from error

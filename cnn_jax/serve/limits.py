@@ -67,12 +67,8 @@ class ClientDisconnected(Exception):  # noqa: N818
 def check_query(request: Request, known: Collection[str] = ()) -> None:
     """Checks that a path accepts all query parameters of a request.
 
-    Args:
-      request: The request.
-      known: The names of the parameters that the path accepts.
-
     Raises:
-      Refused: A parameter is not known, or is given more than once.
+      Refused: A parameter is not among the `known` ones, or is given more than once.
     """
     if not request.url.query:
         return
@@ -134,7 +130,6 @@ class Bodies:
                     "slow",
                     f"the body did not arrive within {self._limits.seconds:g} s, or paused for "
                     f"more than {_PAUSE_SECONDS:g} s",
-                    connection="close",
                 ) from error
             body = parts[0] if len(parts) == 1 else b"".join(parts)
             parts.clear()
@@ -144,9 +139,8 @@ class Bodies:
     def _counter(self, client: str) -> Iterator[Callable[[int], None]]:
         """Yields a function that adds received bytes of a body to the total size of all bodies.
 
-        At the end of the context, these bytes are subtracted again.
-
-        The function raises `Refused` if a limit is exceeded.
+        The function raises `Refused` if a limit is exceeded. At the end of the context, the bytes
+        are subtracted again.
         """
         body_bytes = 0
 
@@ -159,7 +153,6 @@ class Bodies:
                     429,
                     "busy",
                     "the requests in flight are too large; try again in 1 s",
-                    connection="close",
                     retry_after="1",
                 )
             body_bytes += size
@@ -173,7 +166,7 @@ class Bodies:
     def _too_large(self) -> Refused:
         limit = self._limits.body_bytes
         message = f"a body may have at most {limit:,} bytes"
-        return Refused(413, "too_large", message, connection="close")
+        return Refused(413, "too_large", message)
 
 
 def _extend(timeout: asyncio.Timeout, deadline: float) -> None:

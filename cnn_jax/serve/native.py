@@ -192,7 +192,7 @@ async def _parts(service: Service, request: Request, body: bytes) -> list[Part]:
     read = functools.partial(read_images, body, content_type, service.limits)
     # Parse a large form on another thread, because parsing would block the event loop.
     if len(body) > _LARGE_BODY:
-        return await service.parse(read, body, request)
+        return await service.parse(read, request)
     return read()
 
 

@@ -99,7 +99,7 @@ def make_router(service: Service) -> APIRouter:
         async with service.body(request, version) as body:
             length = request.headers.get("inference-header-content-length")
             async with cancel_on_disconnect(request.receive):
-                inference = await service.parse(lambda: _parse(body, length), body, request)
+                inference = await service.parse(lambda: _parse(body, length), request)
                 answers = await service.answer(version, inference.images, request)
         rows = probability_rows(answers, "image")
         content: dict[str, Any] = {
@@ -176,11 +176,7 @@ class _Inference:
 
 
 def _parse(body: bytes, json_length: str | None) -> _Inference:
-    """Parses the body of an inference request.
-
-    Args:
-      body: The whole body.
-      json_length: The number of bytes of JSON; None if the whole body is JSON.
+    """Parses the body of a request, of which the first `json_length` bytes (None: all) are JSON.
 
     Raises:
       Refused: The body is not a request of this protocol.

@@ -116,8 +116,6 @@ def make_version(
 ) -> Version:
     """Creates a version from a bundle: compiles and runs the network, and checks the outputs.
 
-    This takes several seconds.
-
     If a loaded version has the same network, its compiled programs and measured times are reused.
     This avoids a delay of the requests in flight.
 
@@ -171,7 +169,7 @@ _Function = Callable[[np.ndarray], Iterable[Output]]
 def _predictor_and_functions(
     bundle: Bundle | OnnxPredictor,
 ) -> tuple[TrainedPredictor, _Function, _Function | None]:
-    """Returns a predictor, and the functions of the programs that predict and explain.
+    """Returns a predictor, and the functions that predict and explain.
 
     An exported model has no function that explains.
     """

@@ -20,7 +20,7 @@ async def application(scope, receive, send):
     if scope["type"] != "http":
         return
     if scope["path"] == "/refused":
-        headers = [(b"connection", b"close"), (b"content-length", b"2")]
+        headers = [(b"content-length", b"2")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": b"no"})
         return
