@@ -32,7 +32,7 @@ CHAMPION = "champion"
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _DIGEST = r"[0-9a-f]{64}"
-# The fields that the entry of each action needs; the removal of an alias needs others.
+# The fields that the entry of each action needs; the removal of an alias needs only the alias.
 _NEEDED_FIELDS = {
     "add": ("version", "bundle"),
     "promote": ("version", "alias"),
@@ -50,25 +50,15 @@ class RegistryError(UserError):
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """The metadata that the log stores for a bundle.
+    """The metadata that the log stores for a bundle."""
 
-    Attributes:
-      path: The bundle's folder, relative to the registry.
-      digest: The bundle's digest, 64 hexadecimal digits.
-      size: The total size of the files in bytes.
-      classes: The number of classes.
-      image_size: (height, width) of the network's input.
-      metrics: Metrics by split and name; only finite numbers.
-      fingerprint: The fingerprint of the training data and its splits; "" if unknown.
-    """
-
-    path: str
-    digest: str
-    size: int
-    classes: int
-    image_size: tuple[int, int]
-    metrics: dict[str, dict[str, float]]
-    fingerprint: str
+    path: str  # The bundle's folder, relative to the registry.
+    digest: str  # The bundle's digest, 64 hexadecimal digits.
+    size: int  # The total size of the files in bytes.
+    classes: int  # The number of classes.
+    image_size: tuple[int, int]  # (height, width) of the network's input.
+    metrics: dict[str, dict[str, float]]  # By split and name; only finite numbers.
+    fingerprint: str  # Of the training data and its splits; "" if unknown.
 
     def test_metric(self, metric: str) -> float | None:
         """Returns a metric of the test split, or None if it is unknown."""
@@ -103,21 +93,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence(Comparison):
-    """The comparison of a version with the version of an alias, on the same images.
+    """The comparison of a version with the version of an alias, on the same images."""
 
-    Attributes:
-      candidate: The number of the version to promote.
-      alias: The alias that the candidate is compared with.
-      reference: The number of the alias's version.
-      source: The name of the source of the images.
-      split: The split, "test" or "all".
-    """
-
-    candidate: int
-    alias: str
-    reference: int
-    source: str
-    split: str
+    candidate: int  # The number of the version to promote.
+    alias: str  # The alias that the candidate is compared with.
+    reference: int  # The number of the alias's version.
+    source: str  # The name of the source of the images.
+    split: str  # "test" or "all".
 
     def __str__(self) -> str:
         text = (
@@ -136,17 +118,11 @@ class Evidence(Comparison):
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """A version of a model: a bundle with a number.
-
-    Attributes:
-      model: The model's name.
-      number: 1, 2, ...; a number is never used twice.
-      time, user, host, note: The fields of the log entry that added the version.
-      bundle: The metadata of the bundle.
-    """
+    """A version of a model: a bundle with a number."""
 
     model: str
-    number: int
+    number: int  # 1, 2, ...; a number is never used twice.
+    # The fields of the log entry that added the version:
     time: str
     user: str
     host: str
@@ -159,20 +135,15 @@ class Version:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model with versions and aliases.
-
-    Attributes:
-      name: The name of the model.
-      versions: The versions that were not removed, by number.
-      aliases: The history of each alias: the last number is the current version, the number
-        before it is the target of a rollback.
-      last: The largest number that was ever used.
-    """
+    """A model with versions and aliases."""
 
     name: str
+    # The versions that were not removed, by number.
     versions: dict[int, Version] = dataclasses.field(default_factory=dict)
+    # The history of each alias: the last number is the current version, the number before it is the
+    # target of a rollback.
     aliases: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    last: int = 0
+    last: int = 0  # The largest number that was ever used.
 
     def alias_target(self, alias: str) -> int | None:
         """Returns the number of an alias's current version, or None if the alias does not exist."""
@@ -505,20 +476,10 @@ def parse(data: bytes) -> Entry:
         raise ValueError(f"it has no {error}") from error
     except (AttributeError, ConfigError, OverflowError, RecursionError, TypeError) as error:
         raise ValueError(str(error)) from error
-    _check_shape(entry)
+    needed = ("alias",) if "alias" in fields and action == "remove" else _NEEDED_FIELDS[action]
+    for field in needed:
+        _expect(getattr(entry, field) is not None, f"it has no {field}")
     return entry
-
-
-def _check_shape(entry: Entry) -> None:
-    """Raises ValueError if an entry lacks a field that its action needs, or has an extra field."""
-    needed = _NEEDED_FIELDS[entry.action]
-    if entry.action == "remove" and entry.alias is not None:
-        needed = ("alias", "before")
-    optional = {"promote": ("before",)}.get(entry.action, ())
-    for field in ("version", "alias", "before", "bundle"):
-        is_set, is_needed = getattr(entry, field) is not None, field in needed
-        problem = f"its {field} is {'missing' if is_needed else 'not allowed'} for {entry.action}"
-        _expect(is_set == is_needed or field in optional, problem)
 
 
 def _facts(fields: Mapping[str, Any]) -> BundleFacts:

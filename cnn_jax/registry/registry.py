@@ -35,7 +35,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cnn_jax.inference.bundle_files import listed_files
+from cnn_jax.inference.bundle_files import file_sha256, listed_files
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import (
     CHAMPION,
@@ -72,17 +72,11 @@ Decide = Callable[[ledger.Models], dict[str, Any] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Addition:
-    """The result of `Registry.add`.
+    """The result of `Registry.add`."""
 
-    Attributes:
-      version: The version with the bundle.
-      is_new: Whether a version was added; False if the model already had the bundle.
-      is_new_registry: Whether the call created the registry.
-    """
-
-    version: Version
-    is_new: bool
-    is_new_registry: bool = False
+    version: Version  # The version with the bundle.
+    is_new: bool  # Whether a version was added; False if the model already had the bundle.
+    is_new_registry: bool = False  # Whether the call created the registry.
 
 
 class Registry:
@@ -730,12 +724,9 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
     """
     origin = origin or printable(str(folder))
     try:
-        description = (folder / _DESCRIPTION).read_bytes()
-        is_changed = hashlib.sha256(description).hexdigest() != digest
-        files = {} if is_changed else _listed_files(description)
-        for name, expected in files.items():
-            with (folder / name).open("rb") as file:
-                is_changed |= hashlib.file_digest(file, "sha256").hexdigest() != expected
+        is_changed = file_sha256(folder / _DESCRIPTION) != digest
+        files = {} if is_changed else _listed_files((folder / _DESCRIPTION).read_bytes())
+        is_changed |= any(file_sha256(folder / name) != files[name] for name in files)
     except OSError as error:
         raise BundleError(f"{origin} is damaged: {error}") from error
     if is_changed:

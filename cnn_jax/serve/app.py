@@ -18,7 +18,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cnn_jax
 from cnn_jax.serve import feedback, native, open_inference, page, tf_serving
-from cnn_jax.serve.engine import DeadlineExceeded, Overloaded
 from cnn_jax.serve.limits import ClientDisconnected, Refused, check_query
 from cnn_jax.serve.metrics import CONTENT_TYPE
 from cnn_jax.serve.responses import JSONResponse, new_request_id
@@ -95,16 +94,10 @@ def make_app(
       cors_origins: The origins whose web pages may use the server, such as https://example.com; or
         "*" for all web pages.
     """
-    app = FastAPI(
+    app = _make_app(
         title="cnn_jax",
         version=cnn_jax.__version__,
         lifespan=lifespan,
-        dependencies=[Depends(_refuse_query)],
-        openapi_url=None,  # FastAPI's own route would accept unknown query parameters.
-        docs_url=None,  # FastAPI's documentation pages load scripts from another server.
-        redoc_url=None,
-        # A redirect would go to the host that the client's Host header names.
-        redirect_slashes=False,
         responses={
             status: {"model": ErrorOut, "description": description}
             for status, description in _STATUSES.items()
@@ -114,7 +107,6 @@ def make_app(
         app.include_router(protocol.make_router(service))
     app.include_router(page.make_router(service, app))
     _add_health(app, service)
-    _add_error_handlers(app)
     guard = _Guard(app, service, tokens, hosts)
     if not cors_origins:
         return guard
@@ -132,23 +124,29 @@ def make_health_app(service: Service, hosts: Collection[str] = ()) -> ASGIApp:
 
     It may run in another thread than the application of `make_app`; see there for `hosts`.
     """
+    app = _make_app()
+    _add_health(app, service)
+    return _Guard(app, service, None, hosts)
+
+
+def _make_app(**options: Any) -> FastAPI:
+    """Creates an application that refuses query parameters, and answers errors with JSON."""
     app = FastAPI(
         dependencies=[Depends(_refuse_query)],
-        openapi_url=None,
-        docs_url=None,
+        openapi_url=None,  # FastAPI's own route would accept unknown query parameters.
+        docs_url=None,  # FastAPI's documentation pages load scripts from another server.
         redoc_url=None,
+        # A redirect would go to the host that the client's Host header names.
         redirect_slashes=False,
+        **options,
     )
-    _add_health(app, service)
     _add_error_handlers(app)
-    return _Guard(app, service, None, hosts)
+    return app
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Refused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnected, _client_disconnected)
-    app.add_exception_handler(Overloaded, _overloaded)  # type: ignore[arg-type]
-    app.add_exception_handler(DeadlineExceeded, _deadline_exceeded)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _invalid_parameter)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _internal_error)
@@ -350,15 +348,6 @@ def _refused(request: Request, error: Refused) -> Response:
     request.state.log_fields["reason"] = error.reason
     content = {"error": str(error), "reason": error.reason, "request_id": request.state.request_id}
     return JSONResponse(content, error.status, headers=error.headers)
-
-
-def _overloaded(request: Request, error: Overloaded) -> Response:
-    refused = Refused(429, "busy", str(error), retry_after=str(error.retry_after))
-    return _refused(request, refused)
-
-
-def _deadline_exceeded(request: Request, error: Exception) -> Response:
-    return _refused(request, Refused(503, "late", str(error), retry_after="1"))
 
 
 def _client_disconnected(request: Request, error: Exception) -> Response:

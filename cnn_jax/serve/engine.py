@@ -25,7 +25,8 @@ import numpy as np
 
 from cnn_jax.data.decode import Pixels
 from cnn_jax.serve.fairness import FairThreads, Quota
-from cnn_jax.system.errors import DataError, UserError
+from cnn_jax.serve.limits import Refused
+from cnn_jax.system.errors import DataError
 
 T = TypeVar("T")
 
@@ -49,19 +50,19 @@ LARGE_PIXELS = 4_000_000
 _CLOSING_SECONDS = 10.0
 
 
-class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's)
-    """Raised if a request would exceed a limit on the images in flight.
-
-    The client should try again after `retry_after` seconds.
-    """
+class Overloaded(Refused):
+    """Raised if a request would exceed a limit on the images in flight."""
 
     def __init__(self, retry_after: int):
-        super().__init__(f"too many images are in flight; try again in {retry_after} s")
-        self.retry_after = retry_after
+        message = f"too many images are in flight; try again in {retry_after} s"
+        super().__init__(429, "busy", message, retry_after=str(retry_after))
 
 
-class DeadlineExceeded(UserError):  # noqa: N818 (as above)
+class DeadlineExceeded(Refused):
     """Raised if the deadline of a request passed before the request's images were processed."""
+
+    def __init__(self, message: str):
+        super().__init__(503, "late", message, retry_after="1")
 
 
 # A function that maps a batch of images, uint8 [size, height, width, 3], to one result per image.
@@ -72,15 +73,10 @@ _Read = Callable[[], Pixels]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A function that is compiled for several batch sizes.
-
-    Attributes:
-      run: Maps uint8 [size, height, width, 3] to one result per image.
-      seconds: The run time in seconds by compiled batch size, in increasing order of size.
-    """
+    """A function that is compiled for several batch sizes."""
 
     run: _Run
-    seconds: dict[int, float]
+    seconds: dict[int, float]  # The run time by compiled batch size, in increasing order of size.
 
     @property
     def largest_size(self) -> int:
@@ -127,63 +123,31 @@ def time_program(run: _Run, image: Pixels, sizes: Sequence[int]) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """The result for an image, with the durations of decoding, waiting and computation.
+    """The result for an image."""
 
-    Attributes:
-      result: The program's result for this image.
-      pixels: The decoded image, uint8 [height, width, 3].
-      decode_seconds: The decoding time.
-      queue_seconds: The time that the image waited for a decoder thread and for the device.
-      compute_seconds: The run time of the image's batch.
-      batch_size: The number of images in that batch, without padding.
-    """
-
-    result: Any
-    pixels: Pixels
-    decode_seconds: float
-    queue_seconds: float
-    compute_seconds: float
-    batch_size: int
+    result: Any  # The program's result for this image.
+    pixels: Pixels  # The decoded image, uint8 [height, width, 3].
 
 
 @dataclasses.dataclass(eq=False)
 class _Request:
-    """A request whose images are in flight.
-
-    Attributes:
-      program: The program to run on the images of the request.
-      client: The client that has sent the request.
-      arrival_time: In seconds of `time.monotonic`.
-      future: Receives `results` when all results are known.
-      results: The result or error of each image; None while it is not known yet.
-      missing: The number of results that are not known yet.
-    """
+    """A request whose images are in flight."""
 
     program: Program
     client: str
-    arrival_time: float
-    future: "asyncio.Future[list[Any]]"
-    results: list[Any]
-    missing: int
+    future: "asyncio.Future[list[Any]]"  # Receives `results` when all results are known.
+    results: list[Any]  # The result or error of each image; None while it is not known yet.
+    missing: int  # The number of results that are not known yet.
 
 
 @dataclasses.dataclass(eq=False)
 class _DecodedImage:
-    """A decoded image that waits for the compute thread.
-
-    Attributes:
-      request: The request that the image belongs to.
-      index: The image's index in the request.
-      pixels: uint8 [height, width, 3].
-      decode_seconds: The decoding time.
-      decode_end: When decoding ended, in seconds of `time.monotonic`.
-    """
+    """A decoded image that waits for the compute thread."""
 
     request: _Request
-    index: int
-    pixels: Pixels
-    decode_seconds: float
-    decode_end: float
+    index: int  # The image's index in the request.
+    pixels: Pixels  # uint8 [height, width, 3].
+    decode_end: float  # In seconds of `time.monotonic`.
 
 
 class Engine:
@@ -301,8 +265,8 @@ class Engine:
           DeadlineExceeded: The deadline passed before all images were computed.
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
-        count, now = len(reads), time.monotonic()
-        request = _Request(program, client, now, future, [None] * count, count)
+        count = len(reads)
+        request = _Request(program, client, future, [None] * count, count)
         calls = {self._decoders: [], self._large_decoders: []}
         for index, (read, size) in enumerate(zip(reads, pixels or [0] * count, strict=True)):
             threads = self._large_decoders if size > LARGE_PIXELS else self._decoders
@@ -311,7 +275,7 @@ class Engine:
         # The future is cancelled if the client disconnects or the deadline passes. The compute
         # thread then drops the images of the request.
         try:
-            async with asyncio.timeout(max(0.0, deadline - now)):
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 return await future
         except TimeoutError as error:
             raise DeadlineExceeded(
@@ -354,7 +318,6 @@ class Engine:
         The image is passed directly to the compute thread, because a detour through the event loop
         would delay it.
         """
-        start = time.monotonic()
         try:
             pixels = read()
         except DataError as error:
@@ -362,8 +325,7 @@ class Engine:
         except Exception as error:  # Catch every error, because the client must get a response.
             self._loop.call_soon_threadsafe(_fail, request, error)
         else:
-            now = time.monotonic()
-            decoded = _DecodedImage(request, index, pixels, now - start, now)
+            decoded = _DecodedImage(request, index, pixels, time.monotonic())
             with self._changed:
                 self._waiting.append(decoded)
                 self._changed.notify()
@@ -435,18 +397,7 @@ class Engine:
             self._computing_since = None
         seconds = time.monotonic() - start
         self._per_image += _WEIGHT * (seconds / len(batch) - self._per_image)
-        computed = [
-            Computed(
-                result=result,
-                pixels=image.pixels,
-                decode_seconds=image.decode_seconds,
-                queue_seconds=start - image.request.arrival_time - image.decode_seconds,
-                compute_seconds=seconds,
-                batch_size=len(batch),
-            )
-            for image, result in zip(batch, results, strict=True)
-        ]
-        self._loop.call_soon_threadsafe(self._set_results, batch, computed)
+        self._loop.call_soon_threadsafe(self._set_results, batch, results, seconds)
 
     def _run(self, batch: Sequence[_DecodedImage]) -> list[Any]:
         """Runs the program on a padded batch; returns one result per image, without the padding."""
@@ -458,10 +409,12 @@ class Engine:
             raise RuntimeError(f"{len(results)} results of {len(batch)} images")
         return results
 
-    def _set_results(self, batch: Sequence[_DecodedImage], computed: Sequence[Computed]) -> None:
-        for image, result in zip(batch, computed, strict=True):
-            _set_result(image.request, image.index, result)
-        self._on_batch(len(batch), computed[0].compute_seconds)
+    def _set_results(
+        self, batch: Sequence[_DecodedImage], results: Sequence[Any], seconds: float
+    ) -> None:
+        for image, result in zip(batch, results, strict=True):
+            _set_result(image.request, image.index, Computed(result, image.pixels))
+        self._on_batch(len(batch), seconds)
 
 
 async def _run_on_thread(

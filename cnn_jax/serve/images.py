@@ -29,14 +29,9 @@ _PARSED_BYTES = {b",": 64, b"[": 96, b"{": 96, b":": 112}
 
 @dataclasses.dataclass
 class Part:
-    """An image file of a request.
+    """An image file of a request."""
 
-    Attributes:
-      name: The file name that the client sent, or the image's index: "0", "1", ...
-      content: The bytes of the file.
-    """
-
-    name: str
+    name: str  # The file name that the client sent, or the image's index: "0", "1", ...
     content: bytes
 
 

@@ -39,15 +39,10 @@ _NICENESS = 10
 
 @dataclasses.dataclass(frozen=True)
 class DesiredState:
-    """The versions of a model that should be loaded, and the model's aliases.
+    """The versions of a model that should be loaded, and the model's aliases."""
 
-    Attributes:
-      versions: Bundle digests by version number.
-      aliases: Version numbers by alias. The version of the first alias is the default version.
-    """
-
-    versions: Mapping[int, str]
-    aliases: Mapping[str, int]
+    versions: Mapping[int, str]  # Bundle digests by version number.
+    aliases: Mapping[str, int]  # Version numbers by alias. The first alias is the default one.
 
 
 class Source(abc.ABC):
@@ -189,19 +184,12 @@ _Key = tuple[str, int, str]
 
 @dataclasses.dataclass
 class _Load:
-    """A version that is being loaded.
+    """A version that is being loaded."""
 
-    Attributes:
-      task: The task that waits for the thread; a thread cannot be interrupted.
-      start: When the load has started, in seconds of `time.monotonic`.
-      is_wanted: Whether the source still requests the version.
-      is_late: Whether the load has exceeded the time limit.
-    """
-
-    task: "asyncio.Task[None]"
-    start: float
-    is_wanted: bool = True
-    is_late: bool = False
+    task: "asyncio.Task[None]"  # Waits for the thread, which cannot be interrupted.
+    start: float  # In seconds of `time.monotonic`.
+    is_wanted: bool = True  # Whether the source still requests the version.
+    is_late: bool = False  # Whether the load has exceeded the time limit.
 
     @property
     def delays_others(self) -> bool:

@@ -74,11 +74,8 @@ class PredictionOut(BaseModel):
 
 
 class Timings(BaseModel):
-    """The longest duration of each step over all images of a request, in milliseconds."""
+    """The time that a request took at the server, in milliseconds."""
 
-    decode: float
-    queue: float
-    compute: float
     total: float
 
 
@@ -179,7 +176,7 @@ def make_router(service: Service) -> APIRouter:
                 "version": version.number,
                 "request_id": request.state.request_id,
                 "predictions": predictions,
-                "milliseconds": _timings(answers, time.monotonic() - start),
+                "milliseconds": {"total": round(1000 * (time.monotonic() - start), 3)},
             }
         )
 
@@ -232,15 +229,3 @@ def _explanation(answer: Computed) -> dict[str, str]:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return {"method": "grad_cam", "png": base64.b64encode(file.getvalue()).decode()}
-
-
-def _timings(answers: Sequence[Computed | DataError], total: float) -> dict[str, float]:
-    """Returns the longest duration of each step over all images, in milliseconds."""
-    usable = [answer for answer in answers if isinstance(answer, Computed)]
-    longest = {
-        "decode": max(answer.decode_seconds for answer in usable),
-        "queue": max(answer.queue_seconds for answer in usable),
-        "compute": max(answer.compute_seconds for answer in usable),
-        "total": total,
-    }
-    return {name: round(1000 * seconds, 3) for name, seconds in longest.items()}

@@ -45,29 +45,17 @@ _SEGMENT_FRACTION = 1 / 16
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """The prediction for an image, with the request that contained the image.
-
-    Attributes:
-      request_id: The id that the server gave the request.
-      image_index: The index of the image in the request.
-      unit: The client's unit of an experiment, such as a user; None if unknown.
-      arm: The alias that selected the version; None if the request named a number.
-      version: The version that answered.
-      pixels: The network's input, uint8 [height, width, 3].
-      probabilities: float32 [classes].
-      embedding: The input of the network's last layer, float32 [features].
-      time: When the image was predicted, in seconds since the epoch.
-    """
+    """The prediction for an image; see `cnn_jax.data.request_log.REQUESTS`."""
 
     request_id: str
     image_index: int
     unit: str | None
     arm: str | None
     version: Version
-    pixels: Pixels
-    probabilities: np.ndarray
-    embedding: np.ndarray
-    time: float = dataclasses.field(default_factory=time.time)
+    pixels: Pixels  # The network's input, uint8 [height, width, 3].
+    probabilities: np.ndarray  # float32 [classes].
+    embedding: np.ndarray  # float32 [features].
+    time: float = dataclasses.field(default_factory=time.time)  # Seconds since the epoch.
 
 
 class RequestLog:

@@ -29,51 +29,30 @@ _TOLERANCE = 1e-3
 
 
 class Output(NamedTuple):
-    """The result of a program for an image.
+    """The result of a program for an image."""
 
-    Attributes:
-      probabilities: float32 [classes].
-      embedding: The input of the network's last layer, float32 [features]; an exported model has
-        0 features.
-      explanation: The explanation map of the most probable class, float32 [height, width]; None
-        if the program computes no map.
-    """
-
-    probabilities: np.ndarray
+    probabilities: np.ndarray  # float32 [classes].
+    # The input of the network's last layer, float32 [features]; empty for an exported model.
     embedding: np.ndarray
+    # The map of the most probable class, float32 [height, width]; None without a map.
     explanation: np.ndarray | None = None
 
 
 @dataclasses.dataclass(eq=False)
 class Version:
-    """A bundle that is compiled and ready to answer requests.
+    """A bundle that is compiled and ready to answer requests."""
 
-    Attributes:
-      model: The name of the model.
-      number: The number of the version, 1 or more.
-      predictor: The bundle's predictor.
-      preprocessing: The bundle's preprocessing, with the server's limit on the pixels of an image.
-      predict_program: The program that returns an `Output` without a map for each image.
-      explain_program: The program that returns an `Output` with a map for each image; None for an
-        exported model, which has no gradients.
-      metrics: The bundle's metrics by split.
-      digest: The bundle's digest.
-      sizes: The batch sizes that the programs may have.
-      load_time: When the version was loaded, in seconds since the epoch.
-      in_use: The number of requests in flight that use the version.
-    """
-
-    model: str
-    number: int
+    model: str  # The name of the model.
+    number: int  # 1 or more.
     predictor: TrainedPredictor
-    preprocessing: Preprocessing
-    predict_program: Program
-    explain_program: Program | None
-    metrics: Mapping[str, Mapping[str, float]]
-    digest: str
-    sizes: tuple[int, ...]
-    load_time: float
-    in_use: int = 0
+    preprocessing: Preprocessing  # Has the server's limit on the pixels of an image.
+    predict_program: Program  # Returns an `Output` without a map for each image.
+    explain_program: Program | None  # Returns maps; None for an exported model.
+    metrics: Mapping[str, Mapping[str, float]]  # By split.
+    digest: str  # The bundle's digest.
+    sizes: tuple[int, ...]  # The batch sizes that the programs may have.
+    load_time: float  # In seconds since the epoch.
+    in_use: int = 0  # The number of requests in flight that use the version.
 
     def __post_init__(self):
         self._reader = ImageReader(self.preprocessing)

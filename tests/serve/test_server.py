@@ -97,10 +97,7 @@ def test_answers_equal_the_predictor(server, predictor, kind):
     )
     assert prediction["class"] == prediction["top"][0]["class"]
     assert prediction["probability"] == prediction["top"][0]["probability"]
-    milliseconds = found["milliseconds"]
-    parts = [milliseconds[name] for name in ("decode", "queue", "compute")]
-    assert min(parts) >= 0
-    assert sum(parts) <= milliseconds["total"] < 10_000
+    assert 0 < found["milliseconds"]["total"] < 10_000
 
 
 def test_each_image_of_a_form_gets_its_answer(server, predictor):
