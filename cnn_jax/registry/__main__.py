@@ -16,9 +16,10 @@ DIR is a folder, or a URL such as s3://BUCKET/PATH, gs://BUCKET/PATH or az://CON
 --registry, DIR is the value of the environment variable CNN_JAX_REGISTRY. A command that changes
 the registry prints one line. `verify` reads the files of all versions, reports each version as
 unchanged or damaged, and exits with 1 if a version is damaged; it also names folders that belong to
-no version. `fetch` copies a bundle into FOLDER and prints the path of the copy; MODEL without a
-version selects the version with the alias "champion". `export` registers versions and aliases in
-MLflow, so that `mlflow.pyfunc.load_model` and `mlflow models serve` answer with them.
+no version. `fetch` copies a bundle into FOLDER and prints the path of the copy. `export` registers
+a version and its aliases in MLflow, so that `mlflow.pyfunc.load_model` and `mlflow models serve`
+answer with it. For `fetch` and `export`, MODEL without a version is the version with the alias
+"champion".
 """
 
 import argparse
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     verify = command("verify", _verify, "check the files of all versions, or of one model")
     verify.add_argument("model", type=_model, nargs="?", metavar="MODEL")
     fetch = command("fetch", _fetch, "copy a version's bundle into a folder, and print its path")
-    export = command("export", _export, "register versions and aliases in MLflow")
+    export = command("export", _export, "register a version and its aliases in MLflow")
 
     for subparser in (show, fetch, export):
         subparser.add_argument(
@@ -135,20 +136,12 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
     )
     _alias_flag(promote)
     for metric in ("accuracy", "precision", "recall", "f1"):
-        promote.add_argument(
-            f"--min_{metric}",
-            f"--min-{metric}",
-            type=cli.fraction,
-            metavar="FRACTION",
-            help=f"refuse a version with a lower test {metric}, 0 to 1",
-        )
-    promote.add_argument(
-        "--max_loss",
-        "--max-loss",
-        type=cli.not_negative,
-        metavar="LOSS",
-        help="refuse a version with a higher test loss",
-    )
+        text = f"refuse a version with a lower test {metric}, 0 to 1"
+        names = f"--min_{metric}", f"--min-{metric}"
+        promote.add_argument(*names, type=cli.fraction, metavar="FRACTION", help=text)
+    text = "refuse a version with a higher test loss"
+    names = "--max_loss", "--max-loss"
+    promote.add_argument(*names, type=cli.not_negative, metavar="LOSS", help=text)
     promote.add_argument(
         "--not_worse_than",
         "--not-worse-than",
@@ -315,9 +308,7 @@ def _verify(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _fetch(registry: Registry, flags: argparse.Namespace) -> None:
-    name, selector = flags.reference
-    version = registry.resolve(name, CHAMPION if selector is None else selector)
-    print(registry.fetch(version, flags.folder, is_copy=True))
+    print(registry.fetch(_version(registry, flags), flags.folder, is_copy=True))
 
 
 def _export(registry: Registry, flags: argparse.Namespace) -> None:
@@ -325,9 +316,14 @@ def _export(registry: Registry, flags: argparse.Namespace) -> None:
 
     if flags.mlflow is None:
         raise ConfigError(f"--mlflow is required, unless ${_MLFLOW_VARIABLE} is set")
-    name, selector = flags.reference
-    for line in mlflow.export_versions(registry, name, selector, flags.mlflow):
+    for line in mlflow.export_version(registry, _version(registry, flags), flags.mlflow):
         _print(line)
+
+
+def _version(registry: Registry, flags: argparse.Namespace) -> Version:
+    """Returns the version that the reference in the flags names, by default the champion."""
+    name, selector = flags.reference
+    return registry.resolve(name, CHAMPION if selector is None else selector)
 
 
 def _list(registry: Registry, flags: argparse.Namespace) -> None:

@@ -64,8 +64,9 @@ def run(
 
     def hosts_without(tokens: Tokens | None) -> list[str]:
         """Returns the host names that a port with these tokens accepts; [] accepts all names."""
-        is_checked = flags.allowed_hosts or (is_local and tokens is None)
-        return [*flags.allowed_hosts, "localhost", flags.host] if is_checked else []
+        names = flags.allowed_hosts or ()
+        is_checked = names or (is_local and tokens is None)
+        return [*names, "localhost", flags.host] if is_checked else []
 
     sizes = [1 << power for power in range(flags.max_batch.bit_length())]
     loader = Loader(service, source, sizes, flags.poll, flags.load_timeout)
@@ -103,13 +104,13 @@ def run(
                 hangs = True
             await asyncio.to_thread(stack.close)
 
-    app = make_app(service, tokens, lifespan, hosts_without(tokens), flags.cors_origins)
+    app = make_app(service, tokens, lifespan, hosts_without(tokens), flags.cors_origins or ())
     server = http.make_server(
         app,
         flags.drain,
         limits.seconds,
         service.begin_shutdown,
-        flags.trusted_proxies,
+        flags.trusted_proxies or (),
     )
     if not is_local and tokens is None:
         logger.warning("without --tokens every client that reaches %s can predict", flags.host)

@@ -304,8 +304,6 @@ def _changed_bundle(**changes):
         _changed(alias=None),
         _changed(gates="all"),
         _changed(make_entry("add", 1), bundle=None),
-        _changed(make_entry("add", 1), alias="champion"),
-        _changed(make_entry("remove", 1), alias="champion"),
         _changed(make_entry("rollback", 1, "champion", 2), before=None),
         _changed_bundle(path="../../etc"),
         _changed_bundle(path=f"bundles/{DIGEST}-20260102T030405Z-0123456789abcdef/../../.."),
