@@ -37,7 +37,7 @@ _DIGEST_TAG = "cnn_jax.digest"
 _VERSION_TAG = "cnn_jax.version"
 _SOURCE_TAG = "mlflow.source.name"
 _TRAINING, _EXPORT = "cnn_jax train", "cnn_jax registry export"
-_MAX_PARAMS, _MAX_METRICS = 100, 1000  # MLflow's limits for one request.
+_MAX_PARAMS = 100  # MLflow's limit for one request.
 _MAX_TEXT = 6000  # MLflow's limit for the value of a parameter, in characters.
 
 
@@ -127,8 +127,7 @@ def _log_metrics(client: Any, run_id: str, values: Mapping[str, Any], step: int 
         for name, value in values.items()
         if name not in ("step", "epoch") and type(value) in (int, float) and math.isfinite(value)
     ]
-    for start in range(0, len(logged), _MAX_METRICS):
-        client.log_batch(run_id, metrics=logged[start : start + _MAX_METRICS])
+    client.log_batch(run_id, metrics=logged)
 
 
 def export_version(registry: Registry, version: Version, uri: str) -> list[str]:

@@ -7,7 +7,6 @@ a registry are safe because two writers cannot both create the same file.
 import contextlib
 import datetime
 import functools
-import itertools
 import os
 import pathlib
 import re
@@ -164,13 +163,10 @@ class Store:
                 sync(self._root / name)
 
     def _create_root(self) -> None:
-        """Creates the folder of a local registry, and flushes the new folders to the disk."""
-        if self._root is not None:
-            folders = (self._root, *self._root.parents)
-            new = list(itertools.takewhile(lambda folder: not folder.exists(), folders))
-            for folder in reversed(new):
-                folder.mkdir(exist_ok=True)
-                _sync_folder(folder.parent)
+        """Creates the folder of a local registry, and flushes the new folder to the disk."""
+        if self._root is not None and not self._root.exists():
+            self._root.mkdir(parents=True, exist_ok=True)
+            _sync_folder(self._root.parent)
 
     def _sync_folders(self, name: str) -> None:
         """Flushes the folders of a local file, from the registry's folder to the file's parent."""

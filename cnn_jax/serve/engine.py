@@ -18,7 +18,7 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -30,10 +30,6 @@ from cnn_jax.system.errors import DataError
 
 T = TypeVar("T")
 
-# The initial estimate of the compute time per image, in seconds.
-_SECONDS_PER_IMAGE = 0.01
-# The weight of a new measurement in the moving average of the compute time per image.
-_WEIGHT = 0.1
 # A program is timed three times, or until this number of seconds has passed.
 _TIMING_SECONDS = 0.2
 # A batch size is a gain if it multiplies the best time per image by less than this factor.
@@ -53,9 +49,9 @@ _CLOSING_SECONDS = 10.0
 class Overloaded(Refused):
     """Raised if a request would exceed a limit on the images in flight."""
 
-    def __init__(self, retry_after: int):
-        message = f"too many images are in flight; try again in {retry_after} s"
-        super().__init__(429, "busy", message, retry_after=str(retry_after))
+    def __init__(self):
+        message = "too many images are in flight; try again in 1 s"
+        super().__init__(429, "busy", message, retry_after="1")
 
 
 class DeadlineExceeded(Refused):
@@ -63,6 +59,16 @@ class DeadlineExceeded(Refused):
 
     def __init__(self, message: str):
         super().__init__(503, "late", message, retry_after="1")
+
+
+@contextlib.asynccontextmanager
+async def ending_at(deadline: float, message: str) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded at the deadline, in seconds of `time.monotonic`."""
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceeded(message) from error
 
 
 # A function that maps a batch of images, uint8 [size, height, width, 3], to one result per image.
@@ -176,7 +182,6 @@ class Engine:
         self._max_wait = max_wait
         self._on_batch = on_batch
         self._images, self._pixels = Quota(capacity), Quota(pixels)
-        self._per_image = _SECONDS_PER_IMAGE
         self._decoders = FairThreads(decoders, "decode")
         self._large_decoders = FairThreads(max(1, decoders // 2), "decode large")
         # Only one thread parses request bodies, because a parsed body can need many times as
@@ -232,7 +237,7 @@ class Engine:
         """
         amounts = ((self._images, images), (self._pixels, pixels))
         if not all(quota.fits(client, amount) for quota, amount in amounts):
-            raise Overloaded(max(1, math.ceil(self.in_flight * self._per_image)))
+            raise Overloaded
         for quota, amount in amounts:
             quota.add(client, amount)
         try:
@@ -275,12 +280,8 @@ class Engine:
         # The future is cancelled if the client disconnects or the deadline passes. The compute
         # thread then drops the images of the request.
         try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            async with ending_at(deadline, "the request timed out before its images were computed"):
                 return await future
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                "the request timed out before its images were computed"
-            ) from error
         finally:
             # Free the images that still wait for a decoder, because these images no longer count as
             # in flight.
@@ -396,7 +397,6 @@ class Engine:
         finally:
             self._computing_since = None
         seconds = time.monotonic() - start
-        self._per_image += _WEIGHT * (seconds / len(batch) - self._per_image)
         self._loop.call_soon_threadsafe(self._set_results, batch, results, seconds)
 
     def _run(self, batch: Sequence[_DecodedImage]) -> list[Any]:
@@ -439,10 +439,8 @@ async def _run_on_thread(
     # are freed.
     waiting = threads.submit(client, [run])
     try:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+        async with ending_at(deadline, "the request timed out before its images were read"):
             return await asyncio.wrap_future(future)
-    except TimeoutError as error:
-        raise DeadlineExceeded("the request timed out before its images were read") from error
     finally:
         waiting.clear()
 

@@ -27,7 +27,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cnn_jax.serve.responses import new_request_id
 
-# Maximum size of the headers of a request together, in bytes, and of a header that is incomplete.
+# Maximum size of the incomplete headers of a request, in bytes. Headers that arrive as a whole, in
+# at most 256 kB, may be longer.
 _MAX_HEADER_BYTES = 32_768
 # Maximum seconds until a client has sent all headers of a request.
 _HEADER_SECONDS = 10.0
@@ -92,12 +93,9 @@ class _Protocol(HttpToolsProtocol):
     # headers.
     _is_in_message = False
     _is_in_headers = False
-    # The number of bytes of the complete headers of the current request.
-    _header_bytes = 0
-    # The number of bytes since the parser has last completed a header or returned a part of a body.
-    _incomplete_bytes = 0
+    # The number of bytes since a head, a part of a body or a request was last complete.
+    _pending_bytes = 0
     _has_progress = False
-    _is_too_large = False
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -143,38 +141,25 @@ class _Protocol(HttpToolsProtocol):
             self._start_timer()
         self._has_progress = False
         super().data_received(data)
-        self._incomplete_bytes = 0 if self._has_progress else self._incomplete_bytes + len(data)
-        if self._is_too_large or self._incomplete_bytes > _MAX_HEADER_BYTES:
+        self._pending_bytes = 0 if self._has_progress else self._pending_bytes + len(data)
+        if self._pending_bytes > _MAX_HEADER_BYTES:
             self._refuse()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._is_in_message = self._is_in_headers = True
-        self._header_bytes = 0
         if self._timer is None:
             self._start_timer()
 
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._count_header(len(url))
-
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_headers:
+        if self._is_in_headers:  # Otherwise it is a trailer, which no protocol of this server uses.
             super().on_header(name, value)
-            self._count_header(len(name) + len(value))
-        else:
-            # This header is a trailer, which no protocol of this server uses.
-            self._is_too_large = True
-
-    def _count_header(self, size: int) -> None:
-        self._has_progress = True
-        self._header_bytes += size
-        self._is_too_large |= self._header_bytes > _MAX_HEADER_BYTES
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # The parser parses the request again.
         self._is_in_headers = False
+        self._has_progress = True
         self._stop_timer()
         super().on_headers_complete()
 
@@ -186,6 +171,7 @@ class _Protocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._is_in_message = False
+        self._has_progress = True
         super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -356,24 +356,6 @@ def test_no_thread_group_keeps_answered_clients():
     run_with(engine, test)
 
 
-def test_retry_after_follows_measured_times():
-    engine = Engine(capacity=200)
-
-    def slow(images):
-        time.sleep(0.1)
-        return images
-
-    async def test():
-        for _ in range(30):
-            await compute(engine, Program(slow, {1: 1.0}), 0)
-        with engine.admit(100, 0, "a"), pytest.raises(Overloaded) as caught, engine.admit(101):
-            pass
-        # A hundred images take about ten seconds, because each takes a tenth of a second.
-        assert 6 <= int(caught.value.headers["retry-after"]) <= 15
-
-    run_with(engine, test)
-
-
 class Decoder:
     """A decoder that waits for `gate`, and records the value of each image that it decodes."""
 
