@@ -415,11 +415,11 @@ def test_foreign_text_stays_on_one_line(place, bundle, tmp_path, capsys, monkeyp
 
 
 def test_a_narrow_terminal_gets_paragraphs():
-    rows = [{"version": "flowers/1", "by": "a"}, {"version": "flowers/2", "by": "b"}]
-    assert command._table(rows, 13) == "version    by\nflowers/1  a\nflowers/2  b"
-    assert command._table(rows, 12) == (
-        "version  flowers/1\nby       a\n\nversion  flowers/2\nby       b"
-    )
+    rows = [{"version": f"flowers/{n}", "digest": "0123", "by": "a"} for n in (1, 2)]
+    table = "version    digest  by\nflowers/1  0123    a\nflowers/2  0123    a"
+    assert command._table(rows, 21) == table
+    paragraph = "version  flowers/{}\ndigest   0123\nby       a"
+    assert command._table(rows, 20) == f"{paragraph.format(1)}\n\n{paragraph.format(2)}"
 
 
 def test_all_output_wraps_at_columns(registry, capsys, monkeypatch):
