@@ -15,6 +15,7 @@ converts it to a Parquet file (`.parquet`). The file of a killed server stays an
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -343,11 +344,32 @@ def find_row(folder: pathlib.Path, request_id: str, image_index: int) -> str | N
     for name in ("requests", "labelled"):
         delays = {path: created - _creation_time(path) for path in list_files(folder / name)}
         for path in sorted(delays, key=lambda path: abs(delays[path])):
-            if -_MAX_DELAY <= delays[path] <= _SEGMENT_SECONDS + _MAX_DELAY:
+            is_near = -_MAX_DELAY <= delays[path] <= _SEGMENT_SECONDS + _MAX_DELAY
+            if is_near and _may_have(path, request_id):
                 rows = read_file(path, ("digest",), condition)
                 if rows:
                     return rows["digest"][0].as_py()
     return None
+
+
+def _may_have(path: pathlib.Path, request_id: str) -> bool:
+    """Returns whether a file may have a row, according to the statistics of a complete file."""
+    if path.suffix != ".parquet" or path.parent.name == "labelled":
+        return True  # A stream, or a file of labelled rows, can still change.
+    try:
+        first, last = _first_and_last_id(path)
+    except (OSError, pa.ArrowException):  # The file was deleted or is damaged; see `read_file`.
+        return True
+    return first <= request_id <= last
+
+
+@functools.lru_cache(10_000)
+def _first_and_last_id(path: pathlib.Path) -> tuple[str, str]:
+    metadata = pq.read_metadata(path)
+    column = metadata.schema.names.index("request_id")
+    groups = [metadata.row_group(n).column(column) for n in range(metadata.num_row_groups)]
+    found = [group.statistics for group in groups]
+    return min(one.min for one in found), max(one.max for one in found)
 
 
 def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:

@@ -386,7 +386,7 @@ def test_a_known_action_is_never_skipped():
     """A skippable entry with a known action is applied, and its fields are checked."""
     entry = make_entry("promote", 1, "champion")
     assert ledger.parse(_changed(skippable=True)) == entry
-    with pytest.raises(ValueError, match="version is missing"):
+    with pytest.raises(ValueError, match="it has no version"):
         ledger.parse(_changed(skippable=True, version=None))
 
 

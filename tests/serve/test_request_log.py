@@ -500,7 +500,7 @@ def test_waiting_images_are_limited_by_their_bytes(version, tmp_path, monkeypatc
     assert 300 in units(tmp_path / "log")
 
 
-def test_a_row_is_found_in_the_nearest_file(tmp_path, monkeypatch):
+def test_only_the_file_of_a_row_is_read(tmp_path, monkeypatch):
     folder, ids = tmp_path / "log", []
     files.make_folders(folder)
     for _ in range(30):
@@ -515,11 +515,10 @@ def test_a_row_is_found_in_the_nearest_file(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "read_file", lambda *a: read.append(a[0]) or read_file(*a))
     assert files.find_row(folder, ids[0][1], 0) == "d"
     assert files.find_row(folder, ids[17][2], 0) == "d"
-    assert len(read) <= 4
     assert files.find_row(folder, ids[0][0], 1) is None
-    del read[:]
+    assert len(read) == 3
     assert files.find_row(folder, "0" * 32, 0) is None
-    assert not read
+    assert len(read) == 3
 
 
 def test_feedback_is_read_once_after_a_killed_conversion(version, tmp_path):
