@@ -133,7 +133,7 @@ _SHAPES = ("shape", "new_sizes", "limit_indices", "slice_sizes")
 
 @dataclasses.dataclass(frozen=True)
 class _Constant:
-    """An array that is known in advance.
+    """An array whose values are known before the function is called.
 
     Attributes:
       array: The values; a dimension of 1 may stand for a larger dimension of `shape`.

@@ -85,7 +85,7 @@ def convert(
 
 
 class LitertPredictor(Predictor):
-    """A predictor that runs a LiteRT model in a process of the Python with LiteRT.
+    """A predictor that runs a LiteRT model in a subprocess, with a Python that has LiteRT.
 
     Attributes:
       class_names: The classes in the order of the probabilities.

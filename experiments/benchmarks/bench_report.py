@@ -62,7 +62,7 @@ def main() -> None:
 def _run(
     checkout: pathlib.Path, folder: pathlib.Path, repetition: int, flags: argparse.Namespace
 ) -> dict[str, float]:
-    """Runs the training command once; measures the time before and after the end of training.
+    """Runs the training command once; measures the time of training and the time after it.
 
     Returns:
       The seconds of the columns "training" and "after".

@@ -112,10 +112,10 @@ def test_the_three_geometric_ones_compose_in_the_order_flip_rotation_zoom():
         np.vstack([_matrix(**kind)[0], [0, 0, 1]])
         for kind in ({"flip_x": True}, {"turns": 0.1}, {"window": 1.3})
     )
-    together = _matrix(flip_x=True, turns=0.1, window=1.3)[0]
+    combined = _matrix(flip_x=True, turns=0.1, window=1.3)[0]
     # Keras flips first. The matrices map output positions to input positions, so the matrix of the
     # first transform is the leftmost factor.
-    np.testing.assert_allclose(together, (flip @ turn @ zoom)[:2], atol=1e-5)
+    np.testing.assert_allclose(combined, (flip @ turn @ zoom)[:2], atol=1e-5)
 
 
 @settings(deadline=None, max_examples=25)

@@ -163,9 +163,9 @@ def test_groups_and_equal_images_stay_together(images, seed, rule):
     assert sorted(np.concatenate(list(splits.values()))) == list(range(len(ids)))
     example_splits = _splits_by_id(ids, splits)
     for keys in (groups, contents):
-        together = {}
+        group_splits = {}
         for i, key in zip(ids, keys, strict=True):
-            assert together.setdefault(key, example_splits[i]) == example_splits[i]
+            assert group_splits.setdefault(key, example_splits[i]) == example_splits[i]
 
 
 def test_exact_shares_of_groups_are_met_within_a_group():

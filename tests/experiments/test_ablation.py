@@ -139,8 +139,8 @@ def test_a_grid_is_run_once_and_written_as_a_table(tmp_path, capsys):
 
     expected = tmp_path / "results.json"
     ablation.main([*arguments, f"--expect={expected}"])
-    told = capsys.readouterr().out.removeprefix(table)
-    assert told.count("the same") == 12
+    output = capsys.readouterr().out.removeprefix(table)
+    assert output.count("the same") == 12
     found["dropout_0"][2]["test"]["f1"] += 1e-9
     (tmp_path / "other.json").write_text(json.dumps(found))
     with pytest.raises(Exception, match="1 runs differ"):
@@ -211,8 +211,8 @@ def test_the_ladder_compares_with_the_row_before(tmp_path, capsys):
 def test_a_failed_run_is_in_the_table(tmp_path, capsys):
     with pytest.raises(Exception, match="2 of 10 runs failed"):
         ablation.main(["--grid=large_batch", f"--workdir={tmp_path}", "--seeds=2"])
-    told = capsys.readouterr().out
-    assert "0; 0: error: the loss is infinite; 1: error: the loss is infinite" in told
+    output = capsys.readouterr().out
+    assert "0; 0: error: the loss is infinite; 1: error: the loss is infinite" in output
     assert starts(tmp_path)["batch_512_root-1"] == 1
     assert (tmp_path / "large_batch.png").exists()
     # The second call starts only the failed runs again.
@@ -301,7 +301,7 @@ def test_a_row_is_repeated_by_its_name(tmp_path, reproduce):
     for row, variants in (("plain", "plain"), ("", "batch_norm,dropout,plain,recipe")):
         done = reproduce(f"eurosat32/{row}".rstrip("/"), EUROSAT=str(images))
         assert done.returncode == 0, done.stderr
-        told = done.stdout.splitlines()
+        output = done.stdout.splitlines()
         assert {
             f"--variants={variants}",
             "--seeds=3",
@@ -311,7 +311,7 @@ def test_a_row_is_repeated_by_its_name(tmp_path, reproduce):
             f"--config={REPOSITORY}/experiments/../configs/eurosat.py",
             f"--config.data.source=folder:{images}",
             "--config.data.image_size=32",
-        } <= set(told)
+        } <= set(output)
 
 
 @pytest.mark.parametrize("file", sorted((REPOSITORY / "experiments" / "results").glob("*.json")))
@@ -319,9 +319,9 @@ def test_every_table_can_be_repeated(tmp_path, reproduce, file):
     (tmp_path / "images").mkdir()
     done = reproduce(file.stem, EUROSAT=str(tmp_path / "images"))
     assert done.returncode == 0, done.stderr
-    told = done.stdout.splitlines()
-    assert f"--expect={file}" in told
-    flags = [flag for flag in told if flag.startswith("--config")]
+    output = done.stdout.splitlines()
+    assert f"--expect={file}" in output
+    flags = [flag for flag in output if flag.startswith("--config")]
     config = files.load(flags[0].removeprefix("--config="), flags[1:])
     epochs = {run["epochs"] for runs in json.loads(file.read_text()).values() for run in runs}
     assert max(epochs) == config.train.epochs

@@ -43,7 +43,7 @@ def test_a_scale_that_is_not_positive_is_applied_after_relu(layer, scale):
     predictor.variables["params"][layer]["scale"] = scales.at[1].set(scale)
     function = flat_function(predictor)
     _check(predictor, function)
-    # The factors of the last layer become part of the dense layer.
+    # The scales of the last normalization are folded into the dense layer.
     assert ("mul" in _primitives(function)) == (layer == "norm1")
 
 

@@ -34,7 +34,7 @@ def test_stable_hlo_equals_the_predictor_at_any_batch_size(name):
 
 
 def _translate(function):
-    """Returns a function of images [b, 4, 6, 3] as a flat function and as an ONNX model."""
+    """Flattens a function of images [b, 4, 6, 3], and also translates it to an ONNX model."""
     flat = flatten(function, (4, 6))
     return flat, _model(flat)
 

@@ -58,10 +58,10 @@ def test_score_without_differences_is_known():
 def test_score_is_computed_for_many_studies_at_once():
     rng = np.random.default_rng(0)
     gains, losses = rng.integers(0, 50, (2, 4, 5))
-    together = score_statistic(gains, losses, 500, 0.02)
-    assert together.shape == (4, 5)
+    statistics = score_statistic(gains, losses, 500, 0.02)
+    assert statistics.shape == (4, 5)
     for index in np.ndindex(4, 5):
-        assert together[index] == score(gains[index], losses[index], 500, 0.02)
+        assert statistics[index] == score(gains[index], losses[index], 500, 0.02)
 
 
 def test_worse_classes_equal_a_closed_test_procedure():

@@ -227,8 +227,8 @@ def test_a_sample_keeps_the_fraction_of_each_class(labels, size, seed):
     assert len(chosen) == min(size, len(labels))
     assert sorted(set(chosen.tolist())) == chosen.tolist()
     np.testing.assert_array_equal(chosen, robustness.stratified_sample(labels, size, seed))
-    present, counts = np.unique(labels, return_counts=True)
-    taken = np.array([(labels[chosen] == label).sum() for label in present])
+    classes, counts = np.unique(labels, return_counts=True)
+    taken = np.array([(labels[chosen] == label).sum() for label in classes])
     shares = min(size, len(labels)) * counts / len(labels)
     assert (np.abs(taken - shares) < 1).all()
 

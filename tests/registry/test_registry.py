@@ -446,7 +446,7 @@ def test_only_a_lost_add_at_the_end_is_detected(registry):
 
 
 def _promote_and_lose_the_last_entry(place, bundles):
-    """Returns a registry that has read entry 4 of its log, which is then deleted."""
+    """Returns a registry that has read entry 4 of its log; the entry is then deleted."""
     registry = Registry(*place)
     for path in bundles[:2]:
         registry.add("flowers", path)
@@ -1209,8 +1209,8 @@ def leftovers(registry):
     """Returns the names of the unused files and folders of a registry."""
     root = pathlib.Path(registry.url)
     used = {v.bundle.path for m in registry.models.values() for v in m.versions.values()}
-    there = [f"bundles/{path.name}" for path in (root / "bundles").iterdir()]
-    return sorted({*there} - used) + [path.name for path in (root / "tmp").iterdir()]
+    existing = [f"bundles/{path.name}" for path in (root / "bundles").iterdir()]
+    return sorted({*existing} - used) + [path.name for path in (root / "tmp").iterdir()]
 
 
 @pytest.mark.parametrize(

@@ -95,15 +95,15 @@ def test_concurrent_processes_write_one_history(workers, bundles, tmp_path):
     new = sorted(number for _, number, is_new in said if is_new)
     assert new == [entry.version for entry in added]
     # A bundle that is already in the registry is not added again until it has been removed.
-    there = {}
+    digests = {}
     for entry in registry.log:
         if entry.action == "add":
-            assert entry.bundle.digest not in there.values()
-            there[entry.version] = entry.bundle.digest
+            assert entry.bundle.digest not in digests.values()
+            digests[entry.version] = entry.bundle.digest
         elif entry.action == "remove":
-            del there[entry.version]
+            del digests[entry.version]
     model = registry.models["flowers"]
-    assert there == {number: version.bundle.digest for number, version in model.versions.items()}
+    assert digests == {number: version.bundle.digest for number, version in model.versions.items()}
     for version in model.versions.values():
         read_bundle(registry.fetch(version, "unused"))
     folders = {f"bundles/{path.name}" for path in (root / "bundles").iterdir()}

@@ -564,9 +564,9 @@ def test_calls_run_on_threads_before_the_deadline():
 
 
 def test_on_batch_counts_images_without_padding():
-    told = []
+    batches = []
     device = Device(is_open=False)
-    engine = Engine(capacity=10, on_batch=lambda images, seconds: told.append((images, seconds)))
+    engine = Engine(capacity=10, on_batch=lambda images, seconds: batches.append((images, seconds)))
 
     async def test():
         program = device.program()
@@ -578,5 +578,5 @@ def test_on_batch_counts_images_without_padding():
         await asyncio.gather(first, *three)
 
     run_with(engine, test)
-    assert [images for images, _ in told] == [1, 3]
-    assert all(seconds >= 0 for _, seconds in told)
+    assert [images for images, _ in batches] == [1, 3]
+    assert all(seconds >= 0 for _, seconds in batches)

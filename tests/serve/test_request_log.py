@@ -31,7 +31,7 @@ def version():
 
 
 def offer(log, version, numbers):
-    """Records an image for each number, which is the `unit` of the row; returns the request ids."""
+    """Records one image per number, with the number as the `unit`; returns the request ids."""
     rng = np.random.default_rng(0)
     ids = []
     for number in numbers:

@@ -215,16 +215,16 @@ def test_every_route_names_a_misspelt_parameter(server):
         url = f"{server.url}{path.format_map(values)}?Explian=grad_cam"
         answer = requests.request(method, url, timeout=30)
         assert error_of(answer) == (400, "parameter"), path
-        told = answer.json()["error"]
-        assert "there is no parameter 'Explian'" in told
+        message = answer.json()["error"]
+        assert "there is no parameter 'Explian'" in message
         hint = "did you mean explain?" if path == "/predict" else "this path takes no parameters"
-        assert hint in told, path
+        assert hint in message, path
     answer = server.post("/predict?nonsense", b"x")
     assert "use model, version, alias, top, explain" in answer.json()["error"]
     # Each documented parameter is accepted.
     for parameter in description["/predict"]["post"]["parameters"]:
-        told = server.post(f"/predict?{parameter['name']}=", b"x").json()["error"]
-        assert "there is no parameter" not in told
+        message = server.post(f"/predict?{parameter['name']}=", b"x").json()["error"]
+        assert "there is no parameter" not in message
 
 
 def test_router_errors_name_the_alternative(server):

@@ -154,9 +154,9 @@ def test_without_a_complete_trial_there_is_no_best(plan, no_page, capsys):
     write_outcome(plan, summary)
     assert not (plan.folder / "best.py").exists()
     show_outcome(summarize(plan, make_study(plan, TRIALS[-1:])), plan.folder)
-    told = capsys.readouterr().out
-    assert "0 complete, 0 pruned, 1 failed, 0 running" in told
-    assert "best" not in told
+    output = capsys.readouterr().out
+    assert "0 complete, 0 pruned, 1 failed, 0 running" in output
+    assert "best" not in output
 
 
 # The values of these four complete trials depend only on the dropout.

@@ -538,13 +538,13 @@ def test_a_storage_timeout_loses_no_trial(tmp_path, log, trainer, undisturbed):
             run(make_plan(folder))
             break
         except StorageError as error:
-            told = str(error)
+            message = str(error)
         finally:
             log.before = lambda *entries: None
         assert re.fullmatch(
             r"the study's storage has not answered for 0 s \(gone\)\. No finished trial is lost, "
             rf"and the current one is saved in {folder}; start the same command again .*",
-            told,
+            message,
         )
         assert outline(run(make_plan(folder))) == expected
     assert last > 200

@@ -207,10 +207,10 @@ def test_workers_wait_for_a_server_that_restarts(begin, tmp_path, server, traine
     time.sleep(2)
     server.start()
     finish(workers)
-    told = "".join(worker.output.read_text() for worker in workers)
-    assert "Traceback" not in told
+    output = "".join(worker.output.read_text() for worker in workers)
+    assert "Traceback" not in output
     # Optuna logs warnings that contain long queries.
-    assert "[W " not in told
+    assert "[W " not in output
     study = run(plan)
     check(study, 8)
     assert epochs(tmp_path / "s") == sum(len(trial.intermediate_values) for trial in study.trials)
