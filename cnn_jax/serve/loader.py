@@ -440,6 +440,10 @@ class Loader:
         metrics.loaded.labels(model, number).set(1)
         seconds = time.monotonic() - start
         logger.info("%s, version %d: ready after %.1f s", model, number, seconds)
+        try:  # The server need not wait for this to be ready, because few requests ask for maps.
+            await self._run_on_thread(version.compile_explanation)
+        except Exception:
+            logger.exception("%s, version %d: cannot compute maps", model, number)
 
     def _fail(self, key: _Key, error: Exception) -> None:
         """Reports a version that could not be loaded, and sets the time of the next try."""
