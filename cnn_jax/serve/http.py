@@ -214,7 +214,6 @@ class _Protocol(HttpToolsProtocol):
     def _stop_read_timer(self) -> None:
         if self._read_timer is not None:
             self._read_timer.cancel()
-            self._read_timer = None
 
     def _refuse(self) -> None:
         self._stop_timer()
