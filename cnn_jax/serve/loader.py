@@ -194,7 +194,8 @@ class _Load:
     @property
     def delays_others(self) -> bool:
         """Returns whether other versions wait until this version is loaded."""
-        return self.is_wanted and time.monotonic() - self.start <= _SLOW_SECONDS
+        is_slow = self.is_late or time.monotonic() - self.start > _SLOW_SECONDS
+        return self.is_wanted and not is_slow
 
 
 class Loader:
@@ -440,10 +441,8 @@ class Loader:
         metrics.loaded.labels(model, number).set(1)
         seconds = time.monotonic() - start
         logger.info("%s, version %d: ready after %.1f s", model, number, seconds)
-        try:  # The server need not wait for this to be ready, because few requests ask for maps.
-            await self._run_on_thread(version.compile_explanation)
-        except Exception:
-            logger.exception("%s, version %d: cannot compute maps", model, number)
+        # The server need not wait for this to be ready, because few requests ask for maps.
+        self._start_task(self._run_on_thread(version.compile_explanation))
 
     def _fail(self, key: _Key, error: Exception) -> None:
         """Reports a version that could not be loaded, and sets the time of the next try."""
