@@ -10,20 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def conv(x, kernel, bias):
-    """Returns the result of a 3 x 3 convolution with stride 1 and zero padding."""
+def conv(x, kernel, bias=0.0, stride=1):
+    """Returns the result of a convolution with an odd kernel size and zero padding on all sides."""
     batch, height, width, _ = x.shape
-    padded = np.pad(x, [(0, 0), (1, 1), (1, 1), (0, 0)])
+    size, half = len(kernel), len(kernel) // 2
+    padded = np.pad(x, [(0, 0), (half, half), (half, half), (0, 0)])
     out = np.zeros((batch, height, width, kernel.shape[-1]))
-    for dy in range(3):
-        for dx in range(3):
+    for dy in range(size):
+        for dx in range(size):
             out += padded[:, dy : dy + height, dx : dx + width] @ kernel[dy, dx]
-    return out + bias
+    return out[:, ::stride, ::stride] + bias
 
 
-def norm(x, scale, bias, mean, var):
-    """Returns the result of BatchNorm in inference mode, with the epsilon 1e-3."""
-    return (x - mean) / np.sqrt(var + 1e-3) * scale + bias
+def norm(x, scale, bias, mean, var, epsilon=1e-3):
+    """Returns the result of BatchNorm in inference mode."""
+    return (x - mean) / np.sqrt(var + epsilon) * scale + bias
 
 
 def pool(x):

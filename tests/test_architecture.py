@@ -50,6 +50,18 @@ def test_imports_go_down():
                 assert LAYERS.index(module) < LAYERS.index(name), f"{name} imports {module}"
 
 
+def test_the_reading_order_names_existing_functions():
+    table = DOCUMENT.partition("| file | read |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1:3] for row in table.splitlines()[2:]]
+    rows = [re.findall(r"`([^`]+)`", file + names) for file, names in cells]
+    assert len(rows) > 10
+    for file, *names in rows:
+        path = (REPOSITORY if file.startswith("configs/") else PACKAGE) / file
+        for name in names:
+            pattern = rf"^(def |class )?{name}\b"
+            assert re.search(pattern, path.read_text(), re.MULTILINE), f"{file} has no {name}"
+
+
 def test_only_models_defines_linen_modules():
     for path in PACKAGE.rglob("*.py"):
         tree = ast.parse(path.read_text())
@@ -59,6 +71,14 @@ def test_only_models_defines_linen_modules():
             if isinstance(node, ast.ClassDef) and "nn.Module" in map(ast.unparse, node.bases)
         ]
         assert not subclasses or path.parent.name == "models"
+
+
+def test_networks_use_the_batch_norm_of_this_package():
+    """Training would leave the statistics of `nn.BatchNorm` near their initial values."""
+    for path in (PACKAGE / "models").glob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text()))
+        used = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+        assert "nn.BatchNorm" not in used, f"{path.name}: use layers.BatchNorm"
 
 
 def test_nothing_happens_at_import():

@@ -14,8 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import forward_flops, layer_names, make_model, stages
+from cnn_jax.models.network import Network, forward_flops, layer_names, make_model, stages
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.training.loss import cross_entropy
 

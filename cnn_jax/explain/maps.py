@@ -22,8 +22,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import map_batches, next_power_of_two, split_batches
 from cnn_jax.inference.predictor import BundlePredictor
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import feature_map_shapes, forward, network_parts, stages
+from cnn_jax.models.network import Network, feature_map_shapes, forward, network_parts, stages
 from cnn_jax.system import runtime
 
 Images = UInt8[np.ndarray, "batch height width 3"]

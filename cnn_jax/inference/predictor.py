@@ -19,8 +19,7 @@ from cnn_jax.inference.batching import BATCH_SIZE, map_batches, split_batches
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.inference.images import AnyImage, ImageReader, describe_image, single_images
 from cnn_jax.inference.protocol import Predictor, TrainedPredictor, check_images
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import abstract_variables, forward, make_model, stages
+from cnn_jax.models.network import Network, abstract_variables, forward, make_model, stages
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import BundleError, DataError
 

@@ -13,7 +13,7 @@ from cnn_jax.config.keys import Key
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class NetworkEntry:
     """A network that the key `model.name` can select.
 
     Attributes:
@@ -89,19 +89,19 @@ _DROP_PATH_KEYS = {
 }
 
 
-def _resnet(name: str) -> Network:
+def _resnet(name: str) -> NetworkEntry:
     own = _BACKBONE_KEYS | _BATCH_NORM_KEYS
-    return Network(f"cnn_jax.models.resnet:{name}", own, weights=f"timm/{name}.a1_in1k")
+    return NetworkEntry(f"cnn_jax.models.resnet:{name}", own, weights=f"timm/{name}.a1_in1k")
 
 
-def _efficientnet(name: str, tag: str) -> Network:
+def _efficientnet(name: str, tag: str) -> NetworkEntry:
     own = _BACKBONE_KEYS | _BATCH_NORM_KEYS | _DROP_PATH_KEYS
     weights = f"timm/{name}.{tag}" if tag else ""
-    return Network(f"cnn_jax.models.efficientnet:{name}", own, weights=weights)
+    return NetworkEntry(f"cnn_jax.models.efficientnet:{name}", own, weights=weights)
 
 
 NETWORKS = {
-    "cnn": Network(
+    "cnn": NetworkEntry(
         path="cnn_jax.models.cnn:CNN",
         keys={
             "features": _channels((32, 64, 128), "Channels of each convolution."),
@@ -125,7 +125,7 @@ NETWORKS = {
     "tf_efficientnet_lite0": _efficientnet("tf_efficientnet_lite0", "in1k"),
     "tf_efficientnet_lite1": _efficientnet("tf_efficientnet_lite1", "in1k"),
     "tf_efficientnet_lite2": _efficientnet("tf_efficientnet_lite2", "in1k"),
-    "convnext_tiny": Network(
+    "convnext_tiny": NetworkEntry(
         "cnn_jax.models.convnext:convnext_tiny",
         _BACKBONE_KEYS | _DROP_PATH_KEYS,
         # The strides are 4, 2, 2 and 2. If the image size were not divisible by 32, the network
@@ -133,7 +133,7 @@ NETWORKS = {
         size_divisor=lambda section: 32,
         weights="timm/convnext_tiny.in12k_ft_in1k",
     ),
-    "vit_small_patch14_dinov2": Network(
+    "vit_small_patch14_dinov2": NetworkEntry(
         "cnn_jax.models.vit:vit_small_patch14_dinov2",
         _BACKBONE_KEYS | _DROP_PATH_KEYS,
         size_divisor=lambda section: 14,

@@ -6,8 +6,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Network, Stages
 from cnn_jax.models.layers import BatchNorm, Conv, max_pool_2x2
+from cnn_jax.models.network import Network, Stages
 
 
 class CNN(Network):

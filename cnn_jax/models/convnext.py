@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Backbone, Stages
 from cnn_jax.models.convolutions import depthwise_convolve, paddings
 from cnn_jax.models.layers import LayerNorm, Mlp, add_bias
+from cnn_jax.models.network import Backbone, Stages
 
 _initial_kernel = nn.initializers.truncated_normal(0.02)
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Backbone
 from cnn_jax.models.layers import BatchNorm, add_bias, convolve
+from cnn_jax.models.network import Backbone
 
 # The numbers of pixels to add: ((top, bottom), (left, right)).
 Padding = tuple[tuple[int, int], tuple[int, int]]

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Stages
 from cnn_jax.models.convolutions import ConvolutionalBackbone
+from cnn_jax.models.network import Stages
 
 
 class _Row(NamedTuple):

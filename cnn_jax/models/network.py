@@ -1,17 +1,211 @@
-"""Functions that construct and apply networks, and count their parameters and operations."""
+"""The base classes of all networks, and the functions that construct and apply a network."""
 
+import abc
 import importlib
-from collections.abc import Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from cnn_jax.data.preprocessing import Preprocessing, normalize
 from cnn_jax.models import NETWORKS
-from cnn_jax.models.base import Network, NetworkParts
 from cnn_jax.system.errors import ConfigError, did_you_mean
+
+
+class NetworkParts(NamedTuple):
+    """The parameters that explanation methods need, under names common to all networks.
+
+    Attributes:
+      first_kernel: The kernel of the first layer, if it is a convolution over R, G and B; else
+        None.
+      head_kernel: The kernel of the last dense layer.
+      head_bias: The bias of the last dense layer.
+      embedding_is_mean_map: Whether the embedding is the mean of the last feature maps over
+        their pixels, which class activation maps need.
+    """
+
+    first_kernel: Float[Array, "height width 3 features"] | None
+    head_kernel: Float[Array, "embedding classes"]
+    head_bias: Float[Array, " classes"]
+    embedding_is_mean_map: bool
+
+
+class Stages:
+    """Collects the outputs of a network's stages; an offset can be added to each output.
+
+    The gradient with respect to an offset of zeros is the gradient with respect to the output
+    of that stage.
+
+    Attributes:
+      outputs: The outputs by stage, in the order of the stages.
+    """
+
+    def __init__(self, offsets: Mapping[str, Array] | None):
+        """Creates an empty collection; `offsets` maps names of stages to the arrays to add."""
+        self.outputs: dict[str, Array] = {}
+        self._offsets = offsets or {}
+
+    def add(self, name: str, x: Array) -> Array:
+        """Adds the stage's offset to the output `x`; records and returns the result."""
+        if name in self._offsets:
+            x = x + self._offsets[name].astype(x.dtype)
+        self.outputs[name] = x
+        return x
+
+
+class Network(nn.Module):
+    """A network that is divided into stages.
+
+    A subclass defines `first_layer`, `stage_names`, `find_stage` and `add_stages`. Its last dense
+    layer has the name "head".
+
+    Attributes:
+      num_classes: The number of classes.
+      dtype: The dtype of the computation. Parameters, statistics and logits are float32.
+      train_from: The first stage that is trained. Earlier stages run in inference mode during
+        training, with the stored statistics of BatchNorm. Empty: all stages are trained.
+    """
+
+    num_classes: int
+    dtype: jnp.dtype = jnp.dtype("float32")
+    train_from: str = ""
+
+    # The path of the first layer in the tree of parameters. The path is empty if this layer is not
+    # a convolution over R, G and B.
+    first_layer: ClassVar[tuple[str, ...]] = ()
+
+    if TYPE_CHECKING:  # Linen adds this method to each module at run time.
+
+        def __hash__(self) -> int: ...
+
+    def __call__(
+        self, x: Float[Array, "batch height width channel"], *, train: bool = False
+    ) -> Float[Array, "batch classes"]:
+        """Returns the float32 logits of normalised images."""
+        return self.stages(x, train=train)["logits"]
+
+    @property
+    @abc.abstractmethod
+    def stage_names(self) -> Sequence[str]:
+        """The names of the stages in their order; the last two are "embedding" and "logits"."""
+
+    @property
+    def embedding_is_mean_map(self) -> bool:
+        """Whether the embedding is the mean of the last feature maps; see `NetworkParts`."""
+        return False
+
+    @nn.nowrap
+    @abc.abstractmethod
+    def find_stage(self, layer: str) -> str:
+        """Returns the stage to which a layer belongs; `layer` is a top-level parameter name."""
+
+    @nn.nowrap
+    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
+        """Returns the parameters that explanations use; see `NetworkParts`."""
+        first: Any = params
+        for name in self.first_layer:
+            first = first[name]
+        return NetworkParts(
+            first_kernel=first["kernel"] if self.first_layer else None,
+            head_kernel=params["head"]["kernel"],
+            head_bias=params["head"]["bias"],
+            embedding_is_mean_map=self.embedding_is_mean_map,
+        )
+
+    @nn.compact
+    def stages(
+        self,
+        x: Float[Array, "batch height width channel"],
+        *,
+        train: bool = False,
+        offsets: Mapping[str, Array] | None = None,
+    ) -> dict[str, Array]:
+        """Returns the outputs of all stages for normalised images.
+
+        Args:
+          x: The images.
+          train: Whether to run in training mode, with dropout and the statistics of the batch.
+          offsets: Arrays to add to the outputs of stages, by name; see `Stages`.
+
+        Returns:
+          The outputs by name, in the order of `stage_names`. The feature maps have the shape
+          [batch, height, width, channel]. "embedding" [batch, features] is the input of the
+          head, and "logits" [batch, classes], float32, is its output.
+        """
+        stages = Stages(offsets)
+        self.add_stages(x, stages, train=train)
+        return stages.outputs
+
+    @nn.nowrap
+    @abc.abstractmethod
+    def add_stages(
+        self, x: Float[Array, "batch height width channel"], stages: Stages, *, train: bool
+    ) -> None:
+        """Computes all stages for normalised images, and adds the outputs to `stages`.
+
+        `stages` calls this method, so submodules and parameters may be created in it.
+        """
+
+    @nn.nowrap
+    def is_training(self, stage: str, train: bool) -> bool:
+        """Returns whether a stage runs in training mode; `train` is the mode of the network."""
+        return train and (not self.train_from or self.is_trained(stage))
+
+    @nn.nowrap
+    def is_trained(self, stage: str) -> bool:
+        """Returns whether the parameters of a stage are trained."""
+        names = list(self.stage_names)
+        return not self.train_from or names.index(stage) >= names.index(self.train_from)
+
+    @nn.nowrap
+    def is_trained_parameter(self, path: str) -> bool:
+        """Returns whether a parameter is trained; the path is, for example, "conv1/kernel"."""
+        return self.is_trained(self.find_stage(path.partition("/")[0]))
+
+
+class Backbone(Network):
+    """A network that can have pretrained weights; a subclass defines the stages.
+
+    Attributes:
+      embedding: "last": the embedding is what the published network gives its last dense layer.
+        "stages": the embedding also contains the mean and the standard deviation over the
+        pixels of each channel of the feature maps, except those of the first and the last stage.
+      dropout: The probability that a number of the embedding is dropped in training.
+    """
+
+    embedding: str = "last"
+    dropout: float = 0.0
+
+    @nn.nowrap
+    def classify(
+        self, stages: Stages, embedding: Float[Array, "batch features"], *, train: bool
+    ) -> None:
+        """Adds the embedding and the logits to the outputs of the stages.
+
+        Args:
+          stages: The outputs of all stages with feature maps.
+          embedding: The embedding of the published network.
+          train: Whether to use dropout.
+        """
+        if self.embedding == "stages":
+            maps = [x.astype(jnp.float32) for x in list(stages.outputs.values())[1:-1]]
+            moments = [moment for x in maps for moment in _moments(x)]
+            embedding = jnp.concatenate([*moments, embedding.astype(jnp.float32)], axis=-1)
+        x = stages.add("embedding", embedding)
+        x = nn.Dropout(self.dropout, deterministic=not train)(x)
+        stages.add("logits", nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x))
+
+
+def _moments(
+    maps: Float[Array, "batch height width channel"],
+) -> tuple[Float[Array, "batch channel"], Float[Array, "batch channel"]]:
+    """Returns the mean and the standard deviation of each channel over all pixels."""
+    variance = jnp.var(maps, axis=(1, 2))
+    # The gradient of a square root at 0 is infinite.
+    return jnp.mean(maps, axis=(1, 2)), jnp.sqrt(variance + 1e-6)
 
 
 def compute_dtype(precision: str) -> jnp.dtype:

@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Stages
 from cnn_jax.models.convolutions import ConvolutionalBackbone
 from cnn_jax.models.layers import max_pool_3x3
+from cnn_jax.models.network import Stages
 
 
 class BasicBlock(nn.Module):

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnn_jax.models.base import Backbone, Stages
 from cnn_jax.models.layers import Dense, LayerNorm, Mlp
+from cnn_jax.models.network import Backbone, Stages
 
 _initial_kernel = nn.initializers.truncated_normal(0.02)
 

@@ -122,7 +122,7 @@ def time_spent(training: float, seconds: Mapping[str, float]) -> dict[str, Any]:
     listed = ", ".join(f"{_TASKS.get(name, name)} {spent:.0f} s" for name, spent in parts.items())
     text = f"training {duration(training)}; evaluation and report {duration(total)} ({listed})"
     if "explanations" in parts:
-        text += "; report.detail=figures is faster"
+        text += "; report.detail=figures makes the report faster"
     return {"training": training, "after_training": total, "parts": parts, "words": text}
 
 

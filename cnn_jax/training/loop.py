@@ -25,8 +25,7 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import make_model
+from cnn_jax.models.network import Network, make_model
 from cnn_jax.models.pretrained import PretrainedWeights
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay
@@ -42,10 +41,11 @@ from cnn_jax.training import (
 )
 from cnn_jax.training.checkpoint import Checkpoints, History, best_record
 from cnn_jax.training.loss import balanced_weights
+from cnn_jax.training.memory import Memory
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_schedule
 from cnn_jax.training.profiling import Trace
-from cnn_jax.training.programs import Memory, Programs, make_train_step
+from cnn_jax.training.programs import Programs, make_train_step
 from cnn_jax.training.run_directory import Heartbeat
 from cnn_jax.training.step import TrainState
 

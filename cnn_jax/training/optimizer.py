@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, PyTree
 
-from cnn_jax.models.base import Network
+from cnn_jax.models.network import Network
 
 
 def make_schedule(

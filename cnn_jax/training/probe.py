@@ -23,7 +23,7 @@ from cnn_jax.data import Track, cache
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.inference.evaluation import map_split
 from cnn_jax.inference.predictor import compiled_stages
-from cnn_jax.models.base import Network
+from cnn_jax.models.network import Network
 from cnn_jax.system import runtime
 from cnn_jax.training import sharding
 from cnn_jax.training.metrics import Metrics

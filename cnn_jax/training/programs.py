@@ -1,9 +1,7 @@
-"""The jitted functions of a run, and an estimate of the memory that a training step needs."""
+"""The jitted functions of a run."""
 
-import contextlib
-import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +13,8 @@ from jaxtyping import Array, Bool, PyTree
 from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.mix import Mixing
-from cnn_jax.models.base import Backbone, Network
-from cnn_jax.models.network import updates_statistics
+from cnn_jax.models.network import Backbone, Network, updates_statistics
 from cnn_jax.system import runtime
-from cnn_jax.system.errors import TrainingError
 from cnn_jax.training import sharding
 from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.metrics import Metrics
@@ -29,9 +25,6 @@ from cnn_jax.training.optimizer import (
     make_optimizer,
 )
 from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, update_statistics
-
-# A suggested batch size is rounded down to a multiple of this number.
-_ROUND_BATCH = 8
 
 
 def make_train_step(
@@ -238,132 +231,3 @@ def _with_images(batch: Mapping[str, Array], pixels: Array | None) -> Mapping[st
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
     """Returns whether every number in a tree of arrays is finite."""
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryEstimate:
-    """The memory that a training step needs on one device, in bytes, as reported by XLA.
-
-    Attributes:
-      fixed: The memory of the state, and of the pixels if they are on the device.
-      per_example: The memory for each example of the batch part that is being computed.
-      batch_size: The number of examples in a global batch.
-      data_devices: The number of devices that share a batch.
-      parts: The number of parts of a batch that are computed one after the other.
-    """
-
-    fixed: float
-    per_example: float
-    batch_size: int
-    data_devices: int
-    parts: int
-
-    @property
-    def total(self) -> float:
-        """The total memory that a training step needs on one device, in bytes."""
-        return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
-
-    def largest_batch(self, available: float) -> int:
-        """Returns the largest global batch size that fits into `available` bytes, or 0."""
-        examples = max(0, int((available - self.fixed) / self.per_example))
-        if examples >= 2 * _ROUND_BATCH:
-            examples -= examples % _ROUND_BATCH
-        return examples * self.data_devices * self.parts
-
-    def fewest_parts(self, available: float) -> int | None:
-        """Returns the smallest train.accumulation_steps with which a step fits into memory.
-
-        The number of parts must divide the number of examples on a device. The result is None
-        if the step needs more than `available` bytes with every number of parts.
-        """
-        examples = self.batch_size // self.data_devices
-        for parts in range(1, examples + 1):
-            needed = self.fixed + self.per_example * examples / parts
-            if examples % parts == 0 and needed <= available:
-                return parts
-        return None
-
-    def error(self, available: float, has: str = "has") -> TrainingError:
-        """Returns an out-of-memory error that suggests settings with which a step would fit.
-
-        Args:
-          available: The memory of the device, in bytes.
-          has: The verb in the message before the number of available bytes.
-        """
-        if largest := self.largest_batch(available):
-            advice = f"the largest train.batch_size that fits is about {largest}"
-            if parts := self.fewest_parts(available):
-                advice += f", and train.accumulation_steps={parts} computes it in {parts} parts"
-        else:
-            advice = "a batch of one image does not fit; use a smaller data.image_size or model"
-        return TrainingError(
-            f"out of memory: a training step with train.batch_size={self.batch_size} needs about "
-            f"{_size(self.total)} of each device, which {has} {_size(available)}; {advice}"
-        )
-
-
-class Memory:
-    """Checks that the devices have enough memory for training."""
-
-    def __init__(self, programs: Programs):
-        """Creates the memory check of a run.
-
-        Args:
-          programs: The jitted functions of the run.
-        """
-        self._programs = programs
-        self._estimate: MemoryEstimate | None = None
-
-    def check(
-        self, program: Any, state: TrainState, batch: Mapping[str, jax.Array], pixels: Any
-    ) -> None:
-        """Compiles a training function and checks that each device has enough memory for it.
-
-        Args:
-          program: `Programs.train_step` or `Programs.train_steps`.
-          state: The train state, or abstract arrays with its shapes and shardings.
-          batch: The arrays of the batch or batches of one execution.
-          pixels: The images of the whole data set on the devices, or None.
-
-        Raises:
-          TrainingError: The program needs more memory than a device has.
-        """
-        programs = self._programs
-        analysis = program.lower(state, batch, pixels).compile().memory_analysis()
-        if analysis is None:  # On some devices, XLA does not report how much memory is needed.
-            return
-        layout, parts = programs.layout, programs.accumulation_steps
-        batch_bytes = sum(array.nbytes for array in batch.values()) / layout.data_devices
-        examples = layout.batch_size / (layout.data_devices * parts)
-        self._estimate = MemoryEstimate(
-            fixed=max(analysis.argument_size_in_bytes - batch_bytes, 0.0),
-            per_example=(analysis.temp_size_in_bytes + batch_bytes) / examples,
-            batch_size=layout.batch_size,
-            data_devices=layout.data_devices,
-            parts=parts,
-        )
-        available = sharding.device_bytes()
-        if available and self._estimate.total > available:
-            raise self._estimate.error(available)
-
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Converts a JAX runtime error within the context to a one-line TrainingError.
-
-        Raises:
-          TrainingError: A device has no memory left (other programs may use it), or
-            another process of the run has ended.
-        """
-        try:
-            yield
-        except jax.errors.JaxRuntimeError as error:
-            if lost := sharding.lost_process(error):
-                raise lost from error
-            if self._estimate is None or "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            available = sharding.free_device_bytes() + self._estimate.fixed
-            raise self._estimate.error(available, "now has") from error
-
-
-def _size(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:,.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:,.0f} MB"

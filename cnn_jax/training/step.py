@@ -14,8 +14,7 @@ from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
 from cnn_jax.data import augment, mix
 from cnn_jax.data.mix import NO_MIXING, Mixing
 from cnn_jax.data.preprocessing import Preprocessing, normalize
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import forward
+from cnn_jax.models.network import Network, forward
 from cnn_jax.training.loss import cross_entropy, example_weights
 from cnn_jax.training.metrics import Metrics
 

@@ -17,8 +17,7 @@ from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
-from cnn_jax.models.base import Network
-from cnn_jax.models.network import count_parameters, forward_flops, has_batch_norm
+from cnn_jax.models.network import Network, count_parameters, forward_flops, has_batch_norm
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
 from cnn_jax.system.text import FACT_INDENT, shorten, table, wrap

@@ -8,7 +8,7 @@ from conftest import REPOSITORY
 from cnn_jax.config import files, schema
 from cnn_jax.config.keys import choice, integer, number
 from cnn_jax.config.resolve import resolve
-from cnn_jax.models import NETWORKS, Network
+from cnn_jax.models import NETWORKS, NetworkEntry
 from cnn_jax.models.network import make_model
 from cnn_jax.system.errors import ConfigError
 from configs import default
@@ -270,7 +270,7 @@ def other_network(monkeypatch):
         "blocks": integer(2, "Residual blocks.", low=1),
         "dropout": number(0.0, "The dropped fraction.", "below 1", lambda v: v < 1),
     }
-    other = Network("nowhere:Other", keys, size_divisor=lambda section: 2 ** section["blocks"])
+    other = NetworkEntry("nowhere:Other", keys, size_divisor=lambda section: 2 ** section["blocks"])
     monkeypatch.setitem(NETWORKS, "other", other)
     monkeypatch.setitem(
         schema._SECTIONS["model"], "name", choice("cnn", "The network.", tuple(NETWORKS))

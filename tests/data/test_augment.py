@@ -183,8 +183,19 @@ def _names_of_different_draws(*augmentations):
     return [name for name in one if not np.array_equal(one[name], other[name])]
 
 
+def test_the_random_numbers_are_those_of_earlier_versions():
+    """Other numbers would change the batches of earlier runs, which then could not resume."""
+    ranges = Augmentation("horizontal_and_vertical", rotation=0.2, zoom=0.2, contrast=0.2)
+    draws = augment.draw(np.random.default_rng(0), ranges, 2, (8, 8))
+    first = [[0.7358393, -0.7386938, 3.5099905], [-0.7386938, -0.7358393, 8.6608658]]
+    second = [[-0.5551670, 0.9401138, 2.1526861], [-0.9401138, -0.5551670, 8.7334824]]
+    np.testing.assert_allclose(draws["matrix"], [first, second], rtol=1e-6)
+    np.testing.assert_allclose(draws["contrast"], [1.0174500, 1.1740290], rtol=1e-6)
+
+
 def test_every_range_is_a_key_and_has_words():
     for field in RANGES:
+        assert "words" in field.metadata, f"create the field {field.name} with _range"
         key, value = schema.keys()[f"augment.{field.name}"], getattr(EVERYTHING, field.name)
         assert key.accepts(field.default)
         assert key.accepts(value)

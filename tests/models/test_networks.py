@@ -1,4 +1,4 @@
-"""Tests that each network in `models.NETWORKS` behaves as `models.base.Network` documents."""
+"""Tests that each network in `models.NETWORKS` behaves as `models.network.Network` documents."""
 
 import functools
 
@@ -97,8 +97,10 @@ def test_a_layer_changes_its_stage_and_no_earlier_stage(case):
     for layer, values in case.params.items():
         changed = jax.tree.map(lambda leaf: 1.1 * leaf + 0.1, values)
         stage = _CHANGED_LATER.get(layer, case.model.find_stage(layer))
+        assert stage in names, f"find_stage({layer!r}) is {stage!r}, which is no stage"
         changes = case.changed_stages(params=case.params | {layer: changed})
-        assert changes == names[names.index(stage) :], layer
+        message = f"find_stage({layer!r}) is {stage!r}, but the layer changes {changes}"
+        assert changes == names[names.index(stage) :], message
 
 
 def test_an_offset_changes_its_stage_and_all_later_stages(case):
@@ -115,7 +117,7 @@ def test_the_head_and_the_embedding_are_as_parts_says(case):
     np.testing.assert_allclose(case.outputs["logits"], logits, atol=1e-5)
     mean_maps = case.outputs[case.order[-3]].mean((1, 2))
     is_mean = mean_maps.shape == embedding.shape and np.allclose(mean_maps, embedding, atol=1e-5)
-    assert parts.embedding_is_mean_map == is_mean
+    assert parts.embedding_is_mean_map == is_mean, f"embedding_is_mean_map must be {is_mean}"
     assert parts.first_kernel is not None
     assert parts.first_kernel.shape[2] == 3
 
@@ -134,7 +136,8 @@ def test_bfloat16_is_used_up_to_the_logits(name):
     variables = jax.eval_shape(run, image)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
     assert dtypes.pop("logits") == jnp.float32
-    assert all(dtype == jnp.bfloat16 for dtype in dtypes.values())
+    wrong = {stage: dtype.name for stage, dtype in dtypes.items() if dtype != jnp.bfloat16}
+    assert not wrong, f"stages that are not computed in the dtype of the network: {wrong}"
 
 
 @pytest.mark.parametrize("name", [n for n in NETWORKS if "drop_path" in NETWORKS[n].keys])

@@ -185,4 +185,4 @@ def test_time_names_the_key_that_saves_time():
     )
     full = texts.time_spent(28.0, seconds | {"explanations": 8.0, "robustness": 9.0})
     assert full["parts"]["other"] == pytest.approx(1.1)
-    assert full["words"].endswith("; report.detail=figures is faster")
+    assert full["words"].endswith("; report.detail=figures makes the report faster")

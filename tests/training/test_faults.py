@@ -388,14 +388,14 @@ def test_running_out_of_memory_is_a_one_line_error(image_folder, tmp_path):
         "import pathlib, resource, sys\n"
         "from cnn_jax import main\n"
         "from cnn_jax.system import cli\n"
-        "from cnn_jax.training import programs\n"
-        "check = programs.Memory.check\n"
+        "from cnn_jax.training import memory\n"
+        "check = memory.Memory.check\n"
         "def limited(self, *arguments):\n"
         "    check(self, *arguments)\n"
         "    pages = int(pathlib.Path('/proc/self/statm').read_text().split()[0])\n"
         "    limit = pages * resource.getpagesize() + 100_000_000\n"
         "    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
-        "programs.Memory.check = limited\n"
+        "memory.Memory.check = limited\n"
         "cli.run(main.main)\n"
     )
     flags = command(image_folder, tmp_path / "run", "--config.train.epochs=1")[3:]

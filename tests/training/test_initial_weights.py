@@ -17,7 +17,7 @@ from cnn_jax import models
 from cnn_jax.config import schema
 from cnn_jax.config.keys import choice
 from cnn_jax.inference.bundle import read_bundle
-from cnn_jax.models.base import Backbone
+from cnn_jax.models.network import Backbone
 from cnn_jax.models.pretrained import PretrainedWeights, convert
 from cnn_jax.report.run_report import write_report
 from cnn_jax.system.errors import ConfigError
