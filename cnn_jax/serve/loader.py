@@ -492,6 +492,8 @@ class Loader:
                 result = function(*args)
             except Exception as raised:
                 error = raised
+            except BaseException as raised:  # For example, a panic in the Rust code of obstore.
+                error = RuntimeError(repr(raised))
             with contextlib.suppress(RuntimeError):  # The event loop may already be closed.
                 loop.call_soon_threadsafe(finish, result, error)
 
