@@ -298,9 +298,11 @@ def _read_folders(
     schema: pa.Schema,
     columns: Sequence[str] | None = None,
     since: float = 0.0,
-    condition: pc.Expression | None = None,
+    ids: pa.ChunkedArray | None = None,
 ) -> pa.Table:
-    """Reads all files of folders. Of files with the same rows, only the first is read.
+    """Reads the rows of folders, or the rows with some request ids.
+
+    Of files with the same rows, only the first is read.
 
     A stream and a Parquet file have the same rows for a moment during the conversion, and for good
     if the server is killed in it.
@@ -308,12 +310,18 @@ def _read_folders(
     folder = pathlib.Path(folder)
     if not (folder / "requests").is_dir():
         raise DataError(f"{folder} is not a request log: it has no folder requests/")
+    condition = bounds = None
+    if ids is not None:
+        condition = pc.field("request_id").isin(ids.unique())
+        bounds = pc.min(ids).as_py(), pc.max(ids).as_py()
     tables: dict[str, pa.Table] = {}
     for name in names:
         for path in list_files(folder / name):
             with contextlib.suppress(FileNotFoundError):
                 if path.stat().st_mtime < since:
                     continue
+            if bounds and not _may_have(path, *bounds):
+                continue
             if path.stem not in tables:
                 table = read_file(path, columns, condition)
                 if table is not None:
@@ -345,22 +353,24 @@ def find_row(folder: pathlib.Path, request_id: str, image_index: int) -> str | N
         delays = {path: created - _creation_time(path) for path in list_files(folder / name)}
         for path in sorted(delays, key=lambda path: abs(delays[path])):
             is_near = -_MAX_DELAY <= delays[path] <= _SEGMENT_SECONDS + _MAX_DELAY
-            if is_near and _may_have(path, request_id):
+            if is_near and _may_have(path, request_id, request_id):
                 rows = read_file(path, ("digest",), condition)
                 if rows:
                     return rows["digest"][0].as_py()
     return None
 
 
-def _may_have(path: pathlib.Path, request_id: str) -> bool:
-    """Returns whether a file may have a row, according to the statistics of a complete file."""
+def _may_have(path: pathlib.Path, first: str, last: str) -> bool:
+    """Returns whether a file may have request ids from `first` to `last`, by its statistics."""
     if path.suffix != ".parquet" or path.parent.name == "labelled":
         return True  # A stream, or a file of labelled rows, can still change.
     try:
-        first, last = _first_and_last_id(path)
+        least, largest = _first_and_last_id(path)
     except (OSError, pa.ArrowException):  # The file was deleted or is damaged; see `read_file`.
         return True
-    return first <= request_id <= last
+    except (AttributeError, ValueError):  # The file has no statistics.
+        return True
+    return least <= last and first <= largest
 
 
 @functools.lru_cache(10_000)
@@ -409,9 +419,8 @@ def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
 
 def _labelled(folder: pathlib.Path, rows: pa.Table, since: float) -> pa.Table:
     """Returns the rows to which there is feedback."""
-    ids = pc.field("request_id").isin(rows["request_id"].unique())
     names = ("request_id", "image_index")
-    feedback = _read_folders(folder, ("feedback",), FEEDBACK, names, since, ids)
+    feedback = _read_folders(folder, ("feedback",), FEEDBACK, names, since, rows["request_id"])
     labelled = {(row["request_id"], row["image_index"]) for row in feedback.to_pylist()}
     keys = zip(*(rows[name].to_pylist() for name in names), strict=True)
     return rows.filter(pa.array([key in labelled for key in keys]))

@@ -521,6 +521,22 @@ def test_only_the_file_of_a_row_is_read(tmp_path, monkeypatch):
     assert len(read) == 3
 
 
+def test_deletion_reads_only_feedback_to_its_rows(version, tmp_path, monkeypatch):
+    folder = tmp_path / "log"
+    for number in range(6):
+        log = RequestLog(folder)
+        (request_id,) = offer(log, version, [number])
+        until(lambda: number in units(folder))  # noqa: B023
+        give(log, request_id, reward=number)
+        log.close()
+    read, read_file = [], files.read_file
+    monkeypatch.setattr(files, "read_file", lambda *a: read.append(a[0]) or read_file(*a))
+    files.delete_oldest(folder, bytes_of(folder / "requests") - 1)
+    assert len(files.list_files(folder / "requests")) == 5
+    assert sum(path.parent.name == "feedback" for path in read) == 2  # It is read twice.
+    assert sorted(units(folder)) == list(range(6))
+
+
 def test_feedback_is_read_once_after_a_killed_conversion(version, tmp_path):
     log = RequestLog(tmp_path / "log")
     (request_id,) = offer(log, version, [0])
