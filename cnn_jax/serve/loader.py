@@ -286,7 +286,8 @@ class Loader:
             self._update_aliases(model, state)
             self._unload(model, state.versions)
         self._has_synchronized = True
-        for (model, number, digest_), load in self._loads.items():
+        for key, load in self._loads.items():
+            model, number, digest_ = key
             was_wanted = load.is_wanted
             load.is_wanted = model in desired and desired[model].versions.get(number) == digest_
             if was_wanted and not load.is_wanted:
@@ -296,6 +297,8 @@ class Loader:
                 logger.warning("%s, version %d: no longer wanted; not loaded", model, number)
             elif load.is_wanted and not was_wanted:
                 self._service.models.set_state(model, number, LOADING)
+                if load.is_late:
+                    self._fail_late(key)
 
     def _start_load(self, desired: Mapping[str, DesiredState]) -> None:
         """Starts to load the next missing version, unless another load has just been started."""
@@ -422,15 +425,14 @@ class Loader:
         if not making.done():
             load.is_late = True
             if load.is_wanted:
-                message = f"it was not loaded within {self._load_timeout:g} s"
-                self._fail(key, UserError(f"{message}; --load_timeout is this limit"))
+                self._fail_late(key)
         try:
             version = await making
         except Exception as error:
             # Catch every exception, because a bad new version must not stop the server.
             del self._loads[key]
             if load.is_wanted:
-                self._fail(key, error)
+                self._fail(key, error, is_counted=load.is_late)
             return
         del self._loads[key]
         if not load.is_wanted:
@@ -444,15 +446,22 @@ class Loader:
         # The server need not wait for this to be ready, because few requests ask for maps.
         self._start_task(self._run_on_thread(version.compile_explanation))
 
-    def _fail(self, key: _Key, error: Exception) -> None:
-        """Reports a version that could not be loaded, and sets the time of the next try."""
+    def _fail_late(self, key: _Key) -> None:
+        message = f"it was not loaded within {self._load_timeout:g} s"
+        self._fail(key, UserError(f"{message}; --load_timeout is this limit"))
+
+    def _fail(self, key: _Key, error: Exception, is_counted: bool = False) -> None:
+        """Reports a version that could not be loaded, and sets the time of the next try.
+
+        A late load that fails at last is reported twice, and is counted as one failure.
+        """
         model, number, _ = key
-        count = self._failures.get(key, (0, 0.0))[0] + 1
+        count = self._failures.get(key, (0, 0.0))[0] + (not is_counted)
         wait = min(_FIRST_RETRY * 2 ** (count - 1), _MAX_RETRY)
         self._failures[key] = count, time.monotonic() + wait
         self.problem = str(error) if isinstance(error, UserError) else repr(error)
         self._service.models.set_state(model, number, END, _public_message(error))
-        self._service.metrics.loads.labels(model, "failed").inc()
+        self._service.metrics.loads.labels(model, "failed").inc(not is_counted)
         next_try = "next try when this load ends" if key in self._loads else ""
         logger.error(
             "%s, version %d: not loaded; the loaded versions stay: %s; %s",

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import jax
 import numpy as np
@@ -337,6 +338,16 @@ def test_a_slow_load_delays_no_other_version(monkeypatch, caplog):
     assert "shapes, version 2: still loading after" in caplog.text
 
 
+def make_fake_version(model, number, bundle, digest, *_):
+    """Returns an object in place of a version, without compiling a network."""
+    return types.SimpleNamespace(
+        model=model, number=number, digest=digest, class_names=["a"], in_use=0
+    )
+
+
+_FAILED_ONCE = b'cnn_jax_loads_total{model="shapes",outcome="failed"} 1.0'
+
+
 @pytest.mark.parametrize("error", [None, BundleError("it is damaged"), KeyboardInterrupt()])
 def test_a_late_load_is_used_or_tried_again(monkeypatch, caplog, error):
     """A load that hangs is not started again. If it ends at last, its version is served.
@@ -344,6 +355,7 @@ def test_a_late_load_is_used_or_tried_again(monkeypatch, caplog, error):
     A panic in the Rust code of obstore is a BaseException, as KeyboardInterrupt is.
     """
     monkeypatch.setattr(loader_module, "_FIRST_RETRY", 0.1)
+    monkeypatch.setattr(loader_module, "make_version", make_fake_version)
     gate, opened = threading.Event(), []
 
     class Hanging(Source):
@@ -355,7 +367,6 @@ def test_a_late_load_is_used_or_tried_again(monkeypatch, caplog, error):
             assert gate.wait(60)
             if error and len(opened) == 1:
                 raise error
-            return make_bundle(number)
 
     async def run():
         service = Service(Models(), Engine(9), Limits(), ServerMetrics())
@@ -372,6 +383,7 @@ def test_a_late_load_is_used_or_tried_again(monkeypatch, caplog, error):
             await asyncio.sleep(0.01)
         assert opened == [1, 1][: 1 + bool(error)]
         assert b"cnn_jax_hanging_loads 0.0" in service.expose()
+        assert _FAILED_ONCE in service.expose()
         following.cancel()
 
     asyncio.run(asyncio.wait_for(run(), 60))
@@ -379,7 +391,8 @@ def test_a_late_load_is_used_or_tried_again(monkeypatch, caplog, error):
     assert "next try when this load ends" in caplog.text
 
 
-def test_a_late_load_that_is_no_longer_wanted_is_not_used():
+def test_a_late_load_that_is_no_longer_wanted_is_not_used(monkeypatch):
+    monkeypatch.setattr(loader_module, "make_version", make_fake_version)
     gate, wanted = threading.Event(), [2]
 
     class Hanging(Source):
@@ -390,7 +403,6 @@ def test_a_late_load_that_is_no_longer_wanted_is_not_used():
         def open(self, model, number):
             wanted.append(1)  # The alias moves while version 2 loads.
             assert number == 1 or gate.wait(60)
-            return make_bundle(number)
 
     async def run():
         service = Service(Models(), Engine(9), Limits(), ServerMetrics())
@@ -399,6 +411,16 @@ def test_a_late_load_that_is_no_longer_wanted_is_not_used():
         while not service.models.is_ready():
             await asyncio.sleep(0.01)
         while b"cnn_jax_hanging_loads 1.0" not in service.expose():
+            await asyncio.sleep(0.01)
+        # If the version is wanted again after the time limit, its load counts as failed.
+        assert _FAILED_ONCE not in service.expose()
+        wanted.append(2)
+        while _FAILED_ONCE not in service.expose():
+            await asyncio.sleep(0.01)
+        state, message = service.models.states("shapes")[2]
+        assert (state, message.partition(";")[0]) == (END, "it was not loaded within 0.5 s")
+        wanted.append(1)
+        while service.models.states("shapes")[2] != (END, ""):
             await asyncio.sleep(0.01)
         gate.set()
         while b"cnn_jax_hanging_loads 0.0" not in service.expose():
