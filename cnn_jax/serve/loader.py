@@ -443,8 +443,6 @@ class Loader:
         metrics.loaded.labels(model, number).set(1)
         seconds = time.monotonic() - start
         logger.info("%s, version %d: ready after %.1f s", model, number, seconds)
-        # The server need not wait for this to be ready, because few requests ask for maps.
-        self._start_task(self._run_on_thread(version.compile_explanation))
 
     def _fail_late(self, key: _Key) -> None:
         message = f"it was not loaded within {self._load_timeout:g} s"

@@ -57,11 +57,6 @@ class Version:
     def __post_init__(self):
         self._reader = ImageReader(self.preprocessing)
 
-    def compile_explanation(self) -> None:
-        """Compiles the program that returns maps, which is otherwise compiled at the first map."""
-        if self.explain_program is not None:
-            self.explain_program.run(np.zeros((1, *self.preprocessing.image_size, 3), np.uint8))
-
     @property
     def class_names(self) -> list[str]:
         return self.predictor.class_names
@@ -100,7 +95,6 @@ def make_version(
 ) -> Version:
     """Creates a version from a bundle: compiles and runs the network, and checks the outputs.
 
-    The program that returns maps is not compiled; see `Version.compile_explanation`.
     If a loaded version has the same network, its compiled programs and measured times are reused.
     This avoids a delay of the requests in flight.
 
@@ -128,13 +122,17 @@ def make_version(
         predict_program = Program(predict, equal[0].predict_program.seconds)
     else:
         predict_program = time_program(predict, image, sizes)
+    # The time of maps is not needed, because there is one batch size, but they must be compiled.
+    explain_program = Program(explain, {1: 0.0}) if explain else None
+    if explain_program:
+        explain_program.run(image[None])
     return Version(
         model=model,
         number=number,
         predictor=predictor,
         preprocessing=preprocessing,
         predict_program=predict_program,
-        explain_program=Program(explain, {1: 0.0}) if explain else None,
+        explain_program=explain_program,
         metrics=bundle.metrics,
         digest=digest,
         sizes=tuple(sizes),

@@ -25,6 +25,7 @@ from s3 import BUCKET, s3_service
 from servers import Served
 
 from cnn_jax.data.request_log import class_names, read_feedback, read_requests
+from cnn_jax.explain import maps
 from cnn_jax.explain.features import embeddings
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.images import preprocess_for_inference
@@ -699,6 +700,18 @@ def test_a_known_network_is_not_timed_again():
     assert wider.predict_program.seconds is not first.predict_program.seconds
     larger = make_version("shapes", 4, make_bundle(1), "digest", 10**6, (1, 2, 4), [first])
     assert set(larger.predict_program.seconds) == {1, 2, 4}
+
+
+def test_maps_are_compiled_before_a_version_serves(monkeypatch):
+    counts = []
+
+    def grad_cam(predictor, images, classes):
+        counts.append(len(images))
+        return np.zeros((len(images), 16, 16), np.float32)
+
+    monkeypatch.setattr(maps, "grad_cam", grad_cam)
+    make_version("shapes", 1, make_bundle(), "digest", 10**6, (1,))
+    assert counts == [1]
 
 
 def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
