@@ -34,7 +34,7 @@ _MAX_HEADER_BYTES = 32_768
 _HEADER_SECONDS = 10.0
 # Maximum seconds between two requests on the same connection.
 _KEEP_ALIVE_SECONDS = 75
-# Maximum seconds for which the write buffer may stay full because the client does not read.
+# Maximum seconds for which bytes may wait in the write buffer because the client does not read.
 _READ_SECONDS = 30.0
 # If the server refuses a request while the body is still arriving, the server continues to read the
 # body, for at most this number of seconds and bytes. If the server closed the connection at once,
@@ -110,6 +110,9 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Call `pause_writing` for each byte that waits. By default, this needs 64 kB, and a smaller
+        # answer that the client does not read would keep a closing connection open forever.
+        transport.set_write_buffer_limits(0)
         self.last_received = time.monotonic()
         self._start_timer()
         if len(self.connections) > _MAX_CONNECTIONS:

@@ -28,6 +28,10 @@ async def application(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": bytes(20_000_000)})
         return
+    if scope["path"] == "/small":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(40_000)})
+        return
     length = 0
     while (message := await receive())["type"] == "http.request":
         length += len(message["body"])
@@ -42,10 +46,12 @@ def serve(monkeypatch):
     """A function that starts a server with changed limits, and returns the server's port."""
     with contextlib.ExitStack() as stack:
 
-        def serve(**limits):
+        def serve(send_buffer=None, **limits):
             for name, value in limits.items():
                 monkeypatch.setattr(http, name, value)
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            if send_buffer:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
             server = http.make_server(application, 0, 1, lambda: None)
             thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
             thread.start()
@@ -239,14 +245,17 @@ def test_a_refused_client_cannot_send_forever(serve):
         assert time.monotonic() - start < 3
 
 
-def test_a_client_that_does_not_read_is_aborted(serve, monkeypatch):
+@pytest.mark.parametrize("path", [b"/large", b"/small"])
+def test_a_client_that_does_not_read_is_aborted(serve, monkeypatch, path):
     is_lost = threading.Event()
     lose = http._Protocol.connection_lost
     monkeypatch.setattr(
         http._Protocol, "connection_lost", lambda *args: (is_lost.set(), lose(*args))
     )
-    with connect(serve(_READ_SECONDS=0.5)) as connection:
-        connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+        connection.connect(("127.0.0.1", serve(send_buffer=4_096, _READ_SECONDS=0.5)))
+        connection.sendall(b"GET %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % path)
         assert is_lost.wait(5)
 
 
