@@ -32,7 +32,7 @@ CHAMPION = "champion"
 METRICS = ("accuracy", "precision", "recall", "f1", "loss")
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}"
 _DIGEST = r"[0-9a-f]{64}"
-# The fields that the entry of each action needs; the removal of an alias needs only the alias.
+# The fields that the entry of each action needs; the removal of an alias needs others.
 _NEEDED_FIELDS = {
     "add": ("version", "bundle"),
     "promote": ("version", "alias"),
@@ -476,9 +476,11 @@ def parse(data: bytes) -> Entry:
         raise ValueError(f"it has no {error}") from error
     except (AttributeError, ConfigError, OverflowError, RecursionError, TypeError) as error:
         raise ValueError(str(error)) from error
-    needed = ("alias",) if "alias" in fields and action == "remove" else _NEEDED_FIELDS[action]
-    for field in needed:
-        _expect(getattr(entry, field) is not None, f"it has no {field}")
+    needed = ("alias", "before") if entry.alias and action == "remove" else _NEEDED_FIELDS[action]
+    for field in ("version", "alias", "before", "bundle"):
+        is_set, is_needed = getattr(entry, field) is not None, field in needed
+        problem = f"its {field} is {'missing' if is_needed else 'not allowed'} for {action}"
+        _expect(is_set == is_needed or (action, field) == ("promote", "before"), problem)
     return entry
 
 

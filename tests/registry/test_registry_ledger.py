@@ -304,6 +304,8 @@ def _changed_bundle(**changes):
         _changed(alias=None),
         _changed(gates="all"),
         _changed(make_entry("add", 1), bundle=None),
+        _changed(make_entry("add", 1), alias="champion"),
+        _changed(make_entry("remove", 1), alias="champion"),
         _changed(make_entry("rollback", 1, "champion", 2), before=None),
         _changed_bundle(path="../../etc"),
         _changed_bundle(path=f"bundles/{DIGEST}-20260102T030405Z-0123456789abcdef/../../.."),
@@ -386,7 +388,7 @@ def test_a_known_action_is_never_skipped():
     """A skippable entry with a known action is applied, and its fields are checked."""
     entry = make_entry("promote", 1, "champion")
     assert ledger.parse(_changed(skippable=True)) == entry
-    with pytest.raises(ValueError, match="it has no version"):
+    with pytest.raises(ValueError, match="version is missing"):
         ledger.parse(_changed(skippable=True, version=None))
 
 
