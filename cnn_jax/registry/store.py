@@ -163,10 +163,12 @@ class Store:
                 sync(self._root / name)
 
     def _create_root(self) -> None:
-        """Creates the folder of a local registry, and flushes the new folder to the disk."""
-        if self._root is not None and not self._root.exists():
+        """Creates the folder of a local registry, and flushes the new folders to the disk."""
+        if self._root is not None:
+            new = [path for path in (self._root, *self._root.parents) if not path.exists()]
             self._root.mkdir(parents=True, exist_ok=True)
-            _sync_folder(self._root.parent)
+            for folder in reversed(new):
+                _sync_folder(folder.parent)
 
     def _sync_folders(self, name: str) -> None:
         """Flushes the folders of a local file, from the registry's folder to the file's parent."""

@@ -236,7 +236,7 @@ def test_a_root_folder_that_cannot_be_opened_is_enough(call):
             root.chmod(0o700)
 
 
-def test_a_new_folder_is_synchronized_to_disk(tmp_path, monkeypatch):
+def test_new_parent_folders_are_synchronized_to_disk(tmp_path, monkeypatch):
     synced = []
 
     def fsync(descriptor):
@@ -246,7 +246,7 @@ def test_a_new_folder_is_synchronized_to_disk(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     Store(tmp_path / "a" / "registry").create("registry.json", b"x")
-    assert synced[0] == (tmp_path / "a", ["registry"])
+    assert synced[:2] == [(tmp_path, ["a"]), (tmp_path / "a", ["registry"])]
     Store(tmp_path / "a" / "registry").create("log/1", b"x")
     assert [path for path, _ in synced].count(tmp_path / "a") == 1
 
