@@ -9,12 +9,14 @@ store it twice.
 """
 
 import contextlib
+import importlib.metadata
 import importlib.util
 import json
 import logging
 import math
 import os
 import pathlib
+import re
 import sys
 import tempfile
 import time
@@ -254,10 +256,22 @@ def _new_run(
 def _requirements(bundle: pathlib.Path) -> list[str]:
     """Returns the packages that a bundle needs, in the form of pip.
 
-    The requirements of cnn_jax include the other packages, such as JAX.
+    The versions are those of this machine. For a package that this machine lacks, such as
+    onnxruntime beside onnxruntime-gpu, the requirement is that of this package's metadata.
     """
     is_export = "export" in _read_json(bundle / "bundle.json")
-    return [f"cnn_jax=={cnn_jax.__version__}", "pandas", *["onnxruntime"] * is_export]
+    names = (*(("onnxruntime",) if is_export else ("jax", "flax")), "numpy", "pandas")
+    return [*map(_requirement, names), f"cnn_jax=={cnn_jax.__version__}"]
+
+
+def _requirement(name: str) -> str:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return f"{name}=={importlib.metadata.version(name)}"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        for requirement in importlib.metadata.requires("cnn_jax") or ():
+            if re.match(rf"{name}(?![\w.-])", requirement):
+                return requirement.partition(";")[0].strip()
+    return name
 
 
 def _save_model(bundle: pathlib.Path, target: pathlib.Path, requirements: list[str]) -> None:

@@ -84,11 +84,21 @@ def test_the_mlflow_uri_is_required(registry, monkeypatch):
         command.main(["export", "flowers", f"--registry={registry.url}"])
 
 
-def test_only_an_onnx_export_needs_onnxruntime(tmp_path):
-    needed = [f"cnn_jax=={cnn_jax.__version__}", "pandas"]
-    for text, expected in (("{}", needed), ('{"export": {}}', [*needed, "onnxruntime"])):
-        (tmp_path / "bundle.json").write_text(text)
-        assert mlflow._requirements(tmp_path) == expected
+def test_an_onnx_export_needs_no_onnxruntime_on_this_machine(tmp_path, monkeypatch):
+    (tmp_path / "bundle.json").write_text('{"export": {}}')
+    version = mlflow.importlib.metadata.version
+
+    def find(name):
+        if name in ("onnxruntime", "pandas"):
+            raise mlflow.importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(mlflow.importlib.metadata, "version", find)
+    requires = ["onnxruntime-gpu>=9", 'onnxruntime>=1.20; extra == "onnx"']
+    monkeypatch.setattr(mlflow.importlib.metadata, "requires", lambda name: requires)
+    found = mlflow._requirements(tmp_path)
+    numpy = f"numpy=={np.__version__}"
+    assert found == ["onnxruntime>=1.20", numpy, "pandas", f"cnn_jax=={cnn_jax.__version__}"]
 
 
 @needs_mlflow
@@ -168,7 +178,7 @@ def test_mlflow_loads_a_registered_version(registry, uri, tmp_path, monkeypatch,
         library.set_registry_uri(before[1])
     table = model.predict(pandas.DataFrame({"image": images()}))
     needed = [line.partition("==")[0] for line in pathlib.Path(requirements).read_text().split()]
-    assert sorted(needed) == ["cnn_jax", "mlflow", "pandas"]
+    assert sorted(needed) == ["cnn_jax", "flax", "jax", "mlflow", "numpy", "pandas"]
     assert list(table.columns) == ["blue", "green", "red"]
     np.testing.assert_allclose(table.to_numpy(), expected_probabilities(registry), atol=1e-6)
     with pytest.raises(DataError, match=r"^the image in row 1 "):
