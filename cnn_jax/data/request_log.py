@@ -79,8 +79,9 @@ _SEGMENT_BYTES, _SEGMENT_BATCHES, _SEGMENT_SECONDS = 16_000_000, 2_000, 3600.0
 # A request is recorded at most this number of seconds after its id was created.
 _MAX_DELAY = 900.0
 _FOLDERS = ("requests", "feedback", "labelled", "models")
-# The name of a file: when it was created, in milliseconds since the epoch, and its server.
-_FILE_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}\.(arrows|parquet)")
+# The name of a file: when it was created, in milliseconds since the epoch, and its server. A file
+# that is being deleted is renamed to `.claimed`: readers still read it, but it gets no feedback.
+_FILE_NAME = re.compile(r"[0-9a-f]{12}-[0-9a-f]{8}(\.claimed)?\.(arrows|parquet)")
 
 
 def make_folders(folder: pathlib.Path) -> None:
@@ -322,10 +323,10 @@ def _read_folders(
                     continue
             if bounds and not _may_have(path, *bounds):
                 continue
-            if path.stem not in tables:
+            if _stem(path) not in tables:
                 table = read_file(path, columns, condition)
                 if table is not None:
-                    tables[path.stem] = table
+                    tables[_stem(path)] = table
     if columns is not None:
         schema = pa.schema([schema.field(name) for name in columns], metadata=_METADATA)
     return pa.concat_tables([schema.empty_table(), *tables.values()], promote_options="default")
@@ -334,6 +335,10 @@ def _read_folders(
 def list_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files with rows in a folder, the oldest first."""
     return sorted(path for path in folder.iterdir() if _FILE_NAME.fullmatch(path.name))
+
+
+def _stem(path: pathlib.Path) -> str:
+    return path.name.partition(".")[0]
 
 
 def _creation_time(path: pathlib.Path) -> float:
@@ -352,6 +357,8 @@ def find_row(folder: pathlib.Path, request_id: str, image_index: int) -> str | N
     for name in ("requests", "labelled"):
         delays = {path: created - _creation_time(path) for path in list_files(folder / name)}
         for path in sorted(delays, key=lambda path: abs(delays[path])):
+            if ".claimed" in path.name:
+                continue
             is_near = -_MAX_DELAY <= delays[path] <= _SEGMENT_SECONDS + _MAX_DELAY
             if is_near and _may_have(path, request_id, request_id):
                 rows = read_file(path, ("digest",), condition)
@@ -407,13 +414,16 @@ def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
         except DataError as error:
             logger.error("a file of the request log is not deleted: %s", error)
             continue
-        # Other servers accept feedback to the rows until the file is deleted, so look for feedback
-        # again after the deletion.
+        claimed = path.with_name(f"{_stem(path)}.claimed{path.suffix}")
+        # Other servers accept feedback to the rows until the file is renamed, so look for feedback
+        # again afterwards. If this server is killed, a later deletion finds the renamed file.
         for _ in range(2):
             labelled = rows and _labelled(folder, rows, since=_creation_time(path) - _MAX_DELAY)
             if labelled:
-                write_table(labelled, folder / "labelled" / f"{path.stem}.parquet")
-            path.unlink(missing_ok=True)
+                write_table(labelled, folder / "labelled" / f"{_stem(path)}.parquet")
+            with contextlib.suppress(FileNotFoundError):  # Another server deletes the file.
+                path = path.rename(claimed)
+        claimed.unlink(missing_ok=True)
         total -= status.st_size
 
 

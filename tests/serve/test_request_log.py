@@ -1,6 +1,7 @@
 """Tests of the request log: readers, feedback, deletion, several servers, and errors."""
 
 import asyncio
+import contextlib
 import json
 import os
 import subprocess
@@ -307,8 +308,10 @@ def test_feedback_is_refused_if_its_row_is_deleted(version, tmp_path, monkeypatc
     log.close()
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_row_labelled_during_its_deletion_is_kept(version, tmp_path, monkeypatch, number):
+@pytest.mark.parametrize(("number", "is_killed"), [(0, False), (1, False), (1, True)])
+def test_a_row_labelled_during_its_deletion_is_kept(
+    version, tmp_path, monkeypatch, number, is_killed
+):
     """Another server accepts a label after the deletion has searched for labels."""
     folder = tmp_path / "log"
     log = RequestLog(folder)
@@ -321,11 +324,20 @@ def test_a_row_labelled_during_its_deletion_is_kept(version, tmp_path, monkeypat
         found = labelled(*arguments, **options)
         if (folder / "requests" / path.name).exists():
             give(other, ids[number], label="blue")
+        elif is_killed:
+            raise KeyboardInterrupt
         return found
 
     (path,) = (folder / "requests").iterdir()
-    monkeypatch.setattr(files, "_labelled", search_and_label)
-    files.delete_oldest(folder, 0)
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(files, "_labelled", search_and_label)
+        files.delete_oldest(folder, 0)
+    if is_killed:  # The renamed file is still read, gets no feedback, and is deleted later.
+        assert units(folder) == [0, 1, 2]
+        with pytest.raises(Refused, match="was deleted"):
+            give(other, ids[2], label="red")
+        files.delete_oldest(folder, 0)
+    assert not list((folder / "requests").iterdir())
     assert units(folder) == list(range(number + 1))
     other.close()
 
