@@ -208,7 +208,7 @@ def read_file(
     Args:
       path: The file. If it is a stream that its server has just converted, the Parquet file is
         read instead.
-      columns: The columns to read; by default all columns.
+      columns: The columns to read, if the file has them; by default all columns.
       condition: The rows to read; by default all rows.
 
     Returns:
@@ -222,15 +222,20 @@ def read_file(
             with contextlib.suppress(FileNotFoundError):
                 table, _ = _read_stream(path)
                 table = table if condition is None else table.filter(condition)
-                return table if columns is None else table.select(list(columns))
+                return table.select(_known(columns, table.schema))
         path = path.with_suffix(".parquet")
-        _check_version(path, pq.read_schema(path))
-        names = None if columns is None else list(columns)
-        return pq.read_table(path, columns=names, filters=condition)
+        schema = pq.read_schema(path)
+        _check_version(path, schema)
+        return pq.read_table(path, columns=_known(columns, schema), filters=condition)
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def _known(columns: Sequence[str] | None, schema: pa.Schema) -> list[str]:
+    """Returns the requested columns of a file; the file of an older server may lack some."""
+    return [name for name in schema.names if columns is None or name in columns]
 
 
 def _read_stream(path: pathlib.Path) -> tuple[pa.Table, int]:

@@ -652,6 +652,18 @@ def test_old_files_are_not_read(version, tmp_path):
     assert found["unit"].to_pylist() == ["1"]
 
 
+def test_a_file_without_a_newer_column_is_read(tmp_path):
+    """The column is null, in a stream as in a Parquet file."""
+    files.make_folders(tmp_path / "log")
+    schema = files.REQUESTS.remove(files.REQUESTS.get_field_index("contrast"))
+    segments = files.Segments(tmp_path / "log" / "requests", schema)
+    segments.append({name: [None] for name in schema.names} | {"unit": ["a"]})
+    for _ in range(2):
+        rows = read_requests(tmp_path / "log", ["unit", "contrast"])
+        assert rows.to_pylist() == [{"unit": "a", "contrast": None}]
+        segments.close()
+
+
 def test_a_later_version_of_the_columns_is_refused(version, tmp_path):
     log = RequestLog(tmp_path / "log")
     offer(log, version, [0])
