@@ -397,6 +397,7 @@ def _first_and_last_id(path: pathlib.Path) -> tuple[str, str]:
 def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
     """Deletes the oldest request files until their total size is at most `max_bytes`.
 
+    Temporary files and empty streams of killed servers are deleted too.
     Rows to which there is feedback are first copied to `labelled/`. A file that cannot be read is
     kept and logged. Several servers may call this function at the same time.
 
@@ -404,6 +405,13 @@ def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
       OSError: A file cannot be read or written.
       DataError: A file with feedback cannot be read.
     """
+    # No server still writes to a file that is older than this.
+    limit = time.time() - 2 * _SEGMENT_SECONDS
+    for path in [*folder.glob("*/.partial-*"), *folder.glob("*/*.arrows")]:
+        with contextlib.suppress(FileNotFoundError):
+            status = path.stat()
+            if status.st_mtime < limit and not (path.suffix == ".arrows" and status.st_size):
+                path.unlink()  # A killed server has left the file without rows.
     files = []
     for path in list_files(folder / "requests"):
         with contextlib.suppress(FileNotFoundError):
@@ -412,7 +420,7 @@ def delete_oldest(folder: pathlib.Path, max_bytes: int) -> None:
     for path, status in files:
         if total <= max_bytes:
             return
-        if path.suffix == ".arrows" and time.time() - status.st_mtime < 2 * _SEGMENT_SECONDS:
+        if path.suffix == ".arrows" and status.st_mtime >= limit:
             continue  # A server may still append to the file.
         try:
             rows = read_file(path)

@@ -468,6 +468,17 @@ def test_only_old_files_of_killed_servers_are_deleted(version, tmp_path):
     assert units(folder) == [1]
 
 
+def test_old_files_without_rows_are_deleted(tmp_path):
+    folder = tmp_path / "log"
+    files.make_folders(folder)
+    for name in ("requests/.partial-x1", "feedback/0123456789ab-01234567.arrows"):
+        for age in (0, 10_000):
+            (folder / name).touch()
+            os.utime(folder / name, (time.time() - age,) * 2)
+            files.delete_oldest(folder, 10**6)
+            assert (folder / name).exists() == (age == 0)
+
+
 def test_a_failed_conversion_loses_no_row(version, tmp_path, monkeypatch, caplog):
     def fail(table, path):
         raise OSError("No space left on device")
