@@ -27,8 +27,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cnn_jax.serve.responses import new_request_id
 
-# Maximum size of the incomplete headers of a request, in bytes. Headers that arrive as a whole, in
-# at most 256 kB, may be longer.
+# Maximum size of the headers of a request, in bytes.
 _MAX_HEADER_BYTES = 32_768
 # Maximum seconds until a client has sent all headers of a request.
 _HEADER_SECONDS = 10.0
@@ -161,6 +160,9 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # The parser parses the request again.
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > _MAX_HEADER_BYTES:  # All headers arrived at once.
+            raise httptools.HttpParserError("the headers are too long")
         self._is_in_headers = False
         self._has_progress = True
         self._stop_timer()

@@ -128,10 +128,11 @@ def test_each_request_of_a_connection_has_the_timeout(serve):
         assert 0.4 < time.monotonic() - start < 5
 
 
-def test_long_headers_are_refused_and_a_long_body_is_not(serve):
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"])
+def test_long_headers_are_refused_and_a_long_body_is_not(serve, end):
     port = serve(_MAX_HEADER_BYTES=1_000)
     with connect(port) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 2_000)
+        connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 2_000 + end)
         assert rest_of(connection).startswith(b"HTTP/1.1 400")
     with connect(port) as connection:
         head = b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 100000\r\n\r\n"
