@@ -319,7 +319,7 @@ def _read_folders(
     condition = bounds = None
     if ids is not None:
         condition = pc.field("request_id").isin(ids.unique())
-        bounds = pc.min(ids).as_py(), pc.max(ids).as_py()
+        bounds = min(ids.to_pylist()), max(ids.to_pylist())
     tables: dict[str, pa.Table] = {}
     for name in names:
         for path in list_files(folder / name):
