@@ -19,8 +19,9 @@ from rich.cells import cell_len
 from cnn_jax.config import files, schema
 from cnn_jax.config.schema import SOURCE_PATTERN, Config, path_source
 from cnn_jax.inference.bundle import find_bundle
+from cnn_jax.inference.exported import load_predictor
 from cnn_jax.inference.images import AnyImage, list_images, single_images
-from cnn_jax.inference.predictor import BundlePredictor, Prediction, predict_batch
+from cnn_jax.inference.predictor import Prediction, predict_batch
 from cnn_jax.registry.mlflow import log_run, tracking_uri
 from cnn_jax.report.run_report import report_after_training
 from cnn_jax.system.compilation_cache import keep_compiled
@@ -173,7 +174,7 @@ def _new_folder(config: Config) -> pathlib.Path:
 
 
 def load(path: str | os.PathLike[str]) -> "Run":
-    """Loads a finished run or a bundle.
+    """Loads a finished run, a bundle, an ensemble or an ONNX export.
 
     Args:
       path: The folder of the run or of the bundle.
@@ -198,7 +199,7 @@ class Run:
     def __init__(self, workdir: pathlib.Path | None, bundle: pathlib.Path):
         self.workdir = workdir and workdir.absolute()
         self.bundle = bundle.absolute()
-        self.predictor = BundlePredictor.load(bundle)
+        self.predictor = load_predictor(bundle)
 
     @property
     def class_names(self) -> list[str]:

@@ -138,7 +138,10 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--output", type=cli.path, metavar="DIR", help="folder for a page")
     flags.add_argument("--json", action="store_true", help="print JSON instead of text")
     flags.add_argument(
-        "--seed", type=_int(0, 2**32 - 1), default=default.seed, help="seed of the division"
+        "--seed",
+        type=_int(0, 2**32 - 1),
+        default=default.seed,
+        help="seed of the division: data.split_seed, or else the seed of the training",
     )
     flags.add_argument(
         "--split",

@@ -20,6 +20,7 @@ from cnn_jax.inference.exported import load_predictor
 from cnn_jax.inference.images import ImageReader, list_inputs
 from cnn_jax.inference.images import preprocess_for_inference as preprocess_for_inference
 from cnn_jax.inference.predictor import predict_batch as predict_batch
+from cnn_jax.inference.protocol import EnsembleLike
 from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.errors import DataError
@@ -33,8 +34,9 @@ def write_predictions(
 ) -> int:
     """Writes a CSV row for each image.
 
-    The columns are path, predicted, confidence, error, and then for the second most probable
-    class predicted_2, confidence_2, and so on up to `top`.
+    The columns are path, predicted, confidence and error; for an ensemble, disagreement (see
+    `calibration.mutual_information`, in nats); and then for the second most probable class
+    predicted_2, confidence_2, and so on up to `top`.
 
     Args:
       predictor: A loaded bundle or any other predictor.
@@ -46,7 +48,9 @@ def write_predictions(
       The number of images that could not be read. Their rows hold the error.
     """
     top = min(top, len(predictor.class_names))
-    further = [f"{key}_{k}" for k in range(2, top + 1) for key in ("predicted", "confidence")]
+    has_disagreement = isinstance(predictor, EnsembleLike)
+    further = ["disagreement"] * has_disagreement
+    further += [f"{key}_{k}" for k in range(2, top + 1) for key in ("predicted", "confidence")]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(["path", "predicted", "confidence", "error", *further])
     num_errors = 0
@@ -62,7 +66,8 @@ def write_predictions(
             first, *others = (
                 [predictor.class_names[i], f"{prediction.probabilities[i]:.6f}"] for i in order
             )
-            writer.writerow([path, *first, "", *itertools.chain(*others)])
+            measured = [f"{prediction.disagreement:.6f}"] if has_disagreement else []
+            writer.writerow([path, *first, "", *measured, *itertools.chain(*others)])
     return num_errors
 
 

@@ -275,6 +275,9 @@ def _fixed_values(bundle: Bundle, source: str, epochs: int) -> dict[str, Any]:
     return {
         # With the same seed and rule, the splits are the same, so no test image is trained on.
         "seed": division["seed"],
+        "data.split_seed": -1,
+        "data.folds": division.get("folds", 0),
+        "data.fold": division.get("fold", 0),
         "data.source": source,
         "data.split": tuple(division["fractions"]),
         "data.stratify": division["rule"],

@@ -1,5 +1,6 @@
 """A function that replaces a configuration's automatic values and makes its paths absolute."""
 
+import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from cnn_jax.config.schema import (
     weights_preprocessing_keys,
 )
 from cnn_jax.data.sources import absolute
+from cnn_jax.inference.bundle import digest, find_bundle
 from cnn_jax.models import NETWORKS, hub
 from cnn_jax.models.network import compute_dtype
 from cnn_jax.models.pretrained import check_network, open_weights
@@ -49,9 +51,10 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
         if not config.train.steps_per_execution:
             resolved.train.steps_per_execution = previous.get("train.steps_per_execution", 0)
         _resolve_pretrained(resolved, previous)
+        if config.distill.bundles:
+            _resolve_teachers(resolved)
         if config.checkpoint.init_from:
-            path = pathlib.Path(config.checkpoint.init_from).expanduser()
-            resolved.checkpoint.init_from = str(path.resolve())
+            resolved.checkpoint.init_from = str(_absolute_path(config.checkpoint.init_from))
         if config.model.get("batch_norm_statistics") == "auto":
             # Frozen statistics are useful only with trained weights. The initial statistics, mean 0
             # and variance 1, would not normalise the activations.
@@ -71,6 +74,30 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
                 "set augment.place=device too"
             )
     return resolved
+
+
+def _absolute_path(text: str) -> pathlib.Path:
+    return pathlib.Path(text).expanduser().resolve()
+
+
+def _resolve_teachers(resolved: Config) -> None:
+    """Makes the paths of the teachers absolute, and sets their sha256.
+
+    Raises:
+      BundleError: A teacher is not a bundle.
+      ConfigError: The teachers have changed.
+    """
+    paths = [
+        find_bundle(_absolute_path(name.strip())) for name in resolved.distill.bundles.split(",")
+    ]
+    sha256 = hashlib.sha256("".join(map(digest, paths)).encode()).hexdigest()
+    if resolved.distill.sha256 not in ("", sha256):
+        raise ConfigError(
+            "config.distill.sha256: the teachers in distill.bundles are not those of the "
+            "configuration; restore them, or leave distill.sha256 empty"
+        )
+    resolved.distill.bundles = ",".join(map(str, paths))
+    resolved.distill.sha256 = sha256
 
 
 def _resolve_pretrained(resolved: Config, previous: Mapping[str, Any]) -> None:

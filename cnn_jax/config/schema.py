@@ -46,6 +46,8 @@ SOURCE_FORMS = (
     "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
 )
 SOURCE_PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):.+", re.DOTALL)
+OPTIMIZERS = ("adam", "adamw", "sgd", "lion")
+SCHEDULES = ("cosine", "one_cycle")
 MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "recall", "f1", "loss"))
 
 
@@ -62,7 +64,11 @@ def _pair(image_size: Any) -> tuple[Any, ...]:
 _SECTIONS: dict[str, dict[str, Key]] = {
     "": {
         "seed": integer(
-            0, "Determines the splits, the initial weights and all random numbers.", 0, 2**32 - 1
+            0,
+            "Determines the initial weights and all random numbers, and the splits unless "
+            "data.split_seed is set.",
+            0,
+            2**32 - 1,
         ),
         "precision": choice(
             "auto",
@@ -87,6 +93,19 @@ _SECTIONS: dict[str, dict[str, Key]] = {
                 and math.isclose(sum(v), 1.0)
             ),
             "The fractions of train, validation and test images, in each class.",
+        ),
+        "split_seed": integer(
+            -1, "The seed that determines the splits; -1: the value of seed.", -1, 2**32 - 1
+        ),
+        "folds": Key(
+            0,
+            "an integer, 3 or more, or 0",
+            lambda v: is_int(v) and (v == 0 or v >= 3),
+            "The number of parts of the data in a cross-validation, in place of data.split; 0: "
+            "no cross-validation.",
+        ),
+        "fold": integer(
+            0, "The part that is the test split; the next part is the validation split.", low=0
         ),
         "stratify": choice(
             "stable",
@@ -192,6 +211,18 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "The largest zoom in or out, as a fraction.",
         ),
         "contrast": fraction(0.2, "The largest change of contrast up or down, as a fraction."),
+        "crop_area": number(
+            1.0,
+            "The smallest area of a random crop, as a fraction of the image; 1: no crops.",
+            "above 0, at most 1",
+            lambda v: 0 < v <= 1,
+        ),
+        "trivial_augment": boolean(
+            False, "Whether each image gets one random operation of TrivialAugment."
+        ),
+        "erasing_probability": fraction(
+            0.0, "The fraction of images in which a box gets a random colour (random erasing)."
+        ),
         "mixup_probability": fraction(
             0.0, "The fraction of images that MixUp blends with another image."
         ),
@@ -217,9 +248,23 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
     },
     "optimizer": {
+        "name": choice(
+            "adam",
+            "The optimizer; adamw is adam with optimizer.weight_decay, sgd has momentum.",
+            OPTIMIZERS,
+        ),
+        "momentum": fraction_below_one(
+            0.9, "The part of its previous step that sgd adds to a step; for sgd only."
+        ),
+        "schedule": choice(
+            "cosine",
+            "cosine: a cosine decay after optimizer.warmup_epochs; one_cycle: a rise from 1/25 of "
+            "the learning rate, then a cosine decay.",
+            SCHEDULES,
+        ),
         "learning_rate": positive(
             1e-3,
-            "Adam's learning rate at the start of the cosine decay.",
+            "The learning rate at the start of the cosine decay.",
         ),
         "final_learning_rate": number(
             1e-4, "The learning rate at the end of the cosine decay.", "0 or more", lambda v: v >= 0
@@ -229,7 +274,8 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "warmup_epochs": number(
             0.0,
-            "The number of epochs in which the learning rate rises from 0.",
+            "The number of epochs in which the learning rate rises; with one_cycle, 0 means 30 % "
+            "of the decay.",
             "0 or more",
             lambda v: v >= 0,
         ),
@@ -286,6 +332,11 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "may be 0.",
             low=0,
         ),
+        "ema": fraction_below_one(
+            0.0,
+            "The decay of a moving average of the weights, such as 0.999, which validation and the "
+            "bundle use; 0: no average.",
+        ),
         "label_smoothing": fraction_below_one(
             0.1,
             "The probability that the target spreads over all classes.",
@@ -300,6 +351,30 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "monitor": choice(
             "validation_accuracy", "The metric that decides which epoch is the best.", MONITORS
+        ),
+    },
+    "distill": {
+        "bundles": text(
+            "",
+            "The paths of bundles or runs, with commas between them, whose mean prediction is an "
+            "additional target of training (teachers).",
+            "paths with commas between them, or empty",
+            lambda v: not v or all(map(str.strip, v.split(","))),
+        ),
+        "weight": number(
+            0.5,
+            "The weight of the teachers' predictions in the loss; the labels have the rest.",
+            "above 0, at most 1",
+            lambda v: 0 < v <= 1,
+        ),
+        "temperature": positive(
+            2.0, "The logits of the teachers and of the network are divided by it."
+        ),
+        "sha256": text(
+            "",
+            "The sha256 of the teachers; a run sets it when it starts.",
+            "a sha256, or empty",
+            lambda v: not v or bool(re.fullmatch(r"[0-9a-f]{64}", v)),
         ),
     },
     "checkpoint": {
@@ -549,6 +624,11 @@ def validate(config: Config, num_devices: int) -> None:
             "config.report.splits: must contain all splits, which the report needs; or set "
             "report.detail=none"
         )
+    if values["data.fold"] >= max(values["data.folds"], 1):
+        raise ConfigError(
+            f"config.data.fold: must be below data.folds = {values['data.folds']}, or 0, got "
+            f"{values['data.fold']}"
+        )
     _check_mixing(values)
     _check_parallelism(values, num_devices)
     if values["optimizer.final_learning_rate"] > values["optimizer.learning_rate"]:
@@ -558,6 +638,11 @@ def validate(config: Config, num_devices: int) -> None:
         )
     if not values["train.epochs"] and not values["train.probe"]:
         raise ConfigError("config.train.epochs: must be at least 1 unless train.probe=True, got 0")
+    if values["optimizer.name"] == "adamw" and not values["optimizer.weight_decay"]:
+        raise ConfigError(
+            "config.optimizer.weight_decay: must be above 0 with optimizer.name=adamw, such as "
+            "0.01, got 0"
+        )
     decay = "optimizer.decay_epochs" if values["optimizer.decay_epochs"] else "train.epochs"
     if values["train.epochs"] and values["optimizer.warmup_epochs"] >= values[decay]:
         raise ConfigError(

@@ -28,6 +28,8 @@ class Division:
       rule: One of `schema.SPLIT_RULES`; see `divide`.
       group: A pattern for the source's paths, see `group_names`; "" for no groups.
       keep_splits: Whether the data set's own splits are kept.
+      folds: The number of folds (parts) of a cross-validation; 0 for no cross-validation.
+      fold: The fold that is the test split; see `divide_into_folds`.
     """
 
     fractions: tuple[float, float, float] = (0.7, 0.2, 0.1)
@@ -35,20 +37,52 @@ class Division:
     rule: str = "stable"
     group: str = ""
     keep_splits: bool = True
+    folds: int = 0
+    fold: int = 0
 
     @classmethod
     def from_config(cls, data: Any, seed: int) -> "Division":
         """Creates a `Division` from the section `data` of a configuration and a run's seed."""
-        return cls(tuple(data.split), seed, data.stratify, data.group, data.keep_splits)
+        folds = data.folds
+        return cls(
+            # The fractions of a cross-validation are for descriptions and warnings.
+            fractions=((folds - 2) / folds, 1 / folds, 1 / folds) if folds else tuple(data.split),
+            seed=seed if data.split_seed < 0 else data.split_seed,
+            rule=data.stratify,
+            group=data.group,
+            keep_splits=data.keep_splits,
+            folds=folds,
+            fold=data.fold,
+        )
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "Division":
         """Creates a `Division` from a dictionary of its fields, such as a JSON object."""
         return cls(**{**fields, "fractions": tuple(fields["fractions"])})
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the fields as JSON types.
+
+        The fields of a cross-validation are omitted if there is none, because earlier versions of
+        this package do not know these fields.
+        """
+        fields = dataclasses.asdict(self) | {"fractions": list(self.fractions)}
+        if not self.folds:
+            del fields["folds"], fields["fold"]
+        return fields
+
     def check(self, source: Source) -> None:
-        """Raises DataError if an example's path does not match the pattern `group`."""
+        """Raises DataError if the source cannot be divided in this way.
+
+        A path does not match the pattern `group`, or a cross-validation would divide data that has
+        splits of its own.
+        """
         self.groups(source)
+        if self.folds and self.keep_splits and any(source.own_splits):
+            raise DataError(
+                f"data.folds: {source.name} has splits of its own, which a cross-validation cannot "
+                "keep; set data.keep_splits=False to divide all its images"
+            )
 
     def groups(self, source: Source) -> list[str] | None:
         """Returns the name of each example's group; None if the examples have no groups.
@@ -68,6 +102,20 @@ class Division:
         Raises:
           DataError: A path does not match the pattern of groups.
         """
+        if self.folds:
+            folds = divide_into_folds(
+                source.ids,
+                source.labels,
+                self.folds,
+                self.seed,
+                rule=self.rule,
+                groups=self.groups(source),
+                contents=contents,
+            )
+            # The distance of each example's fold from the fold of the test split.
+            distances = (folds - self.fold) % self.folds
+            example_splits = np.array([2, 1, *[0] * (self.folds - 2)])[distances]
+            return {name: np.flatnonzero(example_splits == i) for i, name in enumerate(SPLITS)}
         return divide(
             source.ids,
             source.labels,
@@ -156,6 +204,38 @@ def divide(
     }
 
 
+def divide_into_folds(
+    ids: list[str],
+    labels: Int[np.ndarray, " n"],
+    num_folds: int,
+    seed: int,
+    *,
+    rule: str = "stable",
+    groups: list[str] | None = None,
+    contents: list[str] | None = None,
+) -> Int[np.ndarray, " n"]:
+    """Divides examples into folds of equal size, class by class, for a cross-validation.
+
+    The units and their numbers are those of `divide`. A class of as many units as folds, or more,
+    has a unit in each fold.
+
+    Args:
+      ids: A unique id of each example.
+      labels: The class of each example. The class of a unit is its most common class.
+      num_folds: The number of folds.
+      seed: The seed of the division.
+      rule: One of `schema.SPLIT_RULES`.
+      groups: The group of each example.
+      contents: A text for each example that is the same for equal images.
+
+    Returns:
+      The fold of each example, from 0.
+    """
+    units = _units(len(ids), groups, contents)
+    numbers = _numbers(units, ids if groups is None else groups, seed)
+    return _assign(units, numbers, labels, np.full(num_folds, 1 / num_folds), rule)
+
+
 def _units(
     size: int, groups: list[str] | None, contents: list[str] | None
 ) -> Int[np.ndarray, " size"]:
@@ -198,14 +278,14 @@ def _assign(
     units: Int[np.ndarray, " m"],
     numbers: Float[np.ndarray, " units"],
     labels: Int[np.ndarray, " m"],
-    shares: Float[np.ndarray, "3"],
+    shares: Float[np.ndarray, " parts"],
     rule: str,
 ) -> Int[np.ndarray, " m"]:
-    """Assigns each example to a split, and returns the position of the split in `SPLITS`."""
+    """Assigns each example to a part, such as a split, and returns the position of the part."""
     unit_splits = np.zeros(len(numbers), np.int64)
     class_of_unit = _commonest_label(units, labels)
     sizes = np.bincount(units, minlength=len(numbers))
-    # Only splits with a fraction above 0 get examples.
+    # Only parts with a fraction above 0 get examples.
     wanted = np.flatnonzero(shares > 0)
     cuts = np.cumsum(shares[wanted])[:-1]
     for label in np.unique(class_of_unit):

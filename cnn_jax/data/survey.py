@@ -185,10 +185,7 @@ class Survey:
         return {
             "source": source.name,
             "images": len(source),
-            "division": {
-                **dataclasses.asdict(self.division),
-                "fractions": list(self.division.fractions),
-            },
+            "division": self.division.to_dict(),
             "max_pixels": self.preprocessing.max_pixels,
             "white_level": self.preprocessing.white_level,
             "classes": [

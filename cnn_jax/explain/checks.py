@@ -2,7 +2,8 @@
 
 - Randomization (Adebayo et al. 2018): the weights are shuffled layer by layer, starting with the
   last one. A map that explains what the network has learned must change with the first shuffled
-  layer, and must stay different.
+  layer, and must stay different. Each image has a shuffle of its own, because all maps of one
+  shuffled network can be similar to the original maps by chance.
 - Deletion and insertion (Petsiuk et al. 2018): the pixels of an image are removed, or inserted,
   in decreasing order of the map's values. The area under the curve of the class's probability
   must be smaller (deletion), or larger (insertion), than with a random map and than with a map
@@ -16,7 +17,7 @@ approximation) excludes 0.
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -25,15 +26,20 @@ import scipy.ndimage
 from jaxtyping import Bool, Float, PyTree
 
 from cnn_jax.data import Track, no_track
-from cnn_jax.explain.maps import Classes, Images, Maps, maps_by_method, methods_for
-from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_pixels
+from cnn_jax.explain.maps import Classes, Images, Maps, Method, maps_by_method, methods_for
+from cnn_jax.inference.predictor import BundlePredictor, Predictor, predict_versions
 from cnn_jax.models.network import layer_names
 
 # With fewer than MIN_IMAGES images, no method passes or fails. Only the pointing game, which is
-# fast, uses more than MAX_IMAGES images.
+# fast, uses more than MAX_IMAGES images. Randomization uses at most _MAX_SHUFFLES images, because
+# it applies a shuffled network to each single image.
 MIN_IMAGES, MAX_IMAGES = 8, 64
+_MAX_SHUFFLES = 32
 # Two maps count as equal if their rank correlation (Spearman) is at least this value.
 _EQUAL = 0.5
+# The rank correlation is computed from a grid with at most this many rows and columns of pixels,
+# because ranking all pixels of an image of 224 x 224 pixels takes as long as the network.
+_RANKED_SIDE = 64
 # The number of steps of deletion and insertion. Each step changes another 1/_STEPS of the pixels.
 _STEPS = 10
 # The number of cells along each side of a random map. With 8 cells, a random map is as smooth as a
@@ -61,7 +67,8 @@ def judge(
     Args:
       predictor: A loaded bundle.
       images: uint8 [batch, height, width, 3] of the predictor's size, in random order. All
-        checks use the first 64 images; only the pointing game uses the remaining images.
+        checks use the first 64 images, and randomization the first 32; only the pointing game
+        uses the remaining images.
       classes: The class to explain for each image, for example the predicted class.
       masks: True on the object; without masks there is no pointing game.
       methods: Names of methods; by default all methods that work for the network.
@@ -85,22 +92,16 @@ def judge(
     curves = Curves(predictor, images, classes)
     rival_areas = {name: curves.areas(maps) for name, maps in rivals.items()}
     own_maps = maps_by_method(predictor, images, classes, chosen)
-    correlations: dict[str, dict[str, np.ndarray]] = {name: {} for name in chosen}
-    for layer, shuffled in _shuffled_predictors(predictor, seed).items():
-        for name, maps in maps_by_method(shuffled, images, classes, chosen).items():
-            # The sign of the correlation is ignored, so a map and its negation are treated as
-            # equal.
-            correlations[name][layer] = np.abs(rank_correlation(own_maps[name], maps))
+    correlations = _correlations(predictor, images, classes, own_maps, chosen, seed, track)
     other_maps = {}
     if masks is not None:
         others = all_images[MAX_IMAGES:], all_classes[MAX_IMAGES:]
         other_maps = maps_by_method(predictor, *others, chosen)
     verdicts = {}
-    for name in track(chosen, "checking", len(chosen)):
-        maps = own_maps[name]
+    for name, maps in own_maps.items():
         deletion, insertion = curves.areas(maps)
         verdict = {
-            "randomization": _randomization(correlations[name], len(images)),
+            "randomization": _randomization(correlations[name]),
             "deletion": _compare(
                 deletion, {rival: areas[0] for rival, areas in rival_areas.items()}, -1
             ),
@@ -238,22 +239,64 @@ def shuffle_layers(variables: PyTree, layers: Sequence[str], seed: int = 0) -> P
     return jax.tree.map_with_path(shuffle, variables)
 
 
-def _shuffled_predictors(predictor: BundlePredictor, seed: int) -> dict[str, BundlePredictor]:
-    """Returns copies of a predictor with a growing number of shuffled layers.
+def _shuffled_predictors(
+    predictor: BundlePredictor, layers: Sequence[str], seed: int
+) -> Iterator[tuple[str, BundlePredictor]]:
+    """Yields copies of a predictor with a growing number of shuffled layers.
 
     The first copy has only its last layer shuffled. In each further copy, one more of the preceding
     layers is shuffled.
 
-    Returns:
-      The copies by the name of the layer that was shuffled last.
+    Args:
+      predictor: A loaded bundle.
+      layers: The names of the layers from the first to the last.
+      seed: Seed of the shuffles.
+
+    Yields:
+      The name of the layer that was shuffled last, and the copy.
     """
-    names = layer_names(predictor.model, predictor.preprocessing.image_size)[::-1]
-    copies = {}
-    for i, name in enumerate(names, start=1):
-        shuffled = shuffle_layers(predictor.variables, names[:i], seed)
-        copies[name] = copy.copy(predictor)
-        copies[name].variables = jax.device_put(shuffled)
-    return copies
+    variables = predictor.variables
+    for name in reversed(layers):
+        variables = jax.device_put(shuffle_layers(variables, [name], seed))
+        changed = copy.copy(predictor)
+        changed.variables = variables
+        yield name, changed
+
+
+def _correlations(
+    predictor: BundlePredictor,
+    images: Images,
+    classes: Classes,
+    own_maps: Mapping[str, Maps],
+    methods: Mapping[str, Method],
+    seed: int,
+    track: Track,
+) -> dict[str, dict[str, list[float]]]:
+    """Compares the maps of images with the maps of shuffled networks.
+
+    Image i is given to the networks that are shuffled with `seed` + i.
+
+    Returns:
+      For each method and each layer, the absolute rank correlation of each image. The sign is
+      ignored, so a map and its negation are treated as equal.
+    """
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in methods}
+    layers = layer_names(predictor.model, predictor.preprocessing.image_size)
+    count = min(len(images), _MAX_SHUFFLES)
+    for row in track(range(count), "checking", count):
+        image = slice(row, row + 1)
+        for layer, shuffled in _shuffled_predictors(predictor, layers, seed + row):
+            maps = maps_by_method(shuffled, images[image], classes[image], methods)
+            for name, own in own_maps.items():
+                (correlation,) = rank_correlation(*map(_thin_out, (own[image], maps[name])))
+                found[name].setdefault(layer, []).append(abs(float(correlation)))
+    return found
+
+
+def _thin_out(maps: Maps) -> Float[np.ndarray, "batch rows columns"]:
+    """Returns the pixels on a grid with at most `_RANKED_SIDE` rows and columns."""
+    step = -(-max(maps.shape[1:]) // _RANKED_SIDE)
+    return maps[:, ::step, ::step]
 
 
 def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
@@ -287,9 +330,7 @@ def mean_ranks(values: Float[np.ndarray, "batch n"]) -> Float[np.ndarray, "batch
     return ranks
 
 
-def _randomization(
-    correlations: dict[str, Float[np.ndarray, " batch"]], count: int
-) -> dict[str, Any]:
+def _randomization(correlations: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Computes the result of the randomization check from the correlations between maps.
 
     The check passes if every shuffled network gives other maps than the trained network.
@@ -297,11 +338,11 @@ def _randomization(
     Args:
       correlations: For each layer, and for each image, the absolute rank correlation between
         the maps of the trained network and of the network shuffled down to this layer.
-      count: The number of images.
     """
-    means, highest = {}, 0.0
+    means, highest, count = {}, 0.0, 0
     for layer, values in correlations.items():
-        means[layer], margin = _mean_and_margin(values)
+        count = len(values)
+        means[layer], margin = _mean_and_margin(np.array(values))
         highest = max(highest, means[layer] + margin)
     return {
         "images": count,
@@ -333,9 +374,8 @@ class Curves:
             images.astype(np.float32), (0, sigma, sigma, 0), mode="nearest"
         )
         self._blurred = blurred.round().astype(np.uint8)
-        self._image_scores, self._grey_scores, self._blurred_scores = (
-            class_probabilities(predictor, ends, classes)
-            for ends in (images, self._grey, self._blurred)
+        self._image_scores, self._grey_scores, self._blurred_scores = self._scores(
+            [images, self._grey, self._blurred]
         )
 
     def areas(self, maps: Maps) -> tuple[Float[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
@@ -346,35 +386,23 @@ class Curves:
         rank = np.empty_like(order)
         np.put_along_axis(rank, order, np.arange(height * width)[None], axis=1)
         rank = rank.reshape(batch, height, width, 1)
-        areas = []
-        for before, after, start, end in (
-            (self._images, self._grey, self._image_scores, self._grey_scores),
-            (self._blurred, self._images, self._blurred_scores, self._image_scores),
-        ):
-            curve = [start]
-            for step in range(1, _STEPS):
-                changed = np.where(rank < step * height * width / _STEPS, after, before)
-                curve.append(class_probabilities(self._predictor, changed, self._classes))
-            curve.append(end)
-            areas.append(np.trapezoid(np.stack(curve), dx=1 / _STEPS, axis=0))
-        return areas[0], areas[1]
+        changed = (
+            np.where(rank < step * height * width / _STEPS, after, before)
+            for before, after in ((self._images, self._grey), (self._blurred, self._images))
+            for step in range(1, _STEPS)
+        )
+        scores = self._scores(changed)
+        deletion = [self._image_scores, *scores[: _STEPS - 1], self._grey_scores]
+        insertion = [self._blurred_scores, *scores[_STEPS - 1 :], self._image_scores]
+        first, second = (
+            np.trapezoid(np.stack(curve), dx=1 / _STEPS, axis=0) for curve in (deletion, insertion)
+        )
+        return first, second
 
-
-def class_probabilities(
-    predictor: Predictor, images: Images, classes: Classes
-) -> Float[np.ndarray, " batch"]:
-    """Returns the predicted probability of a given class for each image.
-
-    Args:
-      predictor: A loaded bundle or any other predictor.
-      images: Images of the predictor's size.
-      classes: The class of each image whose probability is returned.
-
-    Returns:
-      Probabilities, float64.
-    """
-    probabilities = predict_pixels(predictor, images)
-    return probabilities[np.arange(len(images)), classes].astype(np.float64)
+    def _scores(self, versions: Iterable[Images]) -> Float[np.ndarray, "versions batch"]:
+        """Returns the probability of its class for each image, in several versions."""
+        probabilities = predict_versions(self._predictor, versions)
+        return probabilities[:, np.arange(len(self._classes)), self._classes].astype(np.float64)
 
 
 def hits(maps: Maps, masks: Bool[np.ndarray, "batch height width"]) -> Float[np.ndarray, " batch"]:

@@ -21,7 +21,7 @@ from cnn_jax.inference.predictor import (
     BundlePredictor,
     Predictor,
     compiled_stages,
-    predict_pixels,
+    predict_versions,
 )
 from cnn_jax.models.network import feature_map_shapes, network_parts
 
@@ -165,26 +165,28 @@ def region_importance(
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(len(images)) for _ in range(REGION_EXCHANGES)]
 
-    def measure(images: Images) -> tuple[float, float]:
-        probabilities = predict_pixels(predictor, images)
-        accuracy = float((probabilities.argmax(axis=1) == labels).mean())
-        return accuracy, calibration.negative_log_likelihood(probabilities, labels)
-
-    accuracy, loss = measure(images)
-    changes = np.zeros((2, REGIONS, REGIONS))
-    for row, rows in enumerate(_spans(images.shape[1])):
-        for column, columns in enumerate(_spans(images.shape[2])):
+    def versions() -> Iterator[Images]:
+        yield images
+        for rows, columns in itertools.product(_spans(images.shape[1]), _spans(images.shape[2])):
             for order in orders:
                 changed = images.copy()
                 changed[:, rows, columns] = images[order][:, rows, columns]
-                after = measure(changed)
-                changes[:, row, column] += (accuracy - after[0], after[1] - loss)
-    changes /= REGION_EXCHANGES
+                yield changed
+
+    found = predict_versions(predictor, versions())
+    accuracies = (found.argmax(axis=2) == labels).mean(axis=1)
+    losses = np.array([calibration.negative_log_likelihood(rows, labels) for rows in found])
+
+    def increase(values: Float[np.ndarray, " versions"]) -> Float[np.ndarray, "rows columns"]:
+        """Returns the mean difference from the value of the unchanged images, by region."""
+        differences = values[1:] - values[0]
+        return differences.reshape(REGIONS, REGIONS, REGION_EXCHANGES).mean(axis=-1)
+
     return {
-        "accuracy": accuracy,
-        "loss": loss,
-        "accuracy_lost": changes[0].tolist(),
-        "loss_gained": changes[1].tolist(),
+        "accuracy": float(accuracies[0]),
+        "loss": float(losses[0]),
+        "accuracy_lost": increase(-accuracies).tolist(),
+        "loss_gained": increase(losses).tolist(),
     }
 
 

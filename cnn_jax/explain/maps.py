@@ -11,7 +11,7 @@ offset of zeros is the gradient with respect to the stage.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
@@ -30,8 +30,12 @@ Classes = Int[np.ndarray, " batch"]
 Maps = Float[np.ndarray, "batch height width"]
 Method = Callable[[BundlePredictor, Images, Classes], Maps]
 
-# The maximum number of pixels in a batch, which limits the memory that gradients need.
+# The maximum number of pixels in a batch, which limits the memory that gradients need. Methods that
+# use feature maps compute one gradient for each image. Smaller batches are hardly slower for them,
+# and the randomization check can use the same compiled program for single images of 224 x 224
+# pixels.
 _PIXELS_PER_BATCH = 2**18
+_FEATURE_MAP_PIXELS_PER_BATCH = 2**16
 # The number of points at which `integrated_gradients` evaluates the gradient.
 _STEPS = 32
 # The number of noisy copies of each image that SmoothGrad averages over.
@@ -56,6 +60,18 @@ def grad_cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Ma
     return _maps_by_combination(_grad_cam, predictor, images, classes)
 
 
+def mean_grad_cam(predictors: Sequence[BundlePredictor], images: Images, classes: Classes) -> Maps:
+    """Returns the mean of the Grad-CAM maps of several networks.
+
+    The scales of the networks differ, so each map is divided by its largest value first.
+    """
+    found = np.stack([grad_cam(predictor, images, classes) for predictor in predictors])
+    if len(predictors) > 1:
+        largest = found.max(axis=(2, 3), keepdims=True)
+        found = np.divide(found, largest, out=np.zeros_like(found), where=largest > 0)
+    return found.mean(axis=0)
+
+
 def grad_cam_plus_plus(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
     """Grad-CAM++ (Chattopadhay et al. 2018): feature maps, weighted by their positive gradients.
 
@@ -78,6 +94,16 @@ def cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
     if not allows_cam(predictor):
         raise ValueError(why_no_cam(predictor))
     return _maps_by_combination(_cam, predictor, images, classes)
+
+
+def hires_cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
+    """HiResCAM (Draelos and Carin 2020): feature maps, weighted at each pixel by gradients.
+
+    The feature maps are those of the last stage whose maps are larger than the final feature maps;
+    if no stage has larger maps, they are the final ones. (With the final feature maps, HiResCAM
+    equals Grad-CAM if the embedding is the mean feature map.)
+    """
+    return _maps_by_combination(_hires_cam, predictor, images, classes)
 
 
 def integrated_gradients(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
@@ -161,6 +187,7 @@ METHODS: dict[str, Method] = {
         grad_cam_plus_plus,
         layer_cam,
         cam,
+        hires_cam,
         integrated_gradients,
         smooth_grad,
         occlusion,
@@ -223,12 +250,22 @@ def _feature_maps_and_gradients(
     variables: PyTree,
     images: Num[Array, "batch height width 3"],
     classes: Int[Array, " batch"],
+    names: Iterable[str],
     model: Network,
     preprocessing: Preprocessing,
-) -> tuple[Array, Array]:
-    """Returns the last feature maps, and the gradients of the logits with respect to these maps.
+) -> dict[str, tuple[Array, Array]]:
+    """Returns feature maps, and the gradients of the logits with respect to these maps.
 
-    Both arrays are float32.
+    Args:
+      variables: The variables of the network.
+      images: Grey levels from 0 to 255.
+      classes: The class of each image.
+      names: The stages with the feature maps.
+      model: The network.
+      preprocessing: The mean and the standard deviation of the normalisation.
+
+    Returns:
+      The feature maps and the gradients by the name of the stage, all float32.
     """
 
     def evaluate(offsets: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
@@ -238,10 +275,22 @@ def _feature_maps_and_gradients(
         return _class_logits(found["logits"], classes).sum(), found
 
     shapes = feature_map_shapes(model, variables, preprocessing.image_size)
-    name, shape = list(shapes.items())[-1]
-    zeros = {name: jnp.zeros((len(images), *shape))}
+    zeros = {name: jnp.zeros((len(images), *shapes[name])) for name in names}
     gradients, found = jax.grad(evaluate, has_aux=True)(zeros)
-    return found[name].astype(jnp.float32), gradients[name].astype(jnp.float32)
+    return {
+        name: (found[name].astype(jnp.float32), gradients[name].astype(jnp.float32))
+        for name in zeros
+    }
+
+
+def _explained_stages(
+    model: Network, variables: PyTree, image_size: tuple[int, int]
+) -> tuple[str, str]:
+    """Returns the last stage, and the last stage whose feature maps are larger, or the last one."""
+    shapes = feature_map_shapes(model, variables, image_size)
+    final = list(shapes)[-1]
+    larger = [name for name, shape in shapes.items() if shape[:2] > shapes[final][:2]]
+    return final, (larger or [final])[-1]
 
 
 def _grad_cam(maps: Array, gradients: Array, head: Array) -> Array:
@@ -268,11 +317,16 @@ def _cam(maps: Array, gradients: Array, head: Array) -> Array:
     return nn.relu(jnp.sum(head[:, None, None] * maps, axis=-1))
 
 
+def _hires_cam(maps: Array, gradients: Array, head: Array) -> Array:
+    return nn.relu(jnp.sum(gradients * maps, axis=-1))
+
+
 _COMBINE: dict[Method, Combine] = {
     grad_cam: _grad_cam,
     grad_cam_plus_plus: _grad_cam_plus_plus,
     layer_cam: _layer_cam,
     cam: _cam,
+    hires_cam: _hires_cam,
 }
 
 
@@ -285,11 +339,18 @@ def _combined_feature_maps(
     model: Network,
     preprocessing: Preprocessing,
 ) -> Float[Array, "batch methods height width"]:
-    maps, gradients = _feature_maps_and_gradients(variables, images, classes, model, preprocessing)
+    final, larger = _explained_stages(model, variables, preprocessing.image_size)
+    names = [larger if method is _hires_cam else final for method in combine]
+    found = _feature_maps_and_gradients(
+        variables, images, classes, dict.fromkeys(names), model, preprocessing
+    )
     head = network_parts(model, variables).head_kernel.T[classes]
-    combined = jnp.stack([method(maps, gradients, head) for method in combine], axis=1)
-    batch, height, width = images.shape[:3]
-    return jax.image.resize(combined, (batch, len(combine), height, width), "bilinear")
+    size = images.shape[:3]
+    combined = [
+        jax.image.resize(method(*found[name], head), size, "bilinear")
+        for method, name in zip(combine, names, strict=True)
+    ]
+    return jnp.stack(combined, axis=1)
 
 
 def _logits_by_class(
@@ -355,7 +416,8 @@ def _map_images(
         one = jax.ShapeDtypeStruct((1, height, width, 3), images.dtype)
         shape = jax.eval_shape(run, predictor.variables, one, np.zeros(1, np.int32)).shape
         return np.empty((0, *shape[1:]), np.float32)
-    batch_size = max(_PIXELS_PER_BATCH // (height * width), 1)
+    pixels = _PIXELS_PER_BATCH if combine is None else _FEATURE_MAP_PIXELS_PER_BATCH
+    batch_size = max(pixels // (height * width), 1)
     batch_size = min(batch_size, next_power_of_two(len(images)))
     batches = split_batches((images, classes), batch_size)
     results = map_batches(lambda batch: run(predictor.variables, *batch), batches, batch_size)

@@ -6,7 +6,6 @@ import hashlib
 import importlib
 import json
 import os
-import pathlib
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -20,18 +19,21 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.export import certificate, litert, readme, web
 from cnn_jax.export.function import flat_function, stable_hlo
 from cnn_jax.inference.bundle import (
+    Bundle,
+    Ensemble,
+    check_output,
     describe,
     digest,
     find_bundle,
     library_versions,
-    read_bundle,
+    read_networks,
     write_folder,
 )
-from cnn_jax.inference.bundle_files import listed_files
+from cnn_jax.inference.ensemble import EnsemblePredictor, make_predictor
 from cnn_jax.inference.evaluation import image_batches, open_as_trained
 from cnn_jax.inference.exported import ONNX_MODEL, open_session
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, check_images
-from cnn_jax.system.errors import ConfigError, printable
+from cnn_jax.system.errors import ConfigError
 
 FORMATS = ("onnx", "litert", "stablehlo", "web")
 _STABLEHLO_MODEL = "model.stablehlo"
@@ -121,7 +123,7 @@ def export(
       DataError: The data cannot be used.
       ExportError: The network cannot be exported, or the exported model fails the check.
     """
-    _check_output(pathlib.Path(output))
+    check_output(output, "export")
     _check_packages(file_format, int8=int8)
     if static_ranges and not (int8 and file_format == "litert"):
         raise ConfigError("--static_ranges: needs --format=litert --int8; onnx has static ranges")
@@ -131,11 +133,11 @@ def export(
         python, versions = litert.check_python(converter_python)
     path = find_bundle(bundle)
     bundle_sha256 = digest(path)
-    contents = read_bundle(path)
-    predictor = bundle_predictor = BundlePredictor(contents)
-    if contents.precision != "float32":
+    contents = read_networks(path)
+    predictor = bundle_predictor = make_predictor(contents)
+    if not _is_float32(contents):
         # The exported model computes in float32, even if training used bfloat16.
-        predictor = BundlePredictor(dataclasses.replace(contents, precision="float32"))
+        predictor = make_predictor(_to_float32(contents))
     dataset = open_as_trained(predictor, source, track)
     is_training_data = dataset.fingerprint == contents.data["fingerprint"]
     facts, batches = {}, None
@@ -204,6 +206,19 @@ def export(
     return statement
 
 
+def _is_float32(contents: Bundle | Ensemble) -> bool:
+    if isinstance(contents, Ensemble):
+        return all(map(_is_float32, contents.members))
+    return contents.precision == "float32"
+
+
+def _to_float32(contents: Bundle | Ensemble) -> Bundle | Ensemble:
+    if isinstance(contents, Ensemble):
+        members = [dataclasses.replace(one, precision="float32") for one in contents.members]
+        return dataclasses.replace(contents, members=members)
+    return dataclasses.replace(contents, precision="float32")
+
+
 def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]:
     """Yields evenly spaced images of the training split."""
     indices = dataset.splits["train"]
@@ -214,7 +229,9 @@ def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]
     return image_batches(dataset.loader, chosen, track, "measuring ranges")
 
 
-def _make_onnx(predictor: BundlePredictor, batches: Iterable[np.ndarray] | None) -> _Model:
+def _make_onnx(
+    predictor: BundlePredictor | EnsemblePredictor, batches: Iterable[np.ndarray] | None
+) -> _Model:
     """Makes the ONNX models; if there are `batches`, the models have 8 bits and their ranges."""
     from cnn_jax.export.onnx_model import images_model, pixels_model
     from cnn_jax.export.quantize import quantize
@@ -233,7 +250,7 @@ def _make_onnx(predictor: BundlePredictor, batches: Iterable[np.ndarray] | None)
 
 
 def _make_litert(
-    predictor: BundlePredictor,
+    predictor: BundlePredictor | EnsemblePredictor,
     python: str,
     batches: Iterable[np.ndarray] | None,
     *,
@@ -248,7 +265,7 @@ def _make_litert(
     )
 
 
-def _make_stablehlo(predictor: BundlePredictor) -> _Model:
+def _make_stablehlo(predictor: BundlePredictor | EnsemblePredictor) -> _Model:
     import jax
 
     exported = stable_hlo(flat_function(predictor), predictor.preprocessing.image_size)
@@ -289,27 +306,6 @@ _PACKAGES = {
 def _package_versions(file_format: str) -> dict[str, str]:
     # The module onnxruntime may come from another package, such as onnxruntime-gpu.
     return {name: importlib.import_module(name).__version__ for name in _PACKAGES[file_format]}
-
-
-def _check_output(output: pathlib.Path) -> None:
-    """Raises ConfigError if the output is a file, or a folder that is not an earlier export."""
-    if not output.exists():
-        return
-    if not output.is_dir():
-        raise ConfigError(f"--output: {output} is a file; name a folder")
-    if not any(output.iterdir()):
-        return
-    names = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
-    try:
-        description = json.loads((output / "bundle.json").read_text("utf-8"))
-        known = {*listed_files(description), "bundle.json"} if "export" in description else set()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        known = set()
-    if foreign := sorted(names - known):
-        raise ConfigError(
-            f"--output: {output} has files that are not of an exported model, such as "
-            f"{printable(foreign[0])}; name another folder"
-        )
 
 
 def _sha256(content: bytes) -> str:

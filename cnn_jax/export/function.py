@@ -1,4 +1,4 @@
-"""The deployable function: the prediction of a bundle as one flat JAX function.
+"""The deployable function: the prediction of a bundle or an ensemble as one flat JAX function.
 
 All formats are made from this function. It contains only standard operations:
 
@@ -12,6 +12,7 @@ All formats are made from this function. It contains only standard operations:
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
@@ -23,6 +24,7 @@ from jax import export, lax
 from jax.extend import core
 from jaxtyping import Array
 
+from cnn_jax.inference.ensemble import EnsemblePredictor, views
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models.network import forward
 from cnn_jax.system.errors import UserError
@@ -40,19 +42,29 @@ class ExportError(UserError):
     """A network cannot be exported, or the exported model is not accurate enough."""
 
 
-def flat_function(predictor: BundlePredictor) -> core.ClosedJaxpr:
-    """Returns the prediction function of a bundle; see the description of this module.
+def flat_function(predictor: BundlePredictor | EnsemblePredictor) -> core.ClosedJaxpr:
+    """Returns the flat function of a bundle's or an ensemble's predictor.
 
     Returns:
       A function from images, uint8 [BATCH, height, width, 3], to probabilities, float32 [BATCH,
       classes]. Its constants are the weights.
     """
+    return flatten(functools.partial(_predict, predictor), predictor.preprocessing.image_size)
 
-    def predict(images: Array) -> Array:
+
+def _predict(predictor: BundlePredictor | EnsemblePredictor, images: Array) -> Array:
+    """Returns the class probabilities of images."""
+    if isinstance(predictor, EnsemblePredictor):
+        found = [
+            _predict(member, view)
+            for view in views(images, predictor.flip, predictor.shift)
+            for member in predictor.members
+        ]
+        mean = sum(found[1:], found[0]) / np.float32(len(found))
+        logits = jnp.log(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny))
+    else:
         logits = forward(predictor.model, predictor.variables, images, predictor.preprocessing)
-        return jax.nn.softmax(logits / np.float32(predictor.temperature))
-
-    return flatten(predict, predictor.preprocessing.image_size)
+    return jax.nn.softmax(logits / np.float32(predictor.temperature))
 
 
 def flatten(function: Callable[[Array], Array], image_size: tuple[int, int]) -> core.ClosedJaxpr:

@@ -363,6 +363,17 @@ class _Translator:
         )
         return _Tensor(name, array_shape(equation.outvars[0]), x.order)
 
+    def _rev(self, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
+        """Reverses axes: a slice with the step -1 from the last element to before the first."""
+        x = self._full(x, array_shape(equation.invars[0]))
+        axes = [x.order.index(axis) for axis in equation.params["dimensions"]]
+        last, before_first, step = (
+            self._graph.integers(*[value] * len(axes)) for value in (-1, -(2**31), -1)
+        )
+        positions = self._graph.integers(*axes)
+        name = self._graph.add("Slice", self._name(x), last, before_first, positions, step)
+        return _Tensor(name, array_shape(equation.outvars[0]), x.order)
+
     def _concatenate(self, equation: core.JaxprEqn, *inputs: _Tensor) -> _Tensor:
         order = next((x.order for x in inputs if x.array is None), inputs[0].order)
         names = [

@@ -47,6 +47,26 @@ def split_batches(arrays: PyTree, batch_size: int = BATCH_SIZE) -> Iterator[Any]
         yield jax.tree.map(lambda array: array[start : start + batch_size], arrays)  # noqa: B023
 
 
+def join_batches(
+    arrays: Iterable[np.ndarray], batch_size: int = BATCH_SIZE
+) -> Iterator[np.ndarray]:
+    """Splits the rows of several arrays, one array after the other, into batches.
+
+    Args:
+      arrays: Arrays that have the same shape except for the first dimension.
+      batch_size: The number of rows of each batch, except the last, which may have fewer.
+    """
+    rows: list[np.ndarray] = []
+    for array in arrays:
+        for row in array:
+            rows.append(row)
+            if len(rows) == batch_size:
+                yield np.stack(rows)
+                rows.clear()
+    if rows:
+        yield np.stack(rows)
+
+
 def next_power_of_two(count: int) -> int:
     """Returns the smallest power of two that is at least `count`; returns 1 if `count` is 0."""
     return 1 << max(count - 1, 0).bit_length()

@@ -3,9 +3,10 @@
     bundle.json            everything except the weights, and the sha256 of the weights
     weights.safetensors    parameters and batch statistics
 
-A bundle contains no code, and reading it needs no training code. An exported model is a directory
-with a bundle.json too, but it has the files of its format in place of the weights. Importing this
-module does not import JAX.
+A bundle contains no code, and reading it needs no training code. An ensemble is a directory with
+a bundle.json too; in place of the weights it has bundles, its members, in `members/0` and so on.
+An exported model has a bundle.json and the files of its format. Importing this module does not
+import JAX.
 """
 
 import contextlib
@@ -16,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,13 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.bundle_files import file_sha256, listed_files
 from cnn_jax.models import NETWORKS
 from cnn_jax.system.atomic import sync
-from cnn_jax.system.errors import BundleError, MissingBundleError, file_errors
+from cnn_jax.system.errors import (
+    BundleError,
+    ConfigError,
+    MissingBundleError,
+    file_errors,
+    printable,
+)
 
 FORMAT = 2
 _DESCRIPTION = "bundle.json"
@@ -71,6 +78,30 @@ class Bundle:
     pretrained: dict[str, Any] | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Ensemble:
+    """Bundles whose probabilities are averaged over views of each image.
+
+    An ensemble of one member with several views is test-time augmentation.
+
+    Attributes:
+      members: The bundles, one or more, whose `preprocessing` may differ in mean and std only.
+      flip: The axes along which images are also flipped, one of `schema.FLIPS`.
+      shift: If this number of pixels is not 0, images are also shifted by it in four directions.
+      class_names, preprocessing, data, metrics: See `Bundle`.
+      temperature: The logarithms of the mean probabilities are divided by it before the softmax.
+    """
+
+    members: list[Bundle]
+    flip: str
+    shift: int
+    class_names: list[str]
+    preprocessing: Preprocessing
+    temperature: float
+    data: dict[str, Any]
+    metrics: dict[str, Any]
+
+
 def library_versions() -> dict[str, str]:
     """Returns the versions of this package and of the libraries that affect predictions."""
     names = ("jax", "jaxlib", "flax", "numpy", "pillow", "safetensors")
@@ -100,14 +131,36 @@ def write_bundle(bundle: Bundle, path: str | os.PathLike[str]) -> None:
     write_folder(path, {_WEIGHTS: safetensors.numpy.save(weights)}, describe(bundle))
 
 
-def describe(bundle: Bundle) -> dict[str, Any]:
-    """Returns the content of a bundle's bundle.json, without the list of files."""
+def write_ensemble(
+    ensemble: Ensemble,
+    members: Sequence[str | os.PathLike[str]],
+    path: str | os.PathLike[str],
+) -> None:
+    """Writes an ensemble to a directory, with exact copies of its members; see `write_bundle`.
+
+    Args:
+      ensemble: The ensemble.
+      members: The directories of its members.
+      path: The directory for the ensemble. An existing directory is replaced.
+    """
+    names = [f"members/{number}" for number in range(len(members))]
+    files = {}
+    for name, member in zip(names, map(pathlib.Path, members), strict=True):
+        for file in (_DESCRIPTION, _WEIGHTS):
+            with reading(member):
+                files[f"{name}/{file}"] = (member / file).read_bytes()
+    settings = {"members": names, "flip": ensemble.flip, "shift": ensemble.shift}
+    write_folder(path, files, describe(ensemble) | {"ensemble": settings})
+
+
+def describe(bundle: Bundle | Ensemble) -> dict[str, Any]:
+    """Returns the content of a bundle.json, without the files, and the members of an ensemble."""
     description = {"format": FORMAT} | {
         field.name: getattr(bundle, field.name)
         for field in dataclasses.fields(bundle)
-        if field.name != "variables"
+        if field.name not in ("variables", "members", "flip", "shift")
     }
-    if bundle.pretrained is None:
+    if description.get("pretrained", True) is None:
         del description["pretrained"]
     description["preprocessing"] = dataclasses.asdict(bundle.preprocessing)
     description["versions"] = library_versions()
@@ -209,6 +262,11 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
                 f"{path} is an exported model, which has no weights for this purpose; name the "
                 "bundle from which it was exported"
             )
+        if "ensemble" in description:
+            raise BundleError(
+                f"{path} is an ensemble, which has several networks; name the bundle of a member, "
+                f"such as {path / description['ensemble']['members'][0]}"
+            )
         if description["files"].keys() != {_WEIGHTS}:
             raise ValueError(f"its only file must be {_WEIGHTS}")
         _check_network(path, description["model"])
@@ -226,6 +284,65 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
             metrics=description["metrics"],
             variables=flax.traverse_util.unflatten_dict(weights, sep="/"),
             pretrained=description.get("pretrained"),
+        )
+
+
+def read_networks(path: str | os.PathLike[str]) -> Bundle | Ensemble:
+    """Reads a bundle or an ensemble, and verifies the sha256 of all weights.
+
+    Raises:
+      BundleError: There is neither, or it is damaged, or it has another format.
+    """
+    path = pathlib.Path(path)
+    description = read_description(path)
+    if "ensemble" not in description or "export" in description:
+        return read_bundle(path)
+    with reading(path):
+        settings = description["ensemble"]
+        for name in settings["members"]:
+            if f"{name}/{_DESCRIPTION}" not in description["files"]:
+                raise ValueError(f"its files do not include the member {name}")
+        return Ensemble(
+            members=[read_bundle(path / name) for name in settings["members"]],
+            flip=settings["flip"],
+            shift=settings["shift"],
+            class_names=description["class_names"],
+            preprocessing=read_preprocessing(description),
+            temperature=description["temperature"],
+            data=description["data"],
+            metrics=description["metrics"],
+        )
+
+
+def check_output(output: str | os.PathLike[str], kind: str) -> None:
+    """Checks that the folder of a new export or ensemble replaces no other files.
+
+    Args:
+      output: The folder to write.
+      kind: The key of bundle.json that an earlier folder of the same kind has: "export" or
+        "ensemble".
+
+    Raises:
+      ConfigError: The output is a file, or a folder with files of another kind.
+    """
+    output = pathlib.Path(output)
+    if not output.exists():
+        return
+    if not output.is_dir():
+        raise ConfigError(f"--output: {output} is a file; name a folder")
+    if not any(output.iterdir()):
+        return
+    names = {str(path.relative_to(output)) for path in output.rglob("*") if not path.is_dir()}
+    try:
+        description = json.loads((output / _DESCRIPTION).read_text("utf-8"))
+        known = {*listed_files(description), _DESCRIPTION} if kind in description else set()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        known = set()
+    if foreign := sorted(names - known):
+        wanted = {"export": "an exported model", "ensemble": "an ensemble"}[kind]
+        raise ConfigError(
+            f"--output: {output} has files that are not of {wanted}, such as "
+            f"{printable(foreign[0])}; name another folder"
         )
 
 

@@ -132,6 +132,28 @@ def negative_log_likelihood(probabilities: Probabilities, labels: Labels) -> flo
     return float(-logits[np.arange(len(labels)), labels].sum() / max(len(labels), 1))
 
 
+def mutual_information(
+    predictions: Float[np.ndarray, "predictors n classes"],
+) -> Float[np.ndarray, " n"]:
+    """Returns the disagreement of several predictors about each image, in nats.
+
+    The disagreement is the entropy of the mean of the probabilities minus the mean of their
+    entropies: the mutual information of the class and the predictor (Houlsby et al. 2011, BALD).
+
+    Args:
+      predictions: The probabilities of each predictor for each image.
+
+    Returns:
+      0 if all predictors have the same probabilities; at most the logarithm of the number of
+      predictors, or of classes if there are fewer.
+    """
+    predictions = predictions.astype(np.float64)
+    entropy_of_mean = scipy.special.entr(predictions.mean(axis=0)).sum(axis=-1)
+    mean_entropy = scipy.special.entr(predictions).sum(axis=-1).mean(axis=0)
+    # A rounding error can make the difference of equal numbers negative.
+    return np.maximum(entropy_of_mean - mean_entropy, 0.0)
+
+
 def describe(probabilities: Probabilities, labels: Labels) -> dict[str, Any]:
     """Returns all calibration metrics of this module as JSON types."""
     return {

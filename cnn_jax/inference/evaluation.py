@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from cnn_jax.inference.batching import BATCH_SIZE, map_batches
 from cnn_jax.inference.calibration import log_probabilities
 from cnn_jax.inference.predictor import Predictor, TrainedPredictor
 from cnn_jax.system.errors import DataError
-from cnn_jax.training.metrics import full_report
+from cnn_jax.training.metrics import HEADLINE, agreement_p_value, full_report
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,23 @@ def score(
     cells = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
     losses = -log_probabilities(probabilities)[np.arange(len(labels)), labels]
     return full_report(cells.reshape(num_classes, num_classes), losses, class_names)
+
+
+def bundle_metrics(report: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Returns the metrics that a bundle stores; see `Bundle`.
+
+    Args:
+      report: The value of `score` for each split.
+    """
+    return {
+        split: {
+            **{key: metrics[key] for key in HEADLINE},
+            # The explanation methods get a verdict only if this p-value shows that the network is
+            # better than guessing.
+            "agreement_p_value": agreement_p_value(np.array(metrics["confusion"])),
+        }
+        for split, metrics in report.items()
+    }
 
 
 def evaluate(

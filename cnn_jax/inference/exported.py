@@ -12,9 +12,10 @@ from jaxtyping import Float, UInt8
 
 from cnn_jax.inference.bundle import (
     Bundle,
+    Ensemble,
     find_bundle,
-    read_bundle,
     read_description,
+    read_networks,
     read_preprocessing,
     reading,
 )
@@ -111,18 +112,18 @@ def open_session(model: bytes) -> Any:
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
-def read_model(path: str | os.PathLike[str]) -> Bundle | OnnxPredictor:
-    """Reads a bundle or an ONNX export, and verifies all files.
+def read_model(path: str | os.PathLike[str]) -> Bundle | Ensemble | OnnxPredictor:
+    """Reads a bundle, an ensemble or an ONNX export, and verifies all files.
 
     Raises:
-      BundleError: There is neither, or a file is damaged.
+      BundleError: There is none of these, or a file is damaged.
       ConfigError: ONNX Runtime is needed and not installed.
     """
-    return OnnxPredictor(path) if "export" in read_description(path) else read_bundle(path)
+    return OnnxPredictor(path) if "export" in read_description(path) else read_networks(path)
 
 
 def load_predictor(path: str | os.PathLike[str]) -> TrainedPredictor:
-    """Returns the predictor of a bundle, of a run that has a bundle, or of an ONNX export.
+    """Returns the predictor of a bundle, an ensemble, a run that has a bundle, or an ONNX export.
 
     Raises:
       BundleError: There is none of these, or a file is damaged.
@@ -131,6 +132,6 @@ def load_predictor(path: str | os.PathLike[str]) -> TrainedPredictor:
     model = read_model(find_bundle(path))
     if isinstance(model, OnnxPredictor):
         return model
-    from cnn_jax.inference.predictor import BundlePredictor
+    from cnn_jax.inference.ensemble import make_predictor
 
-    return BundlePredictor(model)
+    return make_predictor(model)

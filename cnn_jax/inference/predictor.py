@@ -15,10 +15,15 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree, UInt8
 
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.inference.batching import BATCH_SIZE, map_batches, split_batches
+from cnn_jax.inference.batching import BATCH_SIZE, join_batches, map_batches, split_batches
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.inference.images import AnyImage, ImageReader, describe_image, single_images
-from cnn_jax.inference.protocol import Predictor, TrainedPredictor, check_images
+from cnn_jax.inference.protocol import (
+    EnsembleLike,
+    Predictor,
+    TrainedPredictor,
+    check_images,
+)
 from cnn_jax.models.network import Network, abstract_variables, forward, make_model, stages
 from cnn_jax.system import runtime
 from cnn_jax.system.errors import BundleError, DataError
@@ -70,9 +75,12 @@ class BundlePredictor(TrainedPredictor):
           ValueError: The images are not uint8, or their size is not the bundle's.
         """
         check_images(images, self.preprocessing)
+        return np.asarray(jax.device_get(self.dispatch(images)))
+
+    def dispatch(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Array:
+        """Starts the computation of the class probabilities; does not wait for the result."""
         run = _compiled(self.model, self.preprocessing)
-        temperature = np.float32(self.temperature)
-        return np.asarray(jax.device_get(run(self.variables, temperature, images)))
+        return run(self.variables, np.float32(self.temperature), images)
 
     def predict_with_embeddings(
         self, images: UInt8[np.ndarray, "batch height width 3"]
@@ -164,12 +172,15 @@ class Prediction:
       confidence: The probability of that class, 0 to 1; None after an error.
       probabilities: float32 [C], in the order of `class_names`; None after an error.
       error: The reason why the image could not be read; None if it could.
+      disagreement: The disagreement of an ensemble's predictions in nats, 0 or more; None after
+        an error, and for other predictors. See `calibration.mutual_information`.
     """
 
     predicted: str | None = None
     confidence: float | None = None
     probabilities: np.ndarray | None = None
     error: str | None = None
+    disagreement: float | None = None
 
 
 def predict_batch(
@@ -217,9 +228,16 @@ def predict_batch(
         if rows:
             yield batch[: len(rows)]
 
-    for probabilities in map_batches(predictor, read_batches()):
-        for row, row_probabilities in zip(rows, probabilities, strict=True):
-            predictions[row] = _prediction(row_probabilities, predictor.class_names)
+    def predict(
+        images: UInt8[np.ndarray, "batch height width 3"],
+    ) -> tuple[Float[np.ndarray, "batch classes"], Float[np.ndarray, " batch"]]:
+        if isinstance(predictor, EnsembleLike):
+            return predictor.predict_with_disagreement(images)
+        return predictor(images), np.full(len(images), np.nan, np.float32)
+
+    for results in map_batches(predict, read_batches()):
+        for row, probabilities, disagreement in zip(rows, *results, strict=True):
+            predictions[row] = _prediction(probabilities, predictor.class_names, disagreement)
     return predictions
 
 
@@ -246,6 +264,40 @@ def predict_pixels(
     )
 
 
-def _prediction(probabilities: np.ndarray, class_names: list[str]) -> Prediction:
+def predict_versions(
+    predictor: Predictor, versions: Iterable[UInt8[np.ndarray, "n height width 3"]]
+) -> Float[np.ndarray, "versions n classes"]:
+    """Returns the class probabilities of several versions of the same preprocessed images.
+
+    The versions are predicted in common batches of `BATCH_SIZE`, so that only the last batch is
+    padded, and one compiled program is enough.
+
+    Args:
+      predictor: A loaded bundle or any other predictor.
+      versions: Versions of the images, one or more; they are used one after the other.
+
+    Returns:
+      Probabilities, float32.
+    """
+    count = 0
+
+    def counted() -> Iterator[UInt8[np.ndarray, "n height width 3"]]:
+        nonlocal count
+        for images in versions:
+            count += 1
+            yield images
+
+    rows = list(map_batches(predictor, join_batches(counted()), BATCH_SIZE))
+    return np.concatenate(rows).reshape(count, -1, len(predictor.class_names))
+
+
+def _prediction(
+    probabilities: np.ndarray, class_names: list[str], disagreement: np.floating
+) -> Prediction:
     best = int(np.argmax(probabilities))
-    return Prediction(class_names[best], float(probabilities[best]), probabilities)
+    return Prediction(
+        class_names[best],
+        float(probabilities[best]),
+        probabilities,
+        disagreement=None if np.isnan(disagreement) else float(disagreement),
+    )

@@ -51,6 +51,20 @@ class TrainedPredictor(Predictor, Protocol):
     metrics: dict[str, Any]
 
 
+@runtime_checkable
+class EnsembleLike(Predictor, Protocol):
+    """A predictor that also measures the disagreement of the predictions that it averages."""
+
+    def predict_with_disagreement(
+        self, images: UInt8[np.ndarray, "batch height width 3"]
+    ) -> tuple[Float[np.ndarray, "batch classes"], Float[np.ndarray, " batch"]]:
+        """Returns the class probabilities, and the disagreement of each image in nats.
+
+        See `calibration.mutual_information`. Both are float32.
+        """
+        ...
+
+
 def check_images(images: np.ndarray, preprocessing: Preprocessing) -> None:
     """Raises ValueError if images are not uint8, or do not have the size of the preprocessing."""
     size = preprocessing.image_size

@@ -680,11 +680,11 @@ def _read(path: pathlib.Path, digest: str) -> tuple[BundleFacts, dict[str, bytes
     Raises:
       BundleError: The folder has no bundle, a damaged bundle, or a bundle with another digest.
     """
-    from cnn_jax.inference.bundle import read_bundle, read_description
+    from cnn_jax.inference.bundle import read_description, read_networks
 
     bundle = read_description(path)
     if "export" not in bundle:
-        read_bundle(path)  # Also checks that this version of cnn_jax knows the network.
+        read_networks(path)  # Also checks that this version of cnn_jax knows the networks.
     try:
         names = (_DESCRIPTION, *bundle["files"])
         contents = {name: (path / name).read_bytes() for name in names}

@@ -17,8 +17,6 @@ from cnn_jax.explain.maps import (
     Classes,
     Images,
     Maps,
-    allows_cam,
-    grad_cam,
     maps_by_method,
 )
 from cnn_jax.inference.predictor import BundlePredictor
@@ -29,9 +27,10 @@ from cnn_jax.report.run import Network, Run
 from cnn_jax.report.sections import Figures, example, most_confident_image
 from cnn_jax.report.style import Theme
 
-# The saliency-map methods that are fast enough for every report. The command `cnn_jax explain`
-# offers more methods.
-_METHODS = ("grad_cam", "grad_cam_plus_plus", "layer_cam")
+# The saliency-map methods that are fast enough for every report. The report draws the maps of the
+# first method that passes the randomization check. `cam` is not among the methods, because its maps
+# equal those of `grad_cam`. The command `cnn_jax explain` offers more methods.
+REPORT_METHODS = ("grad_cam", "hires_cam", "grad_cam_plus_plus", "layer_cam")
 # The maximum total number of pixels of the images for the checks. At least _MIN_IMAGES images are
 # checked, even if they have more pixels.
 _PIXELS = 2**20
@@ -73,8 +72,7 @@ def explanations(run: Run) -> Figures:
     if has_masks:
         ids = [network.source.ids[i] for i in positions]
         masks = shapes.read_masks(network.source.name, ids, (height, width))
-    methods = [*_METHODS, *(["cam"] if allows_cam(predictor) else [])]
-    judged = checks.judge(predictor, images, predicted, masks, methods)
+    judged = checks.judge(predictor, images, predicted, masks, REPORT_METHODS)
     no_verdict = checks.why_no_verdict(len(images))
     if not verdicts.beats_chance(run.need_figures("test")):
         # A method can pass the checks even if the network has learned nothing, because the maps of
@@ -88,7 +86,7 @@ def explanations(run: Run) -> Figures:
     subset = slice(max(number // 4, _MIN_IMAGES))
     regions = features.region_importance(predictor, images[subset], labels[rows][subset])
     return {
-        "maps": grad_cam.__name__,
+        "maps": _choose_method(judged),
         "no_verdict": no_verdict,
         "methods": {
             name: {"verdict": checks.describe(verdict), "checks": verdict}
@@ -104,14 +102,21 @@ def explanations(run: Run) -> Figures:
     }
 
 
-def maps(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
-    """Returns the Grad-CAM maps that the report draws over images."""
-    # Compute the maps of all methods in _METHODS. The program for all methods is usually compiled
-    # already, because the checks use the same program. A program for only one method would have to
-    # be compiled now.
+def _choose_method(judged: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns the first method that passes randomization; the first method if none passes."""
+    return next(
+        (name for name in judged if judged[name]["randomization"]["passes"]), REPORT_METHODS[0]
+    )
+
+
+def maps(predictor: BundlePredictor, images: Images, classes: Classes, method: str) -> Maps:
+    """Returns the maps of a method that the report uses, to be drawn over images."""
+    # Compute the maps of all methods in REPORT_METHODS. The program for all methods is usually
+    # compiled already, because the checks use the same program. A program for only one method would
+    # have to be compiled now.
     classes = classes.astype(np.int32)
-    methods = {name: METHODS[name] for name in _METHODS}
-    return maps_by_method(predictor, images, classes, methods)[grad_cam.__name__]
+    methods = {name: METHODS[name] for name in REPORT_METHODS}
+    return maps_by_method(predictor, images, classes, methods)[method]
 
 
 def _features(network: Network) -> Figures:

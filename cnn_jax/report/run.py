@@ -210,8 +210,10 @@ def _read_config(path: pathlib.Path) -> Any:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
+        is_bundle = (path.parent / "bundle.json").is_file()
+        advice = "; cnn_jax evaluate measures a bundle or an ensemble" * is_bundle
         raise ConfigError(
-            f"--run: {path.parent} is not the folder of a run: there is no {path.name}"
+            f"--run: {path.parent} is not the folder of a run: there is no {path.name}{advice}"
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"--run: {path} cannot be read: {error}") from error

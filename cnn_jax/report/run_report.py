@@ -29,9 +29,9 @@ from cnn_jax.system.errors import UserError
 from cnn_jax.training import run_directory
 
 # Maps the names of the two slowest sections in metrics.json to the functions that compute the
-# sections. Only a full report has these sections. Robustness is first, so that its slow charts are
-# drawn while the explanations are computed.
-_FULL = {"robustness": qualities.qualities, "explanations": explanations.explanations}
+# sections. Only a full report has these sections. The explanations are first, because they choose
+# the method of the maps, which are drawn while the robustness is measured.
+_FULL = {"explanations": explanations.explanations, "robustness": qualities.qualities}
 # The longer side of the image files on the page, in pixels.
 _SIDE = 144
 # The titles of the sections, in the order of the page.
@@ -124,7 +124,7 @@ def _write(
         figures["summary"]["notice"] = _notice(run, figures)
 
     if run.network is not None:
-        _draw_examples(run.network, sections.examples(new), folder, detail == "full")
+        _draw_examples(run.network, new, folder, detail == "full")
         if "augmentation" in new:
             _draw_augmentation(run, folder)
     _draw_pictures(run, new, folder)
@@ -231,9 +231,8 @@ def _sections(
     wanted = sections.SECTIONS | full
     splits = {split: run.figures[split] for split in SPLITS if split in run.figures}
     for name, make in track(wanted.items(), "reporting", len(wanted)):
-        if name in full and run.network is not None and name == next(iter(full)):
-            examples = sections.examples(dict(made))
-            drawings.append(thread.submit(_draw_examples, run.network, examples, folder, True))
+        if name == "robustness" and run.network is not None:
+            drawings.append(thread.submit(_draw_examples, run.network, dict(made), folder, True))
         try:
             made[name] = make(run)
             drawings.append(thread.submit(_draw_charts, splits | {name: made[name]}, folder))
@@ -268,11 +267,17 @@ def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
 
 
 def _draw_examples(
-    network: Network, examples: list[Figures], folder: pathlib.Path, are_explained: bool
+    network: Network, made: Figures, folder: pathlib.Path, are_explained: bool
 ) -> None:
-    """Draws example images that have no file yet, with saliency maps if `are_explained` is True."""
+    """Draws the example images of sections that have no file yet.
+
+    If `are_explained` is True, the saliency maps of the images are drawn too. The section on
+    explanations names their method.
+    """
     new_examples = {
-        shown["position"]: shown for shown in examples if not (folder / shown["picture"]).exists()
+        shown["position"]: shown
+        for shown in sections.examples(made)
+        if not (folder / shown["picture"]).exists()
     }
     positions = list(new_examples)
     preprocessing = network.predictor.preprocessing
@@ -288,7 +293,8 @@ def _draw_examples(
         return
     pixels = network.dataset.loader.load(np.array(positions))["image"]
     classes = [network.class_names.index(shown["predicted"]) for shown in new_examples.values()]
-    maps = explanations.maps(network.predictor, pixels, np.array(classes))
+    method = made.get("explanations", {}).get("maps", explanations.REPORT_METHODS[0])
+    maps = explanations.maps(network.predictor, pixels, np.array(classes), method)
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
             path = folder / new_examples[position]["picture"]

@@ -51,10 +51,12 @@ _MAP_METHODS = {
     "grad_cam_plus_plus": "Grad-CAM++: Chattopadhay et al. 2018.",
     "layer_cam": "Layer-CAM: Jiang et al. 2021.",
     "cam": "CAM: Zhou et al. 2016.",
+    "hires_cam": "HiResCAM: Draelos and Carin 2020, for the last stage whose feature maps are "
+    "larger than the final ones.",
 }
 _CHECKS = {
     "randomization": "Randomization (Adebayo et al. 2018): maps must change when the weights are "
-    "shuffled.",
+    "shuffled. Each image has a shuffle of its own.",
     "deletion": "Deletion (Petsiuk et al. 2018): when pixels are removed in the order of the map, "
     "the probability of the class must fall faster than in a random order and than from the "
     "centre outwards.",
@@ -251,9 +253,11 @@ def _small_test_split(test: Mapping[str, Any], run: Mapping[str, Any]) -> dict[s
     of data.stratify would make the splits more exact.
     """
     reach = half_width(test["confidence_intervals"]["accuracy"])
+    has_split_seed = run["configuration"]["data"].get("split_seed", -1) >= 0
+    drawn = "other weights" if has_split_seed else "other splits and weights"
     text = (
         f"With {count(test['count'], 'test image')}, accuracy is known to "
-        f"± {points(reach)}. Another seed draws other splits and weights. The mean over "
+        f"± {points(reach)}. Another seed draws {drawn}. The mean over "
         "several runs is more precise than a single run, and the standard deviation shows how "
         "much runs differ:"
     )

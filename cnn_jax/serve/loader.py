@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cnn_jax.inference.bundle import Bundle, digest
+from cnn_jax.inference.bundle import Bundle, Ensemble, digest
 from cnn_jax.inference.exported import OnnxPredictor, read_model
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import CHAMPION, RegistryError
@@ -60,8 +60,8 @@ class Source(abc.ABC):
         """
 
     @abc.abstractmethod
-    def open(self, model: str, number: int) -> Bundle | OnnxPredictor:
-        """Reads and verifies the bundle or the ONNX export of a version.
+    def open(self, model: str, number: int) -> Bundle | Ensemble | OnnxPredictor:
+        """Reads and verifies the bundle, the ensemble or the ONNX export of a version.
 
         Raises:
           UserError: The bundle cannot be read or is damaged.
@@ -88,7 +88,7 @@ class BundleSource(Source):
     def desired(self) -> dict[str, DesiredState]:
         return {self._model: DesiredState({1: self._digest}, {"default": 1})}
 
-    def open(self, model: str, number: int) -> Bundle | OnnxPredictor:
+    def open(self, model: str, number: int) -> Bundle | Ensemble | OnnxPredictor:
         return self._bundle
 
 
@@ -172,7 +172,7 @@ class RegistrySource(Source):
             {alias: number for alias, number in aliases.items() if number in numbers},
         )
 
-    def open(self, model: str, number: int) -> Bundle | OnnxPredictor:
+    def open(self, model: str, number: int) -> Bundle | Ensemble | OnnxPredictor:
         version = self._registry.resolve(model, number)
         with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
             return read_model(self._registry.fetch(version, folder))

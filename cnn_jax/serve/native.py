@@ -67,6 +67,11 @@ class PredictionOut(BaseModel):
     class_: str | None = Field(default=None, alias="class")
     probability: float | None = Field(default=None, ge=0, le=1)
     top: list[ClassProbability] | None = None
+    disagreement: float | None = Field(
+        default=None,
+        ge=0,
+        description="of an ensemble: how much the predictions of its members differ, in nats",
+    )
     explanation: Explanation | None = None
     error: str | None = None
     reason: str | None = None
@@ -199,7 +204,10 @@ def _prediction(
         {"class": class_names[index], "probability": float(answer.result.probabilities[index])}
         for index in order
     ]
-    return {"name": part.name, **best[0], "top": best}
+    prediction = {"name": part.name, **best[0], "top": best}
+    if answer.result.disagreement is not None:
+        prediction["disagreement"] = answer.result.disagreement
+    return prediction
 
 
 def _explanation(answer: Computed) -> dict[str, str]:

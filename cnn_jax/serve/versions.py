@@ -15,7 +15,7 @@ import numpy as np
 
 from cnn_jax.data.decode import Pixels
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.inference.bundle import Bundle
+from cnn_jax.inference.bundle import Bundle, Ensemble
 from cnn_jax.inference.exported import OnnxPredictor
 from cnn_jax.inference.images import ImageReader
 from cnn_jax.inference.protocol import TrainedPredictor
@@ -32,10 +32,13 @@ class Output(NamedTuple):
     """The result of a program for an image."""
 
     probabilities: np.ndarray  # float32 [classes].
-    # The input of the network's last layer, float32 [features]; empty for an exported model.
+    # The input of the network's last layer, float32 [features]; an exported model and an ensemble
+    # have 0 features.
     embedding: np.ndarray
     # The map of the most probable class, float32 [height, width]; None without a map.
     explanation: np.ndarray | None = None
+    # The disagreement of an ensemble's predictions in nats; None for other models.
+    disagreement: float | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -87,13 +90,13 @@ class Version:
 def make_version(
     model: str,
     number: int,
-    bundle: Bundle | OnnxPredictor,
+    bundle: Bundle | Ensemble | OnnxPredictor,
     digest: str,
     max_pixels: int,
     sizes: Sequence[int] = SIZES,
     loaded: Sequence[Version] = (),
 ) -> Version:
-    """Creates a version from a bundle: compiles and runs the network, and checks the outputs.
+    """Creates a version from a bundle: compiles and runs its networks, and checks the outputs.
 
     If a loaded version has the same network, its compiled programs and measured times are reused.
     This avoids a delay of the requests in flight.
@@ -101,7 +104,7 @@ def make_version(
     Args:
       model: The name of the model.
       number: The number of the version.
-      bundle: The bundle or the exported model.
+      bundle: The bundle, the ensemble or the exported model.
       digest: The bundle's digest.
       max_pixels: The server's limit on the pixels of an image. The bundle's limit applies too.
       sizes: The batch sizes to compile.
@@ -144,30 +147,41 @@ _Function = Callable[[np.ndarray], Iterable[Output]]
 
 
 def _predictor_and_functions(
-    bundle: Bundle | OnnxPredictor,
+    bundle: Bundle | Ensemble | OnnxPredictor,
 ) -> tuple[TrainedPredictor, _Function, _Function | None]:
     """Returns a predictor, and the functions that predict and explain.
 
     An exported model has no function that explains.
     """
+    no_embedding = np.empty(0, np.float32)
     if isinstance(bundle, OnnxPredictor):
-        no_embedding = np.empty(0, np.float32)
         return bundle, lambda images: (Output(row, no_embedding) for row in bundle(images)), None
     # JAX is imported only for bundles: without JAX, a server starts faster and needs less memory.
     from cnn_jax.explain import maps
-    from cnn_jax.inference.predictor import BundlePredictor
+    from cnn_jax.inference.ensemble import EnsemblePredictor, make_predictor
     from cnn_jax.system.compilation_cache import keep_compiled
 
     keep_compiled()
-    predictor = BundlePredictor(bundle)
+    predictor = make_predictor(bundle)
 
-    def predict(images: np.ndarray) -> Iterable[Output]:
-        return map(Output, *predictor.predict_with_embeddings(images))
+    def predict(images: np.ndarray) -> list[Output]:
+        if isinstance(predictor, EnsemblePredictor):
+            probabilities, disagreement = predictor.predict_with_disagreement(images)
+            return [
+                Output(row, no_embedding, disagreement=value)
+                for row, value in zip(probabilities, disagreement.tolist(), strict=True)
+            ]
+        return list(map(Output, *predictor.predict_with_embeddings(images)))
 
-    def explain(images: np.ndarray) -> Iterable[Output]:
-        probabilities, embeddings = predictor.predict_with_embeddings(images)
-        class_maps = maps.grad_cam(predictor, images, probabilities.argmax(axis=1))
-        return map(Output, probabilities, embeddings, class_maps)
+    def explain(images: np.ndarray) -> list[Output]:
+        outputs = predict(images)
+        classes = np.array([output.probabilities.argmax() for output in outputs])
+        members = predictor.members if isinstance(predictor, EnsemblePredictor) else [predictor]
+        class_maps = maps.mean_grad_cam(members, images, classes)
+        return [
+            output._replace(explanation=class_map)
+            for output, class_map in zip(outputs, class_maps, strict=True)
+        ]
 
     return predictor, predict, explain
 
@@ -179,16 +193,20 @@ def _has_programs(
     sizes: Sequence[int],
 ) -> bool:
     """Returns whether a predictor can reuse the compiled programs of a version."""
-    first: Any = version.predictor
-    second: Any = predictor
     return (
-        not isinstance(first, OnnxPredictor)
-        and not isinstance(second, OnnxPredictor)
-        and first.model == second.model
-        and first.preprocessing == second.preprocessing
+        not isinstance(version.predictor, OnnxPredictor)
+        and not isinstance(predictor, OnnxPredictor)
+        and _networks(version.predictor) == _networks(predictor)
         and version.preprocessing == preprocessing
         and version.sizes == tuple(sizes)
     )
+
+
+def _networks(predictor: Any) -> tuple[Any, ...]:
+    """Returns the network and preprocessing of each member of a predictor, and its views."""
+    members = getattr(predictor, "members", [predictor])
+    views = getattr(predictor, "flip", None), getattr(predictor, "shift", None)
+    return *views, *((member.model, member.preprocessing) for member in members)
 
 
 def _check_probabilities(probabilities: np.ndarray) -> None:

@@ -106,13 +106,10 @@ def start_from(
         name: sharding.distribute(source[name].copy(), array.sharding)
         for name, array in own.items()
     }
-    state = dataclasses.replace(
-        state,
-        **{
-            name: unflatten_dict(_collection(target, name), sep="/")
-            for name in ("params", "batch_stats")
-        },
+    params, batch_stats = (
+        unflatten_dict(_collection(target, name), sep="/") for name in ("params", "batch_stats")
     )
+    state = dataclasses.replace(state.with_params(params), batch_stats=batch_stats)
     copied = f"all weights except {_HEAD}: {new_head}" if new_head else "all weights"
     return state, f"{weights.source}, {copied}"
 

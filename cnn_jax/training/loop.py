@@ -40,6 +40,7 @@ from cnn_jax.training import (
     summary,
 )
 from cnn_jax.training.checkpoint import Checkpoints, History, best_record
+from cnn_jax.training.distillation import open_teachers
 from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.memory import Memory
 from cnn_jax.training.metrics import Metrics
@@ -198,6 +199,7 @@ class _Run:
       workdir: The run's folder.
       dataset: The data set of the run.
       pixels: All images of the data set on the devices, or None.
+      teachers: The variables of each teacher on the devices; None without distillation.
       programs: The jitted functions.
       memory: The check of the devices' memory.
       schedule: A function from the step to the learning rate.
@@ -212,6 +214,7 @@ class _Run:
     workdir: pathlib.Path
     dataset: Dataset
     pixels: Array | None
+    teachers: PyTree
     programs: Programs
     memory: Memory
     schedule: optax.Schedule
@@ -248,8 +251,10 @@ def _make_run(
         config.optimizer.final_learning_rate,
         total_steps=config.optimizer.decay_epochs * steps_per_epoch,
         warmup_steps=round(config.optimizer.warmup_epochs * steps_per_epoch),
+        shape=config.optimizer.schedule,
     )
-    step = make_train_step(config, model, schedule, dataset)
+    distillation, teachers = open_teachers(config, dataset) or (None, None)
+    step = make_train_step(config, model, schedule, dataset, distillation)
     programs = Programs(step, config.train.batch_size, config.mesh.model)
     pixels = dataset.loader.pixels if dataset.loader.on_device else None
     return _Run(
@@ -257,6 +262,7 @@ def _make_run(
         workdir=workdir,
         dataset=dataset,
         pixels=None if pixels is None else programs.layout.to_all_devices(pixels),
+        teachers=jax.tree.map(programs.layout.to_all_devices, teachers),
         programs=programs,
         memory=Memory(programs),
         schedule=schedule,
@@ -404,13 +410,13 @@ def _dispatch(
         program, arrays = programs.send(execution_batches)
         if is_first:
             run.heartbeat.beat("compiling", progress.step)
-            memory.check(program, progress.state, arrays, run.pixels)
+            memory.check(program, progress.state, arrays, run.pixels, run.teachers)
             # If too few steps are left at the end of an epoch, these steps are dispatched one at a
             # time. The program for a single step is therefore compiled too.
             if run.steps_per_epoch % length:
                 single_step, single_batch = programs.send(execution_batches[:1])
-                single_step.lower(progress.state, single_batch, run.pixels).compile()
-        progress.state, metrics = program(progress.state, arrays, run.pixels)
+                single_step.lower(progress.state, single_batch, run.pixels, run.teachers).compile()
+        progress.state, metrics = program(progress.state, arrays, run.pixels, run.teachers)
         progress.totals = programs.merge(progress.totals, metrics)
         if is_first:
             progress.clock.restart()  # The measured speed excludes the time of compilation.
@@ -545,7 +551,7 @@ def _fit_head(run: _Run, state: TrainState, track: Track) -> tuple[TrainState, d
     }
     run.console.print(f"the probe fitted the head to the features, with an L2 of {fitted.l2:g}")
     record = _record(run, 0, 0, clock, fitted.metrics["train"], fitted.metrics["validation"])
-    return dataclasses.replace(state, params={**state.params, "head": head}), record
+    return state.with_params({**state.params, "head": head}), record
 
 
 def _record(

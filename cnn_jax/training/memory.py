@@ -91,7 +91,12 @@ class Memory:
         self._estimate: MemoryEstimate | None = None
 
     def check(
-        self, program: Any, state: TrainState, batch: Mapping[str, jax.Array], pixels: Any
+        self,
+        program: Any,
+        state: TrainState,
+        batch: Mapping[str, jax.Array],
+        pixels: Any,
+        extra: Any = None,
     ) -> None:
         """Compiles a training function and checks that each device has enough memory for it.
 
@@ -100,12 +105,13 @@ class Memory:
           state: The train state, or abstract arrays with its shapes and shardings.
           batch: The arrays of the batch or batches of one execution.
           pixels: The images of the whole data set on the devices, or None.
+          extra: The last argument of the training function.
 
         Raises:
           TrainingError: The program needs more memory than a device has.
         """
         programs = self._programs
-        analysis = program.lower(state, batch, pixels).compile().memory_analysis()
+        analysis = program.lower(state, batch, pixels, extra).compile().memory_analysis()
         if analysis is None:  # On some devices, XLA does not report how much memory is needed.
             return
         layout, parts = programs.layout, programs.accumulation_steps

@@ -1,5 +1,6 @@
 """The learning-rate schedule and the optimizer."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,25 +11,49 @@ from jaxtyping import Array, PyTree
 
 from cnn_jax.models.network import Network
 
+# In the one-cycle schedule, the fraction of the steps in which the learning rate rises, and the
+# factor by which it rises. These are the defaults of PyTorch and Optax.
+_ONE_CYCLE_RISE, _ONE_CYCLE_FACTOR = 0.3, 25.0
+# The decay rates of Lion's two averages of the gradient (Chen et al. 2023, algorithm 2).
+_LION = {"b1": 0.9, "b2": 0.99}
+
 
 def make_schedule(
     learning_rate: float,
     final_learning_rate: float,
     total_steps: int,
     warmup_steps: int = 0,
+    shape: str = "cosine",
 ) -> optax.Schedule:
-    """Returns a schedule: linear warm-up from zero, then cosine decay (Loshchilov and Hutter 2017).
+    """Returns a schedule whose learning rate first rises, and then falls.
+
+    "cosine": the learning rate rises linearly from 0, and then falls along a cosine (Loshchilov
+    and Hutter 2017). "one_cycle": it rises and falls along cosines, from 1/25 of its largest
+    value (Smith and Topin 2018, "Super-Convergence"; the cosines are those of PyTorch and Optax).
+    The momentum is constant in both.
 
     Args:
-      learning_rate: The learning rate at step `warmup_steps`.
+      learning_rate: The learning rate at the end of the rise.
       final_learning_rate: The learning rate from step `total_steps` on. If it equals
-        `learning_rate`, the learning rate is constant after the warm-up.
-      total_steps: The number of steps of warm-up and decay.
-      warmup_steps: The number of steps of the warm-up; 0 for no warm-up.
+        `learning_rate`, the learning rate is constant after the rise.
+      total_steps: The number of steps of rise and fall.
+      warmup_steps: The number of steps of the rise. With 0, "cosine" has no rise, and the rise of
+        "one_cycle" takes 30 % of the steps.
+      shape: One of `schema.SCHEDULES`.
 
     Returns:
       A function from the number of steps taken to the learning rate.
     """
+    if shape == "one_cycle":
+        rise = warmup_steps or max(1, int(_ONE_CYCLE_RISE * total_steps))
+        return optax.piecewise_interpolate_schedule(
+            "cosine",
+            learning_rate / _ONE_CYCLE_FACTOR,
+            {
+                rise: _ONE_CYCLE_FACTOR,
+                max(total_steps, rise + 1): final_learning_rate / learning_rate,
+            },
+        )
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else learning_rate,
         peak_value=learning_rate,
@@ -84,19 +109,25 @@ def make_optimizer(
     schedule: optax.Schedule,
     l2: float,
     *,
+    name: str = "adam",
+    momentum: float = 0.9,
     l2_mask: Callable[[PyTree], PyTree] = kernel_mask,
     weight_decay: float = 0.0,
     factors: Callable[[PyTree], PyTree] | None = None,
 ) -> optax.GradientTransformation:
-    """Returns Adam (Kingma and Ba 2015) for the objective loss + l2 / 2 * sum(kernel ** 2).
+    """Returns an optimizer for the objective loss + l2 / 2 * sum(kernel ** 2).
 
-    The gradient of the penalty is included in Adam's moments, as if the penalty were a term of
-    the loss, because the project's specification prescribes an L2 penalty. The decoupled weight
-    decay (AdamW, Loshchilov and Hutter 2019) is not included in the moments.
+    "adam" is Adam (Kingma and Ba 2015); "adamw" is another name for it, because the weight decay
+    makes it AdamW. "sgd" is gradient descent with momentum, and "lion" is Lion (Chen et al. 2023).
+    The gradient of the penalty is included in the moments, as if the penalty were a term of the
+    loss, because the project's specification prescribes an L2 penalty. The decoupled weight decay
+    (Loshchilov and Hutter 2019) is not included in the moments.
 
     Args:
       schedule: A function from the number of steps taken to the learning rate.
       l2: The weight of the penalty, 0 or more.
+      name: One of `schema.OPTIMIZERS`.
+      momentum: The part of the previous step that "sgd" repeats, in [0, 1).
       l2_mask: A function from the parameters to a tree with True for each parameter that has
         the penalty.
       weight_decay: The weight of the decoupled decay, 0 or more: a step subtracts
@@ -104,7 +135,14 @@ def make_optimizer(
       factors: A function from the parameters to a tree with a factor of the learning rate for
         each parameter, or None for a factor of 1.
     """
-    steps = [optax.scale_by_adam()]
+    steps = [
+        {
+            "adam": optax.scale_by_adam,
+            "adamw": optax.scale_by_adam,
+            "sgd": functools.partial(optax.trace, momentum),
+            "lion": functools.partial(optax.scale_by_lion, **_LION),
+        }[name]()
+    ]
     if weight_decay:
         steps.append(optax.add_decayed_weights(weight_decay, mask=kernel_mask))
     if factors is not None:

@@ -16,6 +16,7 @@ from cnn_jax.data.mix import Mixing
 from cnn_jax.models.network import Backbone, Network, updates_statistics
 from cnn_jax.system import runtime
 from cnn_jax.training import sharding
+from cnn_jax.training.distillation import Distillation
 from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import (
@@ -28,7 +29,11 @@ from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, 
 
 
 def make_train_step(
-    config: Config, model: Network, schedule: optax.Schedule, dataset: Dataset
+    config: Config,
+    model: Network,
+    schedule: optax.Schedule,
+    dataset: Dataset,
+    distillation: Distillation | None = None,
 ) -> TrainStep:
     """Returns the training step of a run.
 
@@ -37,6 +42,7 @@ def make_train_step(
       model: The network.
       schedule: The learning rate by step.
       dataset: The data set of the run.
+      distillation: The additional term of the loss, or None.
     """
     train, optimizer = config.train, config.optimizer
     class_weights = None
@@ -51,6 +57,8 @@ def make_train_step(
         optimizer=make_optimizer(
             schedule,
             optimizer.l2,
+            name=optimizer.name,
+            momentum=optimizer.momentum,
             # An L2 penalty would pull pretrained weights to zero.
             l2_mask=head_kernel_mask if config.model.get("pretrained") else kernel_mask,
             weight_decay=optimizer.weight_decay,
@@ -72,6 +80,9 @@ def make_train_step(
         class_weights=class_weights,
         mixing=Mixing.from_config(config.augment),
         accumulation_steps=train.accumulation_steps,
+        ema=train.ema,
+        extra_loss=distillation,
+        label_weight=1.0 if distillation is None else 1 - distillation.weight,
     )
 
 
@@ -86,7 +97,8 @@ class Programs:
       init_state: () -> state before the first step.
       empty_metrics: () -> metrics with all sums and counts at zero.
       empty_statistics: () -> BatchNorm's statistics, initialised with zeros.
-      train_step: (state, batch, pixels) -> (state, metrics); the state is donated.
+      train_step: (state, batch, pixels, extra) -> (state, metrics); the state is donated. See
+        `TrainStep` for `extra`.
       train_steps: `train_step` for several steps in one execution. The first dimension of each
         array of the batch counts steps; the metrics are sums over all steps.
       update_statistics: (statistics, variables, batch, pixels) -> BatchNorm's statistics,
@@ -118,18 +130,18 @@ class Programs:
         statistics_sharding = Statistics(layout.replicated, state_sharding.batch_stats)
 
         def training(
-            state: TrainState, batch: Mapping[str, Array], pixels: Array | None
+            state: TrainState, batch: Mapping[str, Array], pixels: Array | None, extra: PyTree
         ) -> tuple[TrainState, Metrics]:
-            return train_step(state, _with_images(batch, pixels))
+            return train_step(state, _with_images(batch, pixels), extra)
 
         def several(
-            state: TrainState, batches: Mapping[str, Array], pixels: Array | None
+            state: TrainState, batches: Mapping[str, Array], pixels: Array | None, extra: PyTree
         ) -> tuple[TrainState, Metrics]:
             def step(
                 carry: tuple[TrainState, Metrics], batch: Mapping[str, Array]
             ) -> tuple[tuple[TrainState, Metrics], None]:
                 state, totals = carry
-                state, metrics = training(state, batch, pixels)
+                state, metrics = training(state, batch, pixels, extra)
                 return (state, totals.merge(metrics)), None
 
             return jax.lax.scan(step, (state, Metrics.empty(num_classes)), batches)[0]
@@ -178,10 +190,11 @@ class Programs:
             lambda: Statistics.empty(abstract_state.batch_stats), out_shardings=statistics_sharding
         )
         self.train_step = jit_training(
-            training, in_shardings=(state_sharding, batch_sharding, replicated)
+            training, in_shardings=(state_sharding, batch_sharding, replicated, replicated)
         )
         self.train_steps = jit_training(
-            several, in_shardings=(state_sharding, layout.stacked_batch_sharding, replicated)
+            several,
+            in_shardings=(state_sharding, layout.stacked_batch_sharding, replicated, replicated),
         )
         self.update_statistics = jit(
             add_batch,

@@ -16,10 +16,9 @@ from cnn_jax.data.splits import Division
 from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.bundle import Bundle, write_bundle
 from cnn_jax.inference.calibration import fit_temperature
-from cnn_jax.inference.evaluation import predict_split, score
+from cnn_jax.inference.evaluation import bundle_metrics, predict_split, score
 from cnn_jax.inference.predictor import BundlePredictor, Predictor
 from cnn_jax.training import run_directory, sharding
-from cnn_jax.training.metrics import HEADLINE, agreement_p_value
 
 
 def write_results(
@@ -55,7 +54,7 @@ def write_results(
         temperature=1.0,
         data={
             "source": config.data.source,
-            "division": dataclasses.asdict(Division.from_config(config.data, config.seed)),
+            "division": Division.from_config(config.data, config.seed).to_dict(),
             "max_unreadable": config.data.max_unreadable,
             "allow_outside": config.data.allow_outside,
             "fingerprint": dataset.fingerprint,
@@ -92,17 +91,10 @@ def write_results(
                 workdir, ids, source.labels[indices], probabilities, source.class_names
             )
     run_directory.write_metrics(workdir, report)
-    headline = {
-        split: {
-            **{key: report[split][key] for key in HEADLINE},
-            # The explanation methods get a verdict only if this p-value shows that the network is
-            # better than guessing.
-            "agreement_p_value": agreement_p_value(np.array(report[split]["confusion"])),
-        }
-        for split in report
-    }
     if sharding.is_primary():
-        write_bundle(dataclasses.replace(bundle, metrics=headline), workdir / "bundle")
+        write_bundle(
+            dataclasses.replace(bundle, metrics=bundle_metrics(report)), workdir / "bundle"
+        )
     return report
 
 

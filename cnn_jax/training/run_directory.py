@@ -35,13 +35,14 @@ from cnn_jax.training import sharding
 logger = logging.getLogger(__name__)
 
 # The configuration keys that do not affect any metric. The fingerprint of the data identifies the
-# images, wherever the images are stored. The mesh and train.steps_per_execution change only
-# rounding errors.
+# images, wherever the images are stored, and distill.sha256 identifies the teachers. The mesh and
+# train.steps_per_execution change only rounding errors.
 INDIFFERENT_KEYS = frozenset(
     {
         *("data.source", "data.workers", "data.cache"),
         *("data.max_pixels", "data.max_unreadable", "data.allow_outside"),
         *("mesh.data", "mesh.model"),
+        "distill.bundles",
         "train.steps_per_execution",
         *("checkpoint.keep", "checkpoint.every_steps"),
         *("report.detail", "report.splits"),

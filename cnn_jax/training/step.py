@@ -24,8 +24,9 @@ INIT, DROPOUT, MIX = 0, 1, 2
 Batch = Mapping[str, Array]
 # PRNG keys by purpose: "dropout", and "mix" if images are mixed.
 Keys = Mapping[str, PRNGKeyArray]
-# A function from the inputs and the logits of the network to a loss for each example.
-ExtraLoss = Callable[[Array, Array], Float[Array, " batch"]]
+# A function from the inputs and the logits of the network, and other arrays such as the weights of
+# teachers, to a loss for each example.
+ExtraLoss = Callable[[Array, Array, PyTree], Float[Array, " batch"]]
 
 
 @flax.struct.dataclass
@@ -50,8 +51,32 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, PyTree]:
-        """The variables of the network, in the form that `model.apply` expects."""
+        """The variables for inference, in the form that `model.apply` expects."""
         return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def with_params(self, params: PyTree) -> "TrainState":
+        """Returns a copy with other parameters."""
+        return dataclasses.replace(self, params=params)
+
+
+# This is a subclass, because checkpoints of runs without an average have no field for it.
+@flax.struct.dataclass
+class AveragedState(TrainState):
+    """A train state with a moving average of the parameters, which inference uses.
+
+    Attributes:
+      average: The average, float32; see `TrainStep.ema`.
+    """
+
+    average: PyTree
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        return {"params": self.average, "batch_stats": self.batch_stats}
+
+    def with_params(self, params: PyTree) -> "AveragedState":
+        # The average is a copy, because a buffer of a donated state must not occur twice in it.
+        return dataclasses.replace(self, params=params, average=jax.tree.map(jnp.copy, params))
 
 
 def random_key(seed: int, purpose: int) -> PRNGKeyArray:
@@ -82,9 +107,14 @@ class TrainStep:
       is_trainable: A function that takes the path of a parameter, such as "conv1/kernel", and
         returns whether the parameter is trained; None trains all parameters. The optimizer has no
         state for the parameters that are not trained.
+      ema: The largest decay of the moving average of the parameters, in [0, 1); 0 for no average.
+        The average is used for inference only. Step t multiplies the average by
+        min(ema, (1 + t) / (10 + t)), so that the initial parameters are soon forgotten (as in
+        TensorFlow's `ExponentialMovingAverage` with `num_updates`).
       extra_loss: An additional term of the loss, for example for distillation: a function
-        of the network's inputs (augmented, normalised, mixed) and of the logits, float32
-        [B, C], that returns float32 [B].
+        of the network's inputs (augmented, normalised, mixed), of the logits, float32
+        [B, C], and of the argument `extra` of a step, that returns float32 [B].
+      label_weight: The factor of the loss without the additional term, for `extra_loss` only.
     """
 
     model: Network
@@ -96,34 +126,41 @@ class TrainStep:
     mixing: Mixing = NO_MIXING
     accumulation_steps: int = 1
     is_trainable: Callable[[str], bool] | None = None
+    ema: float = 0.0
     extra_loss: ExtraLoss | None = None
+    label_weight: float = 1.0
 
     def init_state(self) -> TrainState:
         """Returns the state before the first step, with random parameters that depend on `seed`."""
         images = jnp.zeros((1, *self.preprocessing.image_size, 3))
         variables = self.model.init(random_key(self.seed, INIT), images)
         params = variables["params"]
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            batch_stats=variables.get("batch_stats", {}),
-            opt_state=self._masked_optimizer.init(params),
-        )
+        arrays = {
+            "step": jnp.zeros((), jnp.int32),
+            "params": params,
+            "batch_stats": variables.get("batch_stats", {}),
+            "opt_state": self._masked_optimizer.init(params),
+        }
+        return AveragedState(**arrays, average=params) if self.ema else TrainState(**arrays)
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def __call__(
+        self, state: TrainState, batch: Batch, extra: PyTree = None
+    ) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step on one batch.
 
         Args:
           state: The state before the step.
           batch: "image" uint8 [B, H, W, 3], "label" int32 [B], "mask" bool [B]; also the
             arrays of `augment.draw` if this step augments the images.
+          extra: The last argument of `extra_loss`.
 
         Returns:
           The state after the step, and the metrics of this batch in training mode, with
           dropout. The class of a mixed example is the class with the larger weight.
         """
         # The loss is the mean over the examples whose mask is True.
-        loss = functools.partial(self._loss, count=jnp.maximum(jnp.sum(batch["mask"]), 1))
+        count = jnp.maximum(jnp.sum(batch["mask"]), 1)
+        loss = functools.partial(self._loss, count=count, extra=extra)
         gradient = jax.value_and_grad(loss, has_aux=True)
         keys = self._keys(state.step)
         if self.accumulation_steps == 1:
@@ -138,13 +175,12 @@ class TrainStep:
                 jax.tree.map(split_key, keys),
             )
         updates, opt_state = self._masked_optimizer.update(grads, state.opt_state, state.params)
-        new_state = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=state.batch_stats,
-            opt_state=opt_state,
-        )
-        return new_state, metrics
+        params = optax.apply_updates(state.params, updates)
+        changes = {"step": state.step + 1, "params": params, "opt_state": opt_state}
+        if isinstance(state, AveragedState):
+            decay = jnp.minimum(self.ema, (1 + state.step) / (10 + state.step))
+            changes["average"] = optax.incremental_update(params, state.average, 1 - decay)
+        return dataclasses.replace(state, **changes), metrics
 
     @property
     def _masked_optimizer(self) -> optax.GradientTransformation:
@@ -174,7 +210,14 @@ class TrainStep:
         }
 
     def _loss(
-        self, params: PyTree, batch_stats: PyTree, batch: Batch, keys: Keys, *, count: Array
+        self,
+        params: PyTree,
+        batch_stats: PyTree,
+        batch: Batch,
+        keys: Keys,
+        *,
+        count: Array,
+        extra: PyTree,
     ) -> tuple[Array, Metrics]:
         """Returns the batch's loss, sum(losses) / count, and the batch's metrics."""
         # With stop_gradient, XLA removes the backward pass of parameters that are not trained.
@@ -205,7 +248,7 @@ class TrainStep:
         if self.class_weights is not None:
             losses *= example_weights(jnp.array(self.class_weights, jnp.float32), targets)
         if self.extra_loss is not None:
-            losses += self.extra_loss(images, logits)
+            losses = self.label_weight * losses + self.extra_loss(images, logits, extra)
         loss = jnp.sum(jnp.where(mask, losses, 0)) / count
         return loss, Metrics.from_logits(logits, labels, mask)
 

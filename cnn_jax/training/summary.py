@@ -80,7 +80,9 @@ def show_plan(
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
             **({"weights": _weights(config, pretrained)} if pretrained else {}),
             "training": f"{count(config.train.epochs, 'epoch')}, batch size "
-            f"{config.train.batch_size}, seed {config.seed}; best epoch by {config.train.monitor}"
+            f"{config.train.batch_size}, seed {config.seed}{_split_seed(config)}; "
+            f"best epoch by {config.train.monitor}"
+            + _options(config)
             + _mixing(config)
             + _accumulation(config, model, image_size)
             + _extension(config)
@@ -93,6 +95,16 @@ def show_plan(
     for warning in dataset.findings.warnings():
         console.warn(warning)
     console.print()
+
+
+def _split_seed(config: Config) -> str:
+    """Describes the seed of the splits and the fold of a cross-validation, if they are set."""
+    data, text = config.data, ""
+    if data.split_seed >= 0:
+        text += f", split seed {data.split_seed}"
+    if data.folds:
+        text += f", test fold {data.fold} of 0 to {data.folds - 1}"
+    return text
 
 
 def _needs_pretraining(config: Config, train_images: int) -> bool:
@@ -168,6 +180,21 @@ def _interval_width(test_images: int, config: Config) -> list[str]:
         f"{images}: accuracy will be known to ± {100 * margin:.0f} points",
         f"(more precise with {exact}several seeds)",
     ]
+
+
+def _options(config: Config) -> str:
+    """Describes the optimizer, the average of the weights and the teachers, unless default."""
+    optimizer, distill = config.optimizer, config.distill
+    parts = []
+    if (optimizer.name, optimizer.schedule) != ("adam", "cosine"):
+        schedule = optimizer.schedule.replace("_", "-")
+        parts.append(f"{optimizer.name} with the {schedule} schedule")
+    if config.train.ema:
+        parts.append(f"averaged weights (decay {config.train.ema:g})")
+    if distill.bundles:
+        teachers = count(len(distill.bundles.split(",")), "teacher")
+        parts.append(f"{teachers} with weight {distill.weight:g}")
+    return "".join(f"\n{part}" for part in parts)
 
 
 def _mixing(config: Config) -> str:

@@ -295,6 +295,13 @@ class _Worker:
         # Two workers may have written a definition at the same time. Each worker then reads the
         # definition that was written last.
         stored = self._retry(lambda: self.study.user_attrs)["definition"]
+        # A key that did not exist when the study was created had its default value.
+        defaults = {
+            f"config.{key}": json.dumps(declared.default)
+            for key, declared in schema.keys(self.plan.config.model.name).items()
+            if f"space.{key}" not in stored and f"config.{key}" in definition
+        }
+        stored = defaults | stored
         differences = [
             f"{key}: {stored.get(key, 'absent')} -> {definition.get(key, 'absent')}"
             for key in sorted(stored.keys() | definition.keys())

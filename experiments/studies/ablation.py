@@ -1,30 +1,39 @@
 """Ablation study: trains variants of a configuration over several seeds, and compares accuracies.
 
-    python experiments/studies/ablation.py --grid=ladder --workdir=DIR [--seeds=3] [--jobs=2]
-        [--variants=NAME,...] [--expect=FILE] [ARGUMENT of cnn_jax.main...]
+    python experiments/studies/ablation.py --grid=ladder --workdir=DIR [--seeds=3] [--folds=5]
+        [--jobs=2] [--variants=NAME,...] [--expect=FILE] [ARGUMENT of cnn_jax.main...]
 
 The arguments are, for example, --config=configs/eurosat.py --config.data.source=folder:PATH
 --config.train.epochs=45. This configuration is the recipe, and each variant changes a part of
-the recipe. The seed determines the weights, the order of the images and the assignment of the
-images to splits. All variants use the same seeds, so that the differences between variants are
-paired.
+the recipe. The seed determines the weights, the order of the images and, unless
+--config.data.split_seed is given, the assignment of the images to splits. All variants use the
+same seeds, so that the differences between variants are paired.
 
-Every run is a training in the folder DIR/VARIANT-SEED. Grids share their variants, so no run
-in DIR is repeated. A new start keeps finished runs and resumes interrupted ones. All variants
-are trained with the first seed before the next seed, so an interrupted table is fair.
+--folds=N is a cross-validation, for small data sets. Each variant and seed is trained N times, and
+each image is in the test split of exactly one of these runs. The table then also has the accuracy
+of the pooled test predictions, with the 95 % interval for the number of all images.
+
+Every run is a training in the folder DIR/VARIANT-SEED, or DIR/VARIANT-SEED-FOLDofN. Grids share
+their variants, so no run in DIR is repeated. A new start keeps finished runs and resumes
+interrupted ones. All variants are trained with the first seed before the next seed, so an
+interrupted table is fair.
 --jobs=N trains N runs at the same time, each on an equal part of the cores; this is faster,
 because a small network cannot use several cores well.
 
 The results in DIR are, for each grid, the table GRID.md, which is also printed, and the plot
 GRID.png; and results.json with the metrics, versions, commit and data fingerprint of all runs
-in DIR. --expect=FILE compares the results with an earlier results.json: a run with the same
-versions, processor and number of cores has exactly the same metrics.
+in DIR. A cross-validation also writes cross_validation.json, with the pooled metrics, and the
+pooled predictions VARIANT-SEED-N.csv. --expect=FILE compares the results with an earlier
+results.json: a run with the same versions, processor and number of cores has exactly the same
+metrics.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
+import io
 import json
 import os
 import pathlib
@@ -37,6 +46,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
@@ -46,6 +57,11 @@ from cnn_jax.data.augment import Augmentation  # noqa: E402
 from cnn_jax.system import cli  # noqa: E402
 from cnn_jax.system.atomic import write_text  # noqa: E402
 from cnn_jax.system.errors import ConfigError, UserError  # noqa: E402
+from cnn_jax.training.metrics import (  # noqa: E402
+    bootstrap_intervals,
+    summarize,
+    wilson_interval,
+)
 from cnn_jax.training.run_directory import INDIFFERENT_KEYS  # noqa: E402
 from experiments.studies.ablation_table import METRICS, Grid, draw, make_table  # noqa: E402
 
@@ -187,6 +203,9 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--workdir", type=pathlib.Path, required=True, metavar="DIR")
     parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from seed 0 (3)")
+    parser.add_argument(
+        "--folds", type=int, default=0, help="folds of a cross-validation (0: none)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time (1)")
     parser.add_argument("--variants", metavar="NAME,...", help="only these variants of the grids")
     parser.add_argument("--expect", type=pathlib.Path, metavar="FILE", help="a results.json")
@@ -196,20 +215,24 @@ def main(argv: Sequence[str]) -> None:
     flags, overrides = parser.parse_known_args(argv)
     if min(flags.seeds, flags.jobs) < 1:
         raise ConfigError("--seeds and --jobs: must be 1 or more")
+    if flags.folds and flags.folds < 3:
+        raise ConfigError(f"--folds: must be 3 or more, or 0, got {flags.folds}")
     names = list(GRIDS) if flags.grid == "all" else flags.grid.split(",")
     wanted = choose(names, flags.variants)
     expected = read_expected(flags.expect) if flags.expect else None
     recipe = files.load(flags.config, overrides)
     flags.workdir.mkdir(parents=True, exist_ok=True)
     runs = [
-        Run(flags.workdir / f"{variant}-{seed}", variant, seed, flags.config, tuple(overrides))
+        Run(flags.workdir, variant, seed, flags.config, tuple(overrides), fold, flags.folds)
         for seed in range(flags.seeds)
+        for fold in range(max(flags.folds, 1))
         for variant in wanted
     ]
     if expected is not None:
         check_expected(runs, expected)
     results = train_all(runs, flags.jobs)
-    write_tables(names, wanted, results, recipe, flags.workdir)
+    pooled = pool_all(runs, results, flags.workdir) if flags.folds else {}
+    write_tables(names, wanted, results, recipe, flags.workdir, pooled)
     if expected is not None:
         compare(results, expected)
     if failed := [result for result in results if "error" in result]:
@@ -237,8 +260,18 @@ def write_tables(
     results: Sequence[Mapping[str, Any]],
     recipe: Config,
     folder: pathlib.Path,
+    pooled: Mapping[str, str],
 ) -> None:
-    """Writes results.json, and a table and a plot for each grid of variants; prints the tables."""
+    """Writes results.json, and a table and a plot for each grid of variants; prints the tables.
+
+    Args:
+      names: The names of the grids.
+      wanted: The variants that were trained.
+      results: The results of the runs.
+      recipe: The configuration of the recipe.
+      folder: The folder of the study.
+      pooled: The pooled accuracy of each variant as text; empty without a cross-validation.
+    """
     values = dict(schema.leaves(recipe))
     with_any = [name for name in names if set(wanted) & set(GRIDS[name].variants)]
     # A table with a single row compares nothing, so such a table is shown only if no table has
@@ -251,7 +284,7 @@ def write_tables(
             for variant in grid.variants
             if variant in wanted
         }
-        table = make_table(grid, grid_runs)
+        table = make_table(grid, grid_runs, pooled)
         print(f"\n{name}\n\n{table}", flush=True)
         write_text(folder / f"{name}.md", table)
         draw(folder / f"{name}.png", grid, grid_runs)
@@ -271,30 +304,111 @@ def read_all(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     return runs
 
 
-def read_expected(path: pathlib.Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """Reads the results of all runs from a results.json, by variant and seed.
+def pool_all(
+    runs: Sequence["Run"], results: Sequence[Mapping[str, Any]], folder: pathlib.Path
+) -> dict[str, str]:
+    """Pools the test predictions of each cross-validation whose runs are all finished.
+
+    Writes the pooled metrics to cross_validation.json, and the predictions to a CSV file for each
+    variant and seed.
+
+    Returns:
+      The pooled test accuracy of each variant with its 95 % interval, as text. With several seeds,
+      it is the mean accuracy, and the interval is that of a single seed.
+
+    Raises:
+      UserError: An image was tested several times or never.
+    """
+    folds: dict[tuple[str, int], list[Run]] = {}
+    for run, result in zip(runs, results, strict=True):
+        if "error" not in result:
+            folds.setdefault((run.variant, run.seed), []).append(run)
+    pooled: dict[str, dict[str, Any]] = {}
+    for (variant, seed), members in folds.items():
+        if len(members) == members[0].folds:
+            name = f"{variant}-{seed}-{members[0].folds}"
+            metrics, predictions = pool(members)
+            write_text(folder / f"{name}.csv", predictions, errors="surrogateescape")
+            pooled.setdefault(variant, {})[str(seed)] = metrics
+    write_text(folder / "cross_validation.json", json.dumps(pooled, indent=1) + "\n")
+    texts = {}
+    for variant, by_seed in pooled.items():
+        accuracy = statistics.mean(metrics["accuracy"] for metrics in by_seed.values())
+        count = next(iter(by_seed.values()))["count"]
+        low, high = wilson_interval(accuracy * count, count)
+        texts[variant] = f"{100 * accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
+    return texts
+
+
+def pool(runs: Sequence["Run"]) -> tuple[dict[str, Any], str]:
+    """Pools the test predictions of the runs of a cross-validation.
+
+    Returns:
+      The metrics of all images, with 95 % intervals, as JSON types; and the predictions as CSV with
+      the columns id, label, predicted, confidence and fold.
+
+    Raises:
+      UserError: An image was tested several times or never.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    total = 0
+    for run in runs:
+        report = run.folder / "report"
+        figures = json.loads((report / "metrics.json").read_text())
+        total = sum(figures[split]["count"] for split in schema.SPLITS)
+        path = report / "predictions.csv"
+        with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
+            for row in csv.DictReader(file):
+                if row["id"] in rows:
+                    raise UserError(f"{run.folder}: {row['id']} was tested in another fold too")
+                rows[row["id"]] = row | {"fold": run.fold_name}
+    if len(rows) != total:
+        raise UserError(f"{runs[0].folder}: {len(rows)} of {total} images were tested")
+    names = sorted({row[key] for row in rows.values() for key in ("label", "predicted")})
+    confusion = np.zeros((len(names), len(names)), int)
+    for row in rows.values():
+        confusion[names.index(row["label"]), names.index(row["predicted"])] += 1
+    metrics = {key: value for key, value in summarize(confusion, 0.0).items() if key in METRICS}
+    accuracy = wilson_interval(float(np.trace(confusion)), len(rows))
+    intervals = {"accuracy": accuracy, **bootstrap_intervals(confusion)}
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(next(iter(rows.values()))), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows.values())
+    return {**metrics, "count": len(rows), "confidence_intervals": intervals}, file.getvalue()
+
+
+# The variant, the seed and the name of the fold of a run.
+_RunKey = tuple[str, int, str]
+
+
+def run_key(run: Mapping[str, Any]) -> _RunKey:
+    """Returns the variant, the seed and the fold of a result, such as "2of5", or "" for no fold."""
+    return run["variant"], run["seed"], run.get("fold", "")
+
+
+def read_expected(path: pathlib.Path) -> dict[_RunKey, dict[str, Any]]:
+    """Reads the results of all runs from a results.json, by variant, seed and fold.
 
     Raises:
       ConfigError: The file does not exist, or has another format.
     """
     try:
         variants = json.loads(path.read_text())
-        return {(run["variant"], run["seed"]): run for runs in variants.values() for run in runs}
+        return {run_key(run): run for runs in variants.values() for run in runs}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"--expect: {path} is no results.json: {error}") from error
 
 
-def check_expected(
-    runs: Sequence["Run"], expected: Mapping[tuple[str, int], Mapping[str, Any]]
-) -> None:
+def check_expected(runs: Sequence["Run"], expected: Mapping[_RunKey, Mapping[str, Any]]) -> None:
     """Raises ConfigError if the expected results lack a run."""
-    if missing := [run for run in runs if (run.variant, run.seed) not in expected]:
+    if missing := [run for run in runs if (run.variant, run.seed, run.fold_name) not in expected]:
         raise ConfigError(f"--expect: has no {missing[0].variant} of seed {missing[0].seed}")
 
 
 def compare(
     results: Sequence[Mapping[str, Any]],
-    expected: Mapping[tuple[str, int], Mapping[str, Any]],
+    expected: Mapping[_RunKey, Mapping[str, Any]],
 ) -> None:
     """Prints for each run whether the results equal the expected results of the same run.
 
@@ -303,14 +417,15 @@ def compare(
     """
     differing = 0
     for result in results:
-        run = expected[result["variant"], result["seed"]]
+        run = expected[run_key(result)]
         different = [key for key in _COMPARED if result.get(key) != run.get(key)]
         differing += bool(different)
         message = f"{', '.join(different)} differ" if different else "the same"
         elsewhere = [key for key in _CIRCUMSTANCES if result.get(key) != run.get(key)]
         if different and elsewhere:
             message += f" (and so do {', '.join(elsewhere)})"
-        print(f"{result['variant']}, seed {result['seed']}: {message}")
+        fold = f", fold {result['fold']}" if "fold" in result else ""
+        print(f"{result['variant']}, seed {result['seed']}{fold}: {message}")
     if differing:
         raise UserError(f"{differing} runs differ from what was expected")
 
@@ -320,22 +435,39 @@ class Run:
     """The training of one variant with one seed.
 
     Attributes:
-      folder: The folder of the run.
+      study_folder: The folder of the study.
       variant: A key of `VARIANTS`.
       seed: The value of the key `seed`.
       config_file: The configuration file of the recipe.
       overrides: Flags that change keys of the recipe, for all variants.
+      fold: The value of the key `data.fold`.
+      folds: The value of the key `data.folds`.
     """
 
-    folder: pathlib.Path
+    study_folder: pathlib.Path
     variant: str
     seed: int
     config_file: str
     overrides: tuple[str, ...]
+    fold: int = 0
+    folds: int = 0
+
+    @property
+    def fold_name(self) -> str:
+        """The fold and the number of folds, such as "2of5"; "" without a cross-validation."""
+        return f"{self.fold}of{self.folds}" if self.folds else ""
+
+    @property
+    def folder(self) -> pathlib.Path:
+        """The folder of the run."""
+        names = (self.variant, str(self.seed), self.fold_name)
+        return self.study_folder / "-".join(filter(None, names))
 
     def flags(self) -> list[str]:
         """Returns the flags that set the configuration of the training command."""
         changes = {"seed": self.seed, "report.detail": "none", **VARIANTS[self.variant]}
+        if self.folds:
+            changes |= {"data.folds": self.folds, "data.fold": self.fold}
         return [*self.overrides, *(f"--config.{key}={value}" for key, value in changes.items())]
 
     def settings(self) -> dict[str, Any]:
@@ -448,7 +580,10 @@ def train(
     record = run.folder / _RECORD
     with contextlib.suppress(FileNotFoundError):
         found = json.loads(record.read_text())
-        different = {key for key in settings if found["settings"].get(key) != settings[key]}
+        # A run that was trained before a key existed was trained with the default of the key.
+        known = {key: declared.default for key, declared in schema.keys().items()}
+        trained = json.loads(json.dumps(known)) | found["settings"]
+        different = {key for key in settings if trained.get(key) != settings[key]}
         if different:
             raise ConfigError(
                 f"--workdir: {run.folder} holds a run of other {', '.join(sorted(different))}; use "
@@ -464,6 +599,7 @@ def train(
     if done.returncode == _USAGE:
         raise ConfigError(message[0].removeprefix("error: "))
     what = {"variant": run.variant, "seed": run.seed, "settings": settings}
+    what |= {"fold": run.fold_name} if run.folds else {}
     if done.returncode:
         print(f"{run.folder.name} failed: {message[0]}", file=sys.stderr, flush=True)
         return {**what, "error": message[0]}

@@ -42,17 +42,18 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def paired_difference(
-    values: Mapping[int, float], base: Mapping[int, float]
+    values: Mapping[Any, float], base: Mapping[Any, float]
 ) -> tuple[float, float | None]:
     """Returns the mean difference of paired values, and the half-width of its confidence interval.
 
-    Values of the same seed form a pair. The 95 % interval is Student's t over the pairs; it is None
-    for one pair. The test splits of the seeds overlap, so for other images the interval is too
-    narrow (Nadeau and Bengio 2003, "Inference for the Generalization Error").
+    Values of the same seed, and of the same fold of a cross-validation, form a pair. The 95 %
+    interval is Student's t over the pairs; it is None for one pair. The training splits of the runs
+    overlap, so for other images the interval is too narrow (Nadeau and Bengio 2003, "Inference for
+    the Generalization Error").
     """
     import scipy.stats  # This import is slow, and only the table needs SciPy.
 
-    differences = [values[seed] - base[seed] for seed in values if seed in base]
+    differences = [values[pair] - base[pair] for pair in values if pair in base]
     mean, deviation = mean_and_deviation(differences)
     count = len(differences)
     if count < 2:
@@ -60,12 +61,23 @@ def paired_difference(
     return mean, float(scipy.stats.t.ppf(0.975, count - 1)) * deviation / count**0.5
 
 
-def make_table(grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """Returns a Markdown table with a row for each variant; metrics are in percent."""
+def make_table(
+    grid: Grid,
+    results: Mapping[str, Sequence[Mapping[str, Any]]],
+    pooled: Mapping[str, str] | None = None,
+) -> str:
+    """Returns a Markdown table with a row for each variant; metrics are in percent.
+
+    Args:
+      grid: The variants and their titles.
+      results: The results of the runs of each variant.
+      pooled: The pooled accuracy of each variant of a cross-validation, as text.
+    """
     against = grid.variants[grid.base] if grid.base else "the row before"
     head = ["", *(f"test {name}" for name in ("accuracy", "precision", "recall", "F1"))]
     head += ["validation accuracy", f"test accuracy against {against}", "epochs", "s an epoch"]
-    head += ["times", "seeds"] if grid.base else ["seeds"]
+    head += ["times"] * bool(grid.base) + ["runs" if pooled else "seeds"]
+    head += ["pooled test accuracy (95 % interval)"] * bool(pooled)
     head += ["the specification's"] * bool(grid.published)
     rows = [head, ["---"] * len(head)]
     base = results.get(grid.base, ())
@@ -73,8 +85,14 @@ def make_table(grid: Grid, results: Mapping[str, Sequence[Mapping[str, Any]]]) -
         base_runs = () if variant == grid.base else base
         row = [grid.variants[variant], *_figures(variant_runs, base_runs)]
         row += [_times(variant_runs, base)] * bool(grid.base)
-        failures = "".join(f"; {r['seed']}: {r['error']}" for r in variant_runs if "error" in r)
+        failures = "".join(
+            f"; {'-'.join(map(str, _pair_key(run)))}: {run['error']}"
+            for run in variant_runs
+            if "error" in run
+        )
         row.append(f"{len(_done(variant_runs))}{failures}")
+        if pooled:
+            row.append(pooled.get(variant, ""))
         if grid.published:
             row.append(f"{grid.published[variant]} %" if variant in grid.published else "")
         rows.append(row)
@@ -112,9 +130,14 @@ def _done(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [run for run in runs if "error" not in run]
 
 
-def _accuracies(results: Sequence[Mapping[str, Any]]) -> dict[int, float]:
-    """Returns the test accuracies of all finished runs, by seed."""
-    return {run["seed"]: run["test"]["accuracy"] for run in _done(results)}
+def _pair_key(run: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Returns the seed and the fold of a run, which are equal for the runs of a pair."""
+    return tuple(run[key] for key in ("seed", "fold") if key in run)
+
+
+def _accuracies(results: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], float]:
+    """Returns the test accuracies of all finished runs, by seed and fold."""
+    return {_pair_key(run): run["test"]["accuracy"] for run in _done(results)}
 
 
 def _percent(shares: Sequence[float]) -> str:
@@ -122,7 +145,7 @@ def _percent(shares: Sequence[float]) -> str:
     return f"{mean:.2f} ± {deviation:.2f} %" if len(shares) > 1 else f"{mean:.2f} %"
 
 
-def _difference(values: Mapping[int, float], base: Mapping[int, float]) -> str:
+def _difference(values: Mapping[Any, float], base: Mapping[Any, float]) -> str:
     if not values.keys() & base.keys():
         return ""
     mean, half = paired_difference(values, base)

@@ -262,7 +262,7 @@ def test_a_flag_without_a_value_is_refused(flags, message):
         ("model.depth", None),
         ("augment.shear", None),
         ("augment.translation", None),
-        ("optimizer.momentum", None),
+        ("optimizer.nesterov", None),
         ("optimizer.beta1", None),
         ("train.loss", None),
         ("data.root", None),

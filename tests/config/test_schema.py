@@ -73,6 +73,10 @@ INVALID = [
     ("mesh.data", 0),
     ("mesh.model", 0),
     ("data.stratify", "random"),
+    ("data.split_seed", -2),
+    ("data.split_seed", 2**32),
+    ("data.folds", 2),
+    ("data.fold", 1),  # Without data.folds, there is no fold 1.
     ("data.group", "class/track"),
     ("data.keep_splits", 1),
     ("data.max_unreadable", 1.5),
@@ -99,6 +103,17 @@ INVALID = [
     ("optimizer.final_learning_rate", 1.0),
     ("optimizer.warmup_epochs", 22.0),
     ("optimizer.l2", -1e-4),
+    ("optimizer.name", "adagrad"),
+    ("optimizer.momentum", 1.0),
+    ("optimizer.schedule", "linear"),
+    ("train.ema", 1.0),
+    ("augment.crop_area", 0.0),
+    ("augment.trivial_augment", 1),
+    ("augment.erasing_probability", 1.1),
+    ("distill.bundles", "runs/a,"),
+    ("distill.weight", 0.0),
+    ("distill.temperature", 0.0),
+    ("distill.sha256", "abc"),
     ("train.batch_size", 0),
     ("train.batch_size", 30),
     ("train.epochs", 0),
@@ -180,12 +195,16 @@ def test_an_image_size_may_be_one_side(value, expected):
             r"of the 4 devices that share a batch times train\.accumulation_steps = 3, got 32",
         ),
         (
+            {"optimizer.name": "adamw"},
+            r"weight_decay: must be above 0 with optimizer\.name=adamw, such as 0\.01, got 0",
+        ),
+        (
             {"optimizer.warmup_epochs": 5, "optimizer.decay_epochs": 5},
             r"warmup_epochs: must be below optimizer\.decay_epochs = 5, got 5",
         ),
     ],
 )
-def test_devices_must_divide_the_batch_evenly(changes, message):
+def test_contradicting_values_are_refused(changes, message):
     config = default.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=message):

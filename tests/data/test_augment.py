@@ -48,7 +48,7 @@ BOTH = pytest.mark.parametrize("apply", [_on_device, _on_host])
 RANGES = dataclasses.fields(Augmentation)
 # An augmentation with all ranges switched on. Each range is 0.4, or the value in VALUES if 0.4 is
 # not valid.
-VALUES = {"flip": "horizontal_and_vertical"}
+VALUES = {"flip": "horizontal_and_vertical", "trivial_augment": True}
 EVERYTHING = Augmentation(**{field.name: VALUES.get(field.name, 0.4) for field in RANGES})
 
 
@@ -129,9 +129,88 @@ def test_host_and_device_move_the_same_pixels(seed, size, smooth):
     images = rng.integers(0, 256, (4, *size, 3), np.uint8)
     if smooth:
         images = (images // 8 + np.arange(size[1], dtype=np.uint8)[:, None] * 4).astype(np.uint8)
-    draws = augment.draw(rng, EVERYTHING, 4, size)
+    # TrivialAugment can turn small differences into large ones.
+    draws = augment.draw(rng, dataclasses.replace(EVERYTHING, trivial_augment=False), 4, size)
     host, device = _on_host(images, **draws), _on_device(images, **draws)
     assert np.abs(host - device).mean(axis=(1, 2, 3)).max() < 2
+
+
+@BOTH
+def test_a_crop_shows_its_part_of_the_image(apply):
+    """A crop of the right half, at the bottom half of the height, is scaled by two."""
+    image = np.repeat(np.arange(0, 128, 2, dtype=np.uint8).reshape(1, 8, 8, 1), 3, axis=-1)
+    crop = augment.Affine(np.eye(2)[None] / 2, np.array([[2.0, 2.0]]))
+    matrix = augment.affine_matrix(
+        *np.array([[False], [False], [0.0], [1.0]]), image_size=(8, 8), first=crop
+    )
+    # The output pixel i shows the position 3.75 + i / 2 of each axis, at which the level is
+    # 2 x + 16 y. Positions behind the last pixel show the last pixel.
+    position = np.minimum(3.75 + np.arange(8) / 2, 7)
+    expected = 2 * position[None, :] + 16 * position[:, None]
+    np.testing.assert_allclose(apply(image, matrix=matrix)[0, ..., 0], expected, atol=0.51)
+
+
+def test_crops_have_the_published_areas_and_ratios():
+    size = (20, 30)
+    augmentation = Augmentation(crop_area=0.25)
+    matrix = augment.draw(np.random.default_rng(0), augmentation, 4000, size)["matrix"]
+    width, height = 30 * matrix[:, 0, 0], 20 * matrix[:, 1, 1]
+    np.testing.assert_array_equal(matrix[:, [0, 1], [1, 0]], 0)
+    # The left edge of the output is at x = -0.5, half a pixel before the centre of the first pixel.
+    left, top = (matrix[:, i, 2] - 0.5 * matrix[:, i, i] + 0.5 for i in (0, 1))
+    for start, side, whole in ((left, width, 30), (top, height, 20)):
+        assert start.min() > -1e-4
+        assert (start + side).max() < whole + 1e-4
+        assert start.min() < 0.1
+        assert (start + side).max() > whole - 0.1
+    ratio, area = width / height, width * height / 600
+    is_whole = area > 1 - 1e-5
+    assert is_whole.mean() < 0.01
+    assert 0.75 - 1e-4 < ratio[~is_whole].min() < 0.76
+    assert 1.32 < ratio[~is_whole].max() < 4 / 3 + 1e-4
+    assert 0.25 - 1e-4 < area.min() < 0.26
+
+
+@BOTH
+def test_erased_pixels_have_the_colour(apply):
+    image = _image((6, 9))
+    box, colour = np.array([[1, 3, 4, 8]], np.int32), np.array([[7, 200, 90]], np.uint8)
+    expected = image.copy()
+    expected[0, 1:4, 3:8] = [7, 200, 90]
+    np.testing.assert_allclose(apply(image, box=box, colour=colour), expected, atol=1e-4)
+
+
+def test_erased_boxes_have_the_published_areas_and_ratios():
+    size = (200, 300)
+    augmentation = Augmentation(erasing_probability=0.5)
+    draws = augment.draw(np.random.default_rng(0), augmentation, 4000, size)
+    top, left, bottom, right = draws["box"].T
+    height, width = bottom - top, right - left
+    is_erased = height > 0
+    assert 0.47 < is_erased.mean() < 0.53
+    assert not width[~is_erased].any()
+    assert top.min() == left.min() == 0
+    assert 197 < bottom.max() <= 200
+    assert 297 < right.max() <= 300
+    area, ratio = (height * width)[is_erased] / 60_000, (width / np.maximum(height, 1))[is_erased]
+    assert 0.018 < area.min() < 0.024
+    assert 0.32 < area.max() < 0.34
+    assert 0.29 < ratio.min() < 0.32
+    assert 3.1 < ratio.max() < 3.4
+    colours = draws["colour"]
+    assert (colours.min(), colours.max()) == (0, 255)
+    assert abs(colours.mean() - 127.5) < 3
+
+
+def test_trivial_augment_moves_pixels_in_the_same_resampling():
+    """The draws move pixels and change grey levels of an image, never both."""
+    draws = augment.draw(np.random.default_rng(0), Augmentation(trivial_augment=True), 2000, (8, 8))
+    is_moved = (draws["matrix"] != np.eye(2, 3)).any(axis=(1, 2))
+    assert 0.3 < is_moved.mean() < 5 / 14 + 0.03
+    assert not draws["operation"][is_moved].any()
+    counts = np.bincount(draws["operation"][~is_moved])
+    assert len(counts) == 9
+    assert counts[1:].min() > 100
 
 
 def test_draws_fill_their_ranges_and_nothing_beyond():
@@ -180,7 +259,11 @@ def test_one_range_changes_no_other_draw(name):
 
 def _names_of_different_draws(*augmentations):
     one, other = (augment.draw(np.random.default_rng(0), a, 8, (5, 5)) for a in augmentations)
-    return [name for name in one if not np.array_equal(one[name], other[name])]
+    return [
+        name
+        for name in sorted(one.keys() | other.keys())
+        if not (name in one and name in other and np.array_equal(one[name], other[name]))
+    ]
 
 
 def test_the_random_numbers_are_those_of_earlier_versions():
@@ -204,7 +287,7 @@ def test_every_range_is_a_key_and_has_words():
 
 def test_every_draw_reaches_the_pixels_of_a_batch():
     """`draws_in` and the two augmentation functions use all arrays that `draw` returns."""
-    draws = augment.draw(np.random.default_rng(0), augment.Augmentation(), 2, (4, 4))
+    draws = augment.draw(np.random.default_rng(0), EVERYTHING, 2, (4, 4))
     assert augment.draws_in(draws).keys() == draws.keys()
     for function in (augment.apply_on_device, augment.apply_on_host):
         parameters = list(inspect.signature(function).parameters)

@@ -1,13 +1,30 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cnn_jax.config.schema import SPLIT_RULES, SPLITS
-from cnn_jax.data.splits import divide, group_names
+from cnn_jax.config.schema import SPLIT_RULES, SPLITS, default_config
+from cnn_jax.data.source import Source
+from cnn_jax.data.splits import Division, divide, divide_into_folds, group_names
 from cnn_jax.system.errors import ConfigError, DataError
 
 FRACTIONS = (0.7, 0.2, 0.1)
+
+
+def _source(ids, labels, own_splits=None):
+    return Source(
+        name="x",
+        class_names=["a", "b", "c"],
+        ids=ids,
+        labels=labels,
+        read=str.encode,
+        keys=ids,
+        sizes=[1] * len(ids),
+        versions=ids,
+        own_splits=own_splits or [""] * len(ids),
+    )
 
 
 @st.composite
@@ -288,3 +305,65 @@ def test_a_pattern_that_does_not_fit_is_explained():
         group_names(["a/7.jpg"], "{class}/{track}_")
     with pytest.raises(ConfigError, match=r"has no part like"):
         group_names(["a/7.jpg"], "class/track")
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(0, 60)),
+        min_size=1,
+        max_size=120,
+    ),
+    st.integers(3, 6),
+    st.sampled_from(SPLIT_RULES),
+)
+def test_each_example_is_tested_in_exactly_one_fold(images, folds, rule):
+    labels = np.array([label for label, _, _ in images])
+    paths = [f"{label}/g{group}x/{i}.jpg" for i, (label, group, _) in enumerate(images)]
+    contents = [str(content) for _, _, content in images]
+    source = _source(paths, labels)
+    division = Division(rule=rule, group="{class}/{group}x/*", folds=folds)
+    divided = [
+        dataclasses.replace(division, fold=fold).divide(source, contents) for fold in range(folds)
+    ]
+    for splits in divided:
+        assert sorted(np.concatenate(list(splits.values()))) == list(range(len(paths)))
+        example_splits = _splits_by_id(paths, splits)
+        groups = group_names(paths, division.group)
+        for keys in (groups, contents):
+            together = {}
+            for i, key in zip(paths, keys, strict=True):
+                assert together.setdefault(key, example_splits[i]) == example_splits[i]
+    for split, times in (("test", 1), ("validation", 1), ("train", folds - 2)):
+        tested = np.concatenate([splits[split] for splits in divided])
+        assert list(np.bincount(tested, minlength=len(paths))) == [times] * len(paths)
+
+
+def test_exact_folds_have_equal_parts_of_each_class():
+    labels = np.repeat([0, 1], [50, 25])
+    folds = divide_into_folds([str(i) for i in range(75)], labels, 5, seed=0, rule="exact")
+    for label, size in ((0, 10), (1, 5)):
+        assert list(np.bincount(folds[labels == label])) == [size] * 5
+
+
+def test_the_seed_of_the_splits_is_apart_from_the_training_seed():
+    config = default_config()
+    assert Division.from_config(config.data, 7).seed == 7
+    config.data.split_seed = 0
+    assert Division.from_config(config.data, 7) == Division(seed=0)
+    config.data.folds, config.data.fold = 5, 2
+    division = Division.from_config(config.data, 7)
+    assert (division.folds, division.fold, division.fractions) == (5, 2, (0.6, 0.2, 0.2))
+    assert Division.from_dict(division.to_dict()) == division
+
+
+def test_earlier_versions_can_read_a_division_without_folds():
+    fields = {"fractions": [0.7, 0.2, 0.1], "seed": 3, "rule": "stable", "group": ""}
+    assert Division(seed=3).to_dict() == fields | {"keep_splits": True}
+
+
+def test_a_cross_validation_refuses_splits_of_the_data():
+    source = _source(["1", "2", "3"], np.zeros(3, int), own_splits=["train", "test", ""])
+    with pytest.raises(DataError, match=r"data.folds: x has splits of its own.*keep_splits=False"):
+        Division(folds=3).check(source)
+    Division(folds=3, keep_splits=False).check(source)

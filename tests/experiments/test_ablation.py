@@ -16,7 +16,7 @@ import scipy.stats
 from conftest import REPOSITORY
 
 from cnn_jax.config import files, schema
-from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.errors import ConfigError, UserError
 from cnn_jax.tune.space import configured
 from configs import default
 from experiments.studies import ablation
@@ -238,6 +238,103 @@ def test_a_wrong_command_line_ends_all_runs(tmp_path):
         ablation.main(["--grid=stairs", f"--workdir={tmp_path}"])
     with pytest.raises(ConfigError, match="--variants: cake is none of plain"):
         ablation.main(["--grid=ladder", "--variants=cake", f"--workdir={tmp_path}"])
+
+
+@pytest.fixture
+def folds_training(training):
+    """Adds predictions to the fast script: each fold tests every third of 30 images of 2 classes.
+
+    The predictions of the images whose number is divisible by 10 are wrong.
+    """
+    script = """
+    fold = int(flags["config.data.fold"])
+    assert flags["config.data.folds"] == "3"
+    counts = {"train": {"count": 10}, "validation": {"count": 10 + fold % 2}, "test": {"count": 10}}
+    figures = json.loads(figures)
+    for split in counts:
+        figures[split] = figures.get(split, {}) | counts[split]
+    figures["train"]["count"] -= fold % 2
+    (folder / "report" / "metrics.json").write_text(json.dumps(figures))
+    rows = ["id,label,predicted,confidence"]
+    for i in range(fold, 30, 3):
+        label = "ab"[i % 2]
+        predicted = "ba"[i % 2] if i % 10 == 0 else label
+        rows.append(f"image {i},{label},{predicted},0.9")
+    (folder / "report" / "predictions.csv").write_text("\\n".join(rows) + "\\n")
+    """
+    training.write_text(
+        training.read_text() + textwrap.dedent(script).replace("\\\\\\\\n", "\\\\n")
+    )
+    return training
+
+
+def test_a_cross_validation_pools_the_test_predictions(tmp_path, folds_training, capsys):
+    arguments = ["--grid=label_smoothing", f"--workdir={tmp_path}", "--seeds=1", "--folds=3"]
+    ablation.main(arguments)
+    table = capsys.readouterr().out
+    assert set(starts(tmp_path)) == {
+        f"{variant}-0-{fold}of3" for variant in ("no_smoothing", "recipe") for fold in range(3)
+    }
+    found = json.loads((tmp_path / "cross_validation.json").read_text())["recipe"]["0"]
+    # The images 0, 10 and 20 of class a are predicted as b: 12 of 15 and 15 of 15 are correct.
+    assert (found["count"], found["accuracy"], found["recall"]) == (30, 0.9, pytest.approx(0.9))
+    assert found["precision"] == pytest.approx((1 + 15 / 18) / 2)
+    low, high = found["confidence_intervals"]["accuracy"]
+    expected = scipy.stats.binomtest(27, 30).proportion_ci(method="wilson")
+    assert (low, high) == pytest.approx((expected.low, expected.high))
+    assert f"90.00 % ({100 * low:.2f} to {100 * high:.2f})" in table
+    assert "| runs | pooled test accuracy (95 % interval) |" in table
+    lines = (tmp_path / "recipe-0-3.csv").read_text().splitlines()
+    assert lines[0] == "id,label,predicted,confidence,fold"
+    assert sorted(lines[1:])[0] == "image 0,a,b,0.9,0of3"
+    assert len({line.partition(",")[0] for line in lines[1:]}) == 30
+    # A second call starts no run again, and gives the same results.
+    before = (tmp_path / "cross_validation.json").read_text()
+    ablation.main([*arguments, f"--expect={tmp_path / 'results.json'}"])
+    assert "recipe, seed 0, fold 2of3: the same" in capsys.readouterr().out
+    assert set(starts(tmp_path).values()) == {1}
+    assert (tmp_path / "cross_validation.json").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("image {i},", "image {i % 4},", "was tested in another fold too"),
+        ("range(fold, 30, 3)", "range(fold, 27, 3)", "27 of 30 images were tested"),
+    ],
+)
+def test_an_image_must_be_tested_once(tmp_path, folds_training, old, new, message):
+    text = folds_training.read_text()
+    assert old in text
+    folds_training.write_text(text.replace(old, new))
+    arguments = [f"--workdir={tmp_path}", "--seeds=1", "--folds=3", "--variants=recipe"]
+    with pytest.raises(UserError, match=message):
+        ablation.main(arguments)
+
+
+def test_two_folds_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="--folds: must be 3 or more, or 0, got 2"):
+        ablation.main([f"--workdir={tmp_path}", "--folds=2"])
+
+
+def test_a_run_from_before_a_key_existed_is_kept(tmp_path):
+    arguments = ["--grid=ladder", f"--workdir={tmp_path}", "--seeds=1", "--variants=recipe"]
+    ablation.main(arguments)
+    record = tmp_path / "recipe-0" / "ablation.json"
+    found = json.loads(record.read_text())
+    del found["settings"]["data.split_seed"]
+    record.write_text(json.dumps(found))
+    ablation.main(arguments)
+    assert starts(tmp_path) == {"recipe-0": 1}
+    with pytest.raises(ConfigError, match=r"holds a run of other data\.split_seed"):
+        ablation.main([*arguments, "--config.data.split_seed=0"])
+
+
+@pytest.mark.parametrize("folder", ["studies", "benchmarks", "checks"])
+def test_the_folder_of_a_program_hides_no_module_of_a_library(folder):
+    """Python searches the folder of a program first; JAX tries to import `compression`."""
+    names = {path.stem for path in (REPOSITORY / "experiments" / folder).glob("*.py")}
+    assert not names & (sys.stdlib_module_names | {"compression", "annotationlib"})
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

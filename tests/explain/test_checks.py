@@ -8,6 +8,7 @@ import scipy.stats
 from networks import random_variables
 from test_maps import CLASSES, SIZE, make_predictor
 
+from cnn_jax.data import no_track
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.explain import checks, maps
 from cnn_jax.models.convnext import ConvNeXt
@@ -87,11 +88,11 @@ def test_maps_that_ignore_the_last_layer_fail_the_randomization(sign, monkeypatc
     def first_layer(shuffled, images, classes):
         weight = abs(float(shuffled.variables["params"]["conv1"]["kernel"][0, 0, 0, 0]))
         order = np.random.default_rng(int(1e6 * weight)).permutation(SIZE[0] * SIZE[1])
-        pixels = images.reshape(10, -1, 3)[:, order].mean(axis=-1)
-        return pixels.reshape(10, *SIZE).astype(np.float32)
+        pixels = images.reshape(len(images), -1, 3)[:, order].mean(axis=-1)
+        return pixels.reshape(-1, *SIZE).astype(np.float32)
 
-    def zeros(*_):
-        return np.zeros((10, *SIZE), np.float32)
+    def zeros(shuffled, images, classes):
+        return np.zeros((len(images), *SIZE), np.float32)
 
     judged = {"method": method, "first_layer": first_layer, "zeros": zeros}
     monkeypatch.setattr(checks, "methods_for", lambda predictor: judged)
@@ -99,6 +100,37 @@ def test_maps_that_ignore_the_last_layer_fail_the_randomization(sign, monkeypatc
     assert result.keys() == judged.keys()
     for verdict in result.values():
         assert verdict["randomization"]["passes"] is False
+
+
+def test_each_image_has_a_shuffle_of_its_own():
+    """All images have the same maps here, so the correlations differ because of the shuffles."""
+    predictor = make_predictor()
+    images = np.zeros((40, *SIZE, 3), np.uint8)
+
+    def method(shuffled, images, classes):
+        head = np.ravel(shuffled.variables["params"]["head"]["kernel"])
+        return np.resize(head, (len(images), *SIZE)).astype(np.float32)
+
+    own = {"method": method(predictor, images, None)}
+    judged = {"method": method}
+    arguments = images, np.zeros(40, np.int32), own, judged
+    found = checks._correlations(predictor, *arguments, seed=0, track=no_track)["method"]
+    assert list(found) == layer_names(predictor.model, SIZE)[::-1]
+    assert len(found["head"]) == 32
+    assert len(set(found["head"])) > 16
+    # The later shuffles keep the head of the first shuffle.
+    assert found["conv1"] == found["head"]
+    assert checks._correlations(predictor, *arguments, seed=1, track=no_track)["method"] != found
+
+
+@pytest.mark.parametrize("size", [(64, 48), (65, 48), (224, 130)])
+def test_correlations_of_large_maps_use_a_grid_of_pixels(size):
+    rows, columns = np.indices(size)
+    large = (rows + 3 * columns)[None].astype(np.float32)
+    small = checks._thin_out(large)
+    step = -(-max(size) // 64)
+    np.testing.assert_array_equal(small[0], large[0, ::step, ::step])
+    assert max(small.shape) <= 64
 
 
 def test_hits_by_hand():
@@ -132,7 +164,8 @@ def test_layer_names_start_at_the_image():
 
 def test_layers_are_shuffled_one_after_another():
     predictor = make_predictor()
-    shuffled = checks._shuffled_predictors(predictor, seed=0)
+    layers = layer_names(predictor.model, SIZE)
+    shuffled = dict(checks._shuffled_predictors(predictor, layers, seed=0))
     order = ["head", "dense", "norm2", "conv2", "norm1", "conv1"]
     assert list(shuffled) == order
     for i, name in enumerate(order):

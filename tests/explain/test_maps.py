@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -44,12 +45,12 @@ def images():
 CLASSES = np.array([0, 1, 2, 1, 0], np.int32)
 
 
-def _maps_and_gradients(predictor, images, classes):
+def _maps_and_gradients(predictor, images, classes, stage="conv2"):
     """Returns the last feature maps and the logits' gradients, in float64 without autodiff."""
     result = stages(
         predictor.model, predictor.variables, jnp.array(images), predictor.preprocessing
     )
-    feature_maps = np.asarray(result["conv2"], np.float64)
+    feature_maps = np.asarray(result[stage], np.float64)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), predictor.variables["params"])
     embedding_gradient = params["head"]["kernel"].T[classes]
     if "dense" in params:
@@ -108,6 +109,37 @@ def test_cam_with_a_linear_head_is_proportional_to_grad_cam(images):
     grad_cam = maps.grad_cam(predictor, images, CLASSES)
     np.testing.assert_allclose(pixels * grad_cam, result, rtol=1e-4, atol=1e-6)
     assert "cam" in maps.methods_for(predictor)
+
+
+def test_hires_cam_is_the_effect_of_each_pixel_of_larger_maps(predictor, images):
+    """The test measures the effect by a small change of one pixel of the feature maps of conv1."""
+    height, width = SIZE
+    pixels, image, label = height * width, images[:1], CLASSES[1]
+    run = functools.partial(stages, predictor.model, predictor.variables)
+    conv1 = np.asarray(run(jnp.array(image), predictor.preprocessing)["conv1"])
+    assert conv1.shape[1:3] == SIZE
+    change = jnp.array(1e-2 * np.eye(pixels).reshape(pixels, height, width, 1) * conv1)
+    copies = jnp.repeat(image, pixels, axis=0)
+    more, less = (
+        np.asarray(run(copies, predictor.preprocessing, {"conv1": sign * change})["logits"])
+        for sign in (1, -1)
+    )
+    effect = (more - less)[:, label].reshape(1, *SIZE) / 2e-2
+    result = maps.hires_cam(predictor, image, np.array([label], np.int32))
+    assert (effect > 0.01).any()
+    assert (effect < -0.01).any()
+    # A few pixels differ more, because the change of the pixel changes the maximum of a pool.
+    error = np.abs(result - np.maximum(effect, 0))
+    assert np.quantile(error, 0.9) < 0.002 < 0.01 * effect.max()
+
+
+def test_hires_cam_uses_the_last_maps_if_none_is_larger(images):
+    predictor = make_predictor(features=(4,))
+    feature_maps, gradients = _maps_and_gradients(predictor, images, CLASSES, stage="conv1")
+    assert (gradients < 0).any()
+    expected = np.maximum((gradients * feature_maps).sum(-1), 0)
+    result = maps.hires_cam(predictor, images, CLASSES)
+    np.testing.assert_allclose(result, _enlarged(expected), rtol=1e-4, atol=1e-7)
 
 
 def test_cam_is_refused_with_a_hidden_layer(predictor, images):
@@ -210,7 +242,7 @@ def test_maps_are_finite_for_extreme_weights_and_images(name, images):
 
 def test_more_images_than_a_batch_have_the_same_maps(predictor, monkeypatch, images):
     expected = maps.grad_cam(predictor, images, CLASSES)
-    monkeypatch.setattr(maps, "_PIXELS_PER_BATCH", 2 * SIZE[0] * SIZE[1])
+    monkeypatch.setattr(maps, "_FEATURE_MAP_PIXELS_PER_BATCH", 2 * SIZE[0] * SIZE[1])
     np.testing.assert_allclose(
         maps.grad_cam(predictor, images, CLASSES), expected, rtol=1e-5, atol=1e-7
     )

@@ -78,6 +78,8 @@ _FUNCTIONS = {
     "strided slice": lambda x: lax.slice(
         _float(x), (0, 1, 0, 1), (x.shape[0], 4, 6, 3), (1, 2, 3, 1)
     ),
+    "reversed": lambda x: lax.rev(_float(x), (1, 2)),
+    "reversed after a transposition": lambda x: lax.rev(_float(x).transpose(0, 3, 1, 2), (2,)),
     "concatenated": lambda x: jnp.concatenate([_float(x), _convolve(x)], -1),
     "padded": lambda x: lax.pad(_convolve(x), 0.5, ((0, 0, 0), (1, 2, 0), (0, 1, 0), (0, 0, 0))),
     "convolution": lambda x: _convolve(x, window_strides=(2, 1)),

@@ -1,7 +1,12 @@
 import numpy as np
 import pytest
 
-from cnn_jax.inference.batching import map_batches, next_power_of_two, split_batches
+from cnn_jax.inference.batching import (
+    join_batches,
+    map_batches,
+    next_power_of_two,
+    split_batches,
+)
 
 
 def test_rows_are_those_of_the_function_in_order():
@@ -52,3 +57,13 @@ def test_no_batches_give_no_rows():
 @pytest.mark.parametrize(("count", "power"), [(0, 1), (1, 1), (2, 2), (3, 4), (64, 64), (65, 128)])
 def test_next_power_of_two(count, power):
     assert next_power_of_two(count) == power
+
+
+@pytest.mark.parametrize("sizes", [(3, 0, 1, 5), (4, 4), (1,), ()])
+def test_joined_batches_have_the_rows_of_all_arrays(sizes):
+    rows = np.arange(2 * sum(sizes)).reshape(-1, 2)
+    arrays = iter(np.split(rows, np.cumsum(sizes)[:-1]) if sizes else [])
+    batches = list(join_batches(arrays, 4))
+    assert all(len(batch) == 4 for batch in batches[:-1])
+    assert [row.tolist() for batch in batches for row in batch] == rows.tolist()
+    assert not batches or 1 <= len(batches[-1]) <= 4

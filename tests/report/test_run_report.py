@@ -442,6 +442,23 @@ def test_network_at_chance_passes_no_map_check(run, monkeypatch):
         assert (text.count("No verdict on the methods: the network is") > 0) != beats_chance
 
 
+@pytest.mark.parametrize(
+    ("passes", "expected"),
+    [
+        ((True, True), "grad_cam"),
+        ((False, True), "hires_cam"),
+        ((False, False), "grad_cam"),
+        ((None, None), "grad_cam"),
+    ],
+)
+def test_maps_are_those_of_the_first_method_that_passes(passes, expected):
+    judged = {
+        name: {"randomization": {"passes": is_passed}, "insertion": {"passes": not is_passed}}
+        for name, is_passed in zip(("grad_cam", "hires_cam"), passes, strict=True)
+    }
+    assert run_report.explanations._choose_method(judged) == expected
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_time_after_training_is_shown_and_kept(run):
     write_report(run, detail="figures", after_training=True)
@@ -475,8 +492,8 @@ def test_device_of_training_is_kept(run):
 def test_maps_are_shown_beside_the_images(run, monkeypatch):
     calls = []
 
-    def maps(predictor, images, classes):
-        calls.append((images.shape, images.dtype, len(classes)))
+    def maps(predictor, images, classes, method):
+        calls.append((images.shape, images.dtype, len(classes), method))
         return np.broadcast_to(np.linspace(0, 1, 16, dtype=np.float32), images.shape[:3])
 
     monkeypatch.setattr(run_report.explanations, "maps", maps)
@@ -485,7 +502,7 @@ def test_maps_are_shown_beside_the_images(run, monkeypatch):
     write_report(run)
     figures = _metrics(run)
     shown = {example["picture"] for example in sections.examples(figures)}
-    assert calls == [((len(shown), 16, 16, 3), np.uint8, len(shown))]
+    assert calls == [((len(shown), 16, 16, 3), np.uint8, len(shown), "grad_cam")]
     for name in shown:
         path = run / "report" / name
         image = Image.open(path)

@@ -705,11 +705,11 @@ def test_a_known_network_is_not_timed_again():
 def test_maps_are_compiled_before_a_version_serves(monkeypatch):
     counts = []
 
-    def grad_cam(predictor, images, classes):
+    def mean_grad_cam(members, images, classes):
         counts.append(len(images))
         return np.zeros((len(images), 16, 16), np.float32)
 
-    monkeypatch.setattr(maps, "grad_cam", grad_cam)
+    monkeypatch.setattr(maps, "mean_grad_cam", mean_grad_cam)
     make_version("shapes", 1, make_bundle(), "digest", 10**6, (1,))
     assert counts == [1]
 

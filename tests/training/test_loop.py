@@ -16,6 +16,7 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from conftest import REPOSITORY, write_images
 from PIL import Image
@@ -142,6 +143,24 @@ def test_the_bundle_has_the_batch_statistics_of_its_own_parameters(finished):
     A running average would also contain the batch statistics of earlier parameters.
     """
     workdir, config, _ = finished
+    _assert_own_statistics(workdir, config)
+
+
+def test_an_average_of_the_parameters_has_its_own_batch_statistics(image_folder, tmp_path):
+    """The bundle has the average in the checkpoint of the best epoch."""
+    config = _tiny(image_folder, **{"train.ema": 0.9, "train.epochs": 2})
+    train_and_evaluate(config, tmp_path / "run")
+    _assert_own_statistics(tmp_path / "run", config)
+    found = read_bundle(tmp_path / "run" / "bundle").variables["params"]
+    best = max(_history(tmp_path / "run"), key=lambda record: record["validation_accuracy"])
+    saved = ocp.StandardCheckpointer().restore(
+        (tmp_path / "run" / "checkpoints" / str(best["step"]) / "state").resolve()
+    )
+    jax.tree.map(np.testing.assert_array_equal, saved["average"], found)
+    assert not np.array_equal(saved["params"]["head"]["kernel"], found["head"]["kernel"])
+
+
+def _assert_own_statistics(workdir, config):
     predictor = BundlePredictor.load(workdir / "bundle")
     dataset = open_as_trained(predictor)
     found = predictor.variables
@@ -281,8 +300,8 @@ def test_an_infinite_loss_stops_the_run_and_keeps_checkpoints(image_folder, tmp_
     config = _tiny(image_folder)
     real_step = TrainStep.__call__
 
-    def poisoned(self, state, batch):
-        state, metrics = real_step(self, state, batch)
+    def poisoned(self, state, batch, extra):
+        state, metrics = real_step(self, state, batch, extra)
         bad = state.step == 9  # Step 9 is in the second epoch.
         return state, metrics.replace(
             loss_sum=jax.numpy.where(bad, jax.numpy.nan, metrics.loss_sum)
@@ -320,9 +339,9 @@ def test_parameters_that_diverge_are_never_saved(image_folder, tmp_path, epochs)
 def test_an_interruption_after_divergence_saves_nothing(image_folder, tmp_path, monkeypatch):
     real_step = TrainStep.__call__
 
-    def diverge(self, state, batch):
+    def diverge(self, state, batch, extra):
         # The loss of a step is computed before the update, so the loss stays finite.
-        state, metrics = real_step(self, state, batch)
+        state, metrics = real_step(self, state, batch, extra)
         return state.replace(params=jax.tree.map(lambda leaf: leaf / 0, state.params)), metrics
 
     @contextlib.contextmanager
@@ -817,6 +836,33 @@ def test_the_head_is_not_copied_for_other_classes(finished, tmp_path, capfd):
     )
     np.testing.assert_allclose(old["conv1"]["kernel"], new["conv1"]["kernel"], atol=1e-6)
     assert not np.allclose(old["head"]["kernel"], new["head"]["kernel"], atol=1e-2)
+
+
+def test_the_split_seed_keeps_the_splits_of_another_training_seed(image_folder, tmp_path):
+    changes = {"train.epochs": 1, "data.stratify": "stable", "report.detail": "none"}
+    for name, seeds in (
+        ("first", {"seed": 1}),
+        ("same_splits", {"seed": 2, "data.split_seed": 1}),
+        ("other_splits", {"seed": 2}),
+    ):
+        train_and_evaluate(_tiny(image_folder, **changes, **seeds), tmp_path / name)
+    first, same, other = (
+        read_bundle(tmp_path / name / "bundle") for name in ("first", "same_splits", "other_splits")
+    )
+    assert same.data == first.data
+    assert same.data["division"]["seed"] == 1
+    assert other.data["fingerprint"] != first.data["fingerprint"]
+    kernels = [bundle.variables["params"]["conv1"]["kernel"] for bundle in (first, same, other)]
+    assert not np.array_equal(kernels[0], kernels[1])
+    assert np.array_equal(*(report_ids(tmp_path / name) for name in ("first", "same_splits")))
+    with pytest.raises(ConfigError, match=r"another configuration \(data.split_seed: 1 -> -1"):
+        train_and_evaluate(_tiny(image_folder, **changes, seed=2), tmp_path / "same_splits")
+
+
+def report_ids(run):
+    """Returns the ids of a run's test examples."""
+    lines = (run / "report" / "predictions.csv").read_text().splitlines()[1:]
+    return [line.partition(",")[0] for line in lines]
 
 
 def test_weights_of_another_network_are_refused(finished, image_folder, tmp_path):

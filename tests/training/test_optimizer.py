@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from cnn_jax.models.cnn import CNN
 from cnn_jax.training.optimizer import (
@@ -33,6 +34,28 @@ def test_warm_up_is_linear_and_the_cosine_follows():
 def test_equal_learning_rates_are_constant():
     schedule = make_schedule(1e-4, 1e-4, total_steps=10)
     np.testing.assert_allclose([schedule(step) for step in range(12)], 1e-4, rtol=1e-6)
+
+
+def test_one_cycle_rises_from_a_25th_and_falls_along_cosines():
+    schedule = make_schedule(0.5, 1e-3, total_steps=100, shape="one_cycle")
+    steps = np.arange(120)
+    rise = 0.02 + 0.48 * (1 - np.cos(np.pi * np.minimum(steps, 30) / 30)) / 2
+    fall = 1e-3 + 0.499 * (1 + np.cos(np.pi * (np.clip(steps, 30, 100) - 30) / 70)) / 2
+    expected = np.where(steps < 30, rise, fall)
+    np.testing.assert_allclose([schedule(step) for step in steps], expected, rtol=1e-5)
+
+
+def test_one_cycle_equals_the_schedule_of_optax():
+    schedule = make_schedule(0.5, 0.5 / 25 / 1e4, total_steps=57, shape="one_cycle")
+    other = optax.cosine_onecycle_schedule(57, 0.5)
+    for step in range(60):
+        assert float(schedule(step)) == pytest.approx(float(other(step)), rel=1e-5, abs=1e-8)
+
+
+def test_warm_up_is_the_rise_of_one_cycle_and_zero_its_end():
+    schedule = make_schedule(1.0, 0.0, total_steps=20, warmup_steps=15, shape="one_cycle")
+    values = [float(schedule(step)) for step in (0, 15, 20, 30)]
+    assert values == pytest.approx([0.04, 1.0, 0.0, 0.0], abs=1e-7)
 
 
 def _params():
@@ -115,6 +138,57 @@ def test_weight_decay_equals_adamw_in_float64():
         theta["bias"] -= 0.01 * step  # Biases do not decay.
     for name in params:
         np.testing.assert_allclose(params[name], theta[name], rtol=1e-5)
+
+
+def _gradient(t):
+    # In step 4, the moments of the last element have another sign than its gradient.
+    return np.array([t, -0.1 * t**2, 1.0 if t < 4 else -0.2])
+
+
+def _five_steps(optimizer, start):
+    params = {"kernel": jnp.array(start)}
+    state = optimizer.init(params)
+    for t in range(1, 6):
+        gradient = {"kernel": jnp.array(_gradient(t))}
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    return params["kernel"]
+
+
+def test_sgd_equals_gradient_descent_with_momentum_and_penalty():
+    """The step is v = 0.8 v + gradient + l2 * kernel, then kernel -= 0.01 (v + decay * kernel)."""
+    start = np.array([1.0, -2.0, 0.5])
+    optimizer = make_optimizer(
+        optax.constant_schedule(0.01), l2=0.2, name="sgd", momentum=0.8, weight_decay=0.3
+    )
+    theta, velocity = start.copy(), np.zeros(3)
+    for t in range(1, 6):
+        velocity = 0.8 * velocity + _gradient(t) + 0.2 * theta
+        theta -= 0.01 * (velocity + 0.3 * theta)
+    np.testing.assert_allclose(_five_steps(optimizer, start), theta, rtol=1e-5)
+
+
+def test_lion_equals_its_paper():
+    """Five steps equal Lion (Chen et al. 2023, algorithm 2), computed in float64."""
+    start = np.array([1.0, -2.0, 0.5])
+    optimizer = make_optimizer(optax.constant_schedule(0.01), l2=0.0, name="lion", weight_decay=0.3)
+    theta, m = start.copy(), np.zeros(3)
+    for t in range(1, 6):
+        gradient = _gradient(t)
+        theta -= 0.01 * (np.sign(0.9 * m + 0.1 * gradient) + 0.3 * theta)
+        m = 0.99 * m + 0.01 * gradient
+    np.testing.assert_allclose(_five_steps(optimizer, start), theta, rtol=1e-5)
+
+
+def test_adamw_is_adam_with_weight_decay():
+    start = np.array([1.0, -2.0, 0.5])
+    first, second = (
+        _five_steps(
+            make_optimizer(optax.constant_schedule(0.01), 0.0, name=name, weight_decay=0.3), start
+        )
+        for name in ("adam", "adamw")
+    )
+    np.testing.assert_array_equal(first, second)
 
 
 def test_each_stage_has_its_own_learning_rate():

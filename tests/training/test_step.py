@@ -458,6 +458,47 @@ def test_each_part_of_a_batch_is_mixed_within_itself():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), after.params, expected)
 
 
+# Tests of the moving average of the parameters.
+
+
+def test_the_average_is_computed_from_the_parameters_of_each_step():
+    """The decays of three steps with a limit of 0.15 are 1/10, 0.15 and 0.15."""
+    step = jax.jit(_train_step(ema=0.15))
+    state = _train_step(ema=0.15).init_state()
+    assert_trees_equal(state.average, state.params)
+    expected = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.params)
+    for i, decay in enumerate((0.1, 0.15, 0.15)):
+        state, _ = step(state, _batch(seed=i))
+        expected = jax.tree.map(
+            lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new), expected, state.params
+        )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7),
+        state.average,
+        expected,
+    )
+    assert state.variables["params"] is state.average
+
+
+def test_an_average_does_not_change_the_training():
+    averaged, losses = _run(
+        3, _train_step(ema=0.9, seed=0).init_state(), jax.jit(_train_step(ema=0.9))
+    )
+    plain, plain_losses = _run(3)
+    assert losses == plain_losses
+    assert_trees_equal(averaged.params, plain.params)
+    assert plain.variables["params"] is plain.params
+
+
+def test_the_average_starts_from_replaced_parameters_in_other_memory():
+    """The state is donated, and a buffer cannot be donated twice."""
+    state = _train_step(ema=0.9).init_state()
+    params = jax.tree.map(lambda leaf: leaf + 1, state.params)
+    state = state.with_params(params)
+    assert_trees_equal(state.average, params)
+    jax.jit(_train_step(ema=0.9), donate_argnums=0)(state, _batch())
+
+
 # Tests of frozen parameters and of additional loss terms.
 
 
@@ -500,7 +541,7 @@ def test_an_extra_loss_is_added_for_each_example():
     model = MODEL.clone(dropout=0.0)
     teacher_kernel = np.random.default_rng(0).normal(size=(8 * 8 * 3, 3)).astype(np.float32)
 
-    def distil(images, logits):
+    def distil(images, logits, _):
         teacher = jax.nn.softmax(images.reshape(len(images), -1) @ teacher_kernel)
         return -0.7 * jnp.sum(teacher * jax.nn.log_softmax(logits), axis=-1)
 
@@ -521,7 +562,7 @@ def test_an_extra_loss_is_added_for_each_example():
         variables = {"params": params, "batch_stats": state.batch_stats}
         images = (batch["image"].astype(np.float32) - 127.5) / 127.5
         logits, _ = model.apply(variables, images, train=True, mutable=["batch_stats"])
-        return jnp.sum(jnp.where(batch["mask"], distil(images, logits), 0)) / 6
+        return jnp.sum(jnp.where(batch["mask"], distil(images, logits, None), 0)) / 6
 
     expected = jax.tree.map(
         lambda a, g: a - g, plain_update, jax.jit(jax.grad(extra))(state.params)

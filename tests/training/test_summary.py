@@ -39,6 +39,23 @@ def test_accumulation_asks_the_network_for_batch_norm(batch_norm):
     assert ("BatchNorm" in line) == batch_norm
 
 
+def test_the_plan_names_the_options_of_training():
+    config = default.get_config()
+    assert summary._options(config) == ""
+    config.update_from_flattened_dict(
+        {
+            "optimizer.name": "sgd",
+            "optimizer.schedule": "one_cycle",
+            "train.ema": 0.999,
+            "distill.bundles": "runs/a,runs/b",
+        }
+    )
+    assert summary._options(config) == (
+        "\nsgd with the one-cycle schedule\naveraged weights (decay 0.999)"
+        "\n2 teachers with weight 0.5"
+    )
+
+
 @pytest.mark.parametrize(
     ("source", "images", "changes", "expected"),
     [

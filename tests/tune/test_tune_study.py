@@ -180,6 +180,16 @@ def test_a_different_study_with_the_same_name_is_refused(tmp_path, log, trainer,
     assert len(run(make_plan(tmp_path, trials=9)).trials) == 9
 
 
+def test_a_study_from_before_a_key_existed_goes_on(tmp_path, log, trainer):
+    study = run(make_plan(tmp_path, trials=2))
+    definition = dict(study.user_attrs["definition"])
+    assert definition.pop("config.data.split_seed") == "-1"
+    study.set_user_attr("definition", definition)
+    assert len(run(make_plan(tmp_path, trials=3)).trials) == 3
+    with pytest.raises(ConfigError, match=r"\(config.data.split_seed: -1 -> 5\)"):
+        run(make_plan(tmp_path, trials=4, config={"data.split_seed": 5}))
+
+
 def test_different_data_is_refused(tmp_path, log, monkeypatch):
     install(monkeypatch.setattr, fingerprint="of red images")
     run(make_plan(tmp_path))

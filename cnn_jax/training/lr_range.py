@@ -1,0 +1,202 @@
+"""The learning-rate range test: a short training with a learning rate that grows exponentially.
+
+Smith 2017, "Cyclical Learning Rates for Training Neural Networks", section 3.3.
+"""
+
+import dataclasses
+import math
+import pathlib
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Float
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from cnn_jax.config import schema
+from cnn_jax.config.resolve import resolve
+from cnn_jax.config.schema import Config
+from cnn_jax.data import pipeline
+from cnn_jax.data.augment import Augmentation
+from cnn_jax.models.network import make_model
+from cnn_jax.report import style
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import TrainingError
+from cnn_jax.training import initial_weights
+from cnn_jax.training.distillation import open_teachers
+from cnn_jax.training.loop import open_dataset
+from cnn_jax.training.programs import Programs, make_train_step
+
+# Losses are averaged over this fraction of the steps, half of them before a step.
+_WINDOW = 0.1
+# The test ends when the mean loss of a window is this many times that of the first window.
+_DIVERGENCE = 1.5
+# The suggestion is the learning rate of divergence, divided by this number.
+_SAFETY = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRates:
+    """The losses of a range test, and the learning rates that follow from them.
+
+    Attributes:
+      rates: The learning rate of each step, in ascending order.
+      losses: The training loss of each step.
+      smoothed: The mean loss of the steps around each step.
+      steepest: The learning rate at which the loss falls fastest, per factor of the rate.
+      divergence: The learning rate from which on the loss is larger than at the start; None if it
+        stays smaller.
+    """
+
+    rates: Float[np.ndarray, " steps"]
+    losses: Float[np.ndarray, " steps"]
+    smoothed: Float[np.ndarray, " steps"]
+    steepest: float
+    divergence: float | None
+
+    @property
+    def suggestion(self) -> float:
+        """A tenth of the rate of divergence; without divergence, the steepest rate."""
+        return self.divergence / _SAFETY if self.divergence else self.steepest
+
+    def describe(self) -> str:
+        """Describes the result in one line."""
+        end = (
+            f"training diverges at {self.divergence:.2g}"
+            if self.divergence
+            else f"training does not diverge up to {self.rates[-1]:.2g}"
+        )
+        return (
+            f"--config.optimizer.learning_rate={self.suggestion:.2g} (the loss falls fastest at "
+            f"{self.steepest:.2g}; {end})"
+        )
+
+
+def analyse(
+    rates: Float[np.ndarray, " steps"],
+    losses: Float[np.ndarray, " steps"],
+    not_finite_at: float | None = None,
+) -> LearningRates:
+    """Returns the learning rates that follow from the losses of a range test.
+
+    Args:
+      rates: The learning rates, at least three; their logarithms have equal distances.
+      losses: The training loss at each rate, finite.
+      not_finite_at: The next learning rate, if the loss is not finite there.
+    """
+    half = max(1, round(len(losses) * _WINDOW / 2))
+    smoothed = np.array(
+        [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
+    )
+    lowest = int(np.argmin(smoothed))
+    # After the minimum, a loss that jumps up and down can fall faster than before.
+    falls = smoothed[: lowest + 1]
+    changes = [falls[min(i + half, lowest)] - falls[max(i - half, 0)] for i in range(len(falls))]
+    too_large = np.flatnonzero(smoothed[lowest:] > smoothed[0])
+    return LearningRates(
+        rates=rates,
+        losses=losses,
+        smoothed=smoothed,
+        steepest=float(rates[np.argmin(changes)]),
+        divergence=float(rates[lowest + too_large[0]]) if len(too_large) else not_finite_at,
+    )
+
+
+def measure(config: Config, steps: int, low: float, high: float, console: Console) -> LearningRates:
+    """Trains with a learning rate that grows from `low` to `high`, until the loss diverges.
+
+    The schedule of the configuration is not used; everything else is as in a run.
+
+    Args:
+      config: A configuration.
+      steps: The number of steps, 20 or more.
+      low: The learning rate of the first step.
+      high: The learning rate of the last step, above `low`.
+      console: Shows the progress.
+
+    Raises:
+      ConfigError: A key is wrong.
+      DataError: The data cannot be used.
+      TrainingError: The loss is not finite in the first steps.
+    """
+    schema.validate(config, jax.device_count())
+    config = resolve(config)
+    weights = initial_weights.open_initial_weights(config)
+    dataset = open_dataset(config, console.track)
+    class_names = dataset.source.class_names
+    model = make_model(
+        config.model.to_dict(), len(class_names), config.precision, config.train.from_stage
+    )
+    rates = np.geomspace(low, high, steps)
+    schedule = optax.exponential_decay(low, steps - 1, high / low)
+    distillation, teachers = open_teachers(config, dataset) or (None, None)
+    step = make_train_step(config, model, schedule, dataset, distillation)
+    programs = Programs(step, config.train.batch_size, config.mesh.model)
+    state = programs.init_state()
+    if weights is not None:
+        state, _ = initial_weights.start_from(weights, config, state, class_names)
+    to_devices = programs.layout.to_all_devices
+    teachers = jax.tree.map(to_devices, teachers)
+    pixels = dataset.loader.pixels if dataset.loader.on_device else None
+    pixels = None if pixels is None else to_devices(pixels)
+    stream = pipeline.training_batches(
+        dataset.loader,
+        dataset.splits["train"],
+        batch_size=config.train.batch_size,
+        augmentation=Augmentation.from_config(config.augment),
+        place=config.augment.place,
+        seed=config.seed,
+        stop=steps,
+        balanced=config.train.balance == "sampling",
+    )
+    losses: list[float] = []
+    window, not_finite_at = round(steps * _WINDOW), None
+    with stream as batches:
+        for batch in console.track(batches, "testing learning rates", steps):
+            program, arrays = programs.send([batch])
+            state, metrics = program(state, arrays, pixels, teachers)
+            loss = float(jax.device_get(metrics.loss_sum).sum()) / config.train.batch_size
+            if not math.isfinite(loss):
+                not_finite_at = float(rates[len(losses)])
+                break
+            losses.append(loss)
+            if np.mean(losses[-window:]) > _DIVERGENCE * np.mean(losses[:window]):
+                break
+    if len(losses) <= window or np.mean(losses[:window]) > 2 * losses[0]:
+        raise TrainingError(
+            f"the training diverges at once, at a learning rate of {low:g}; use a smaller --low"
+        )
+    return analyse(rates[: len(losses)], np.array(losses), not_finite_at)
+
+
+def draw(result: LearningRates, path: pathlib.Path) -> None:
+    """Draws the losses, and marks the suggestion, as a PNG file."""
+    theme = style.THEMES[0]
+    figure = Figure(figsize=(5.0, 3.4), dpi=style.DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = style.plain(figure.subplots(), theme)
+    axes.plot(result.rates, result.losses, color=theme.line, linewidth=1, label="each step")
+    axes.plot(result.rates, result.smoothed, color=theme.accent, label="mean")
+    axes.axvline(result.suggestion, color=theme.ink, linewidth=0.9, linestyle=(0, (2, 2)))
+    axes.annotate(
+        f"suggestion: {result.suggestion:.2g}",
+        (result.suggestion, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        ha="center",
+        size=style.TEXT_SIZE,
+        color=theme.ink,
+    )
+    lowest, start = result.losses.min(), max(result.smoothed[0], result.losses[0])
+    margin = start - lowest
+    axes.set(
+        xscale="log",
+        ylim=(lowest - 0.05 * margin, start + 0.3 * margin),
+        xlabel="learning rate",
+        ylabel="training loss (nats)",
+    )
+    axes.minorticks_off()
+    style.legend(axes, theme, loc="lower left")
+    figure.savefig(path)
