@@ -37,7 +37,7 @@ from cnn_jax.serve.limits import Limits
 from cnn_jax.serve.loader import BundleSource, DesiredState, Loader, Source
 from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.service import AVAILABLE, END, LOADING, Models, Service
-from cnn_jax.serve.versions import make_version
+from cnn_jax.serve.versions import Version, make_version
 from cnn_jax.system.errors import BundleError
 
 PREDICT = "token-of-a-client-01"
@@ -340,10 +340,13 @@ def test_a_slow_load_delays_no_other_version(monkeypatch, caplog):
 
 
 def make_fake_version(model, number, bundle, digest, *_):
-    """Returns an object in place of a version, without compiling a network."""
-    return types.SimpleNamespace(
-        model=model, number=number, digest=digest, class_names=["a"], in_use=0
+    """Returns a version without programs, in place of `make_version`."""
+    version = object.__new__(Version)
+    predictor = types.SimpleNamespace(class_names=["a"])
+    version.__dict__.update(
+        model=model, number=number, digest=digest, predictor=predictor, in_use=0
     )
+    return version
 
 
 _FAILED_ONCE = b'cnn_jax_loads_total{model="shapes",outcome="failed"} 1.0'
@@ -691,11 +694,8 @@ def test_a_known_network_is_not_timed_again():
     image = np.zeros((2, 16, 16, 3), np.uint8)
     rows = [output.probabilities for output in second.predict_program.run(image)]
     np.testing.assert_allclose(rows, BundlePredictor(make_bundle(2))(image), atol=1e-6)
-    ((*_, own),), ((*_, other),) = (
-        second.explain_program.run(image[:1]),
-        first.explain_program.run(image[:1]),
-    )
-    assert not np.array_equal(own, other)
+    (own,), (other,) = (version.explain_program.run(image[:1]) for version in (second, first))
+    assert not np.array_equal(own.explanation, other.explanation)
     wider = make(3, make_bundle(3, ("a", "b", "c", "d")), [first, second])
     assert wider.predict_program.seconds is not first.predict_program.seconds
     larger = make_version("shapes", 4, make_bundle(1), "digest", 10**6, (1, 2, 4), [first])
