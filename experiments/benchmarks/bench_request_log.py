@@ -111,6 +111,7 @@ def make_rows(count: int) -> list[dict[str, Any]]:
     rest = {"unit": None, "arm": "champion", "model": "flowers", "version": 1}
     rest |= {"digest": "d" * 64, "class": "rose", "confidence": 0.5, "image": None}
     rest |= {"brightness": 100.0, "sharpness": 10.0, "contrast": 50.0, "image_index": 0}
+    rest |= {"milliseconds": 5.0, "shadow_of": None}
     now = round(1e6 * time.time())
     return [
         {

@@ -279,6 +279,8 @@ MUTATIONS = [
     ("system/cli.py", "error.end = error.start + 1", "pass", "system/test_cli.py"),
     ("serve/engine.py", "self.seconds[size] / min(size, count)", "self.seconds[size]", "serve/test_engine.py"),
     ("serve/engine.py", "max(0.0, deadline - time.monotonic())", "9.0", "serve/test_engine.py"),
+    ("serve/engine.py", "end - image.request.start", "0.0", "serve/test_split.py"),
+    ("data/request_log.py", 'if (pathlib.Path(folder) / "failures").exists() else ()', "", "experiment/test_observations.py"),
     ("serve/engine.py", "self._large_decoders if size > LARGE_PIXELS else self._decoders", "self._decoders", "serve/test_engine.py"),
     ("serve/engine.py", "                one.clear()", "                pass", "serve/test_engine.py"),
     ("serve/engine.py", "if w.request.program is program)", ")", "serve/test_engine.py"),

@@ -87,6 +87,8 @@ def write_log(
             "brightness": predictions.images[:, 0],
             "sharpness": predictions.images[:, 1],
             "contrast": predictions.images[:, 2],
+            "milliseconds": [5.0] * count,
+            "shadow_of": [None] * count,
             "image": [image] * count,
         }
     )
