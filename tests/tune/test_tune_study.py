@@ -117,7 +117,11 @@ def test_a_trial_does_not_use_the_test_split(tmp_path, log, trainer):
     base = dict(schema.leaves(plan.config))
     assert len(trainer.configs) == 5
     for number, config in trainer.configs.items():
-        own = {"report.splits": ("validation",), "report.detail": "none"}
+        own = {
+            "report.splits": ("validation",),
+            "report.detail": "none",
+            "report.reference": False,
+        }
         assert dict(schema.leaves(config)) == base | study.trials[number].params | own
     assert study.trials[0].params.keys() == SPACE.keys()
     # The first trial has the configuration's values, except for its batch size, which is not in the
