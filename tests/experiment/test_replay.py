@@ -17,8 +17,8 @@ from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import ConfigError, DataError
 
-# Seconds from `START` until after the versions are added. A day, because other tests may run between
-# the import of this module and the creation of the registry.
+# Seconds from `START` until after the versions are added. Other tests may run for hours between the
+# import of this module and the creation of the registry.
 SOON = time.time() - START + DAY
 
 
