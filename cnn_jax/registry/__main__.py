@@ -16,9 +16,10 @@ DIR is a folder, or a URL such as s3://BUCKET/PATH, gs://BUCKET/PATH or az://CON
 --registry, DIR is the value of the environment variable CNN_JAX_REGISTRY. A command that changes
 the registry prints one line. `verify` reads the files of all versions, reports each version as
 unchanged or damaged, and exits with 1 if a version is damaged; it also names folders that belong to
-no version. `fetch` copies a bundle into FOLDER and prints the path of the copy; MODEL without a
-version selects the version with the alias "champion". `export` registers versions and aliases in
-MLflow, so that `mlflow.pyfunc.load_model` and `mlflow models serve` answer with them.
+no version. `fetch` copies a bundle into FOLDER and prints the path of the copy. `export` registers
+a version and its aliases in MLflow, so that `mlflow.pyfunc.load_model` and `mlflow models serve`
+answer with it. For `fetch` and `export`, MODEL without a version is the version with the alias
+"champion".
 """
 
 import argparse
@@ -36,6 +37,7 @@ from cnn_jax.registry.ledger import CHAMPION, Entry, Evidence, Gates, Model, Reg
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
 from cnn_jax.system.errors import BundleError, ConfigError, printable
+from cnn_jax.system.text import facts as align
 from cnn_jax.system.text import terminal_width, wrap
 
 _VARIABLE = "CNN_JAX_REGISTRY"
@@ -80,14 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     rollback.add_argument("model", type=_model, metavar="MODEL")
     remove = command("remove", _remove, "remove a version without an alias, or an alias")
     remove.add_argument("model", type=_model, metavar="MODEL")
-    remove.add_argument("version", type=_version, nargs="?", metavar="VERSION")
+    remove.add_argument("version", type=ledger.parse_version, nargs="?", metavar="VERSION")
     verify = command("verify", _verify, "check the files of all versions, or of one model")
     verify.add_argument("model", type=_model, nargs="?", metavar="MODEL")
     fetch = command("fetch", _fetch, "copy a version's bundle into a folder, and print its path")
-    export = command("export", _export, "register versions and aliases in MLflow")
+    export = command("export", _export, "register a version and its aliases in MLflow")
 
     for subparser in (show, fetch, export):
-        subparser.add_argument("reference", type=_reference, metavar="MODEL[@ALIAS|/VERSION]")
+        subparser.add_argument(
+            "reference", type=ledger.parse_reference, metavar="MODEL[@ALIAS|/VERSION]"
+        )
     fetch.add_argument(
         "folder", type=cli.path, metavar="FOLDER", help="created if it does not exist"
     )
@@ -104,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     rollback.add_argument(
         "--from",
         dest="current",
-        type=_version,
+        type=ledger.parse_version,
         metavar="VERSION",
         help="refuse unless the alias points to this version now",
     )
@@ -126,26 +130,18 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
     promote.add_argument("model", type=_model, metavar="MODEL")
     promote.add_argument(
         "version",
-        type=_version_or_alias,
+        type=ledger.parse_version_or_alias,
         metavar="VERSION",
         help="the number of the version, or one of its aliases",
     )
     _alias_flag(promote)
     for metric in ("accuracy", "precision", "recall", "f1"):
-        promote.add_argument(
-            f"--min_{metric}",
-            f"--min-{metric}",
-            type=cli.fraction,
-            metavar="FRACTION",
-            help=f"refuse a version with a lower test {metric}, 0 to 1",
-        )
-    promote.add_argument(
-        "--max_loss",
-        "--max-loss",
-        type=cli.not_negative,
-        metavar="LOSS",
-        help="refuse a version with a higher test loss",
-    )
+        text = f"refuse a version with a lower test {metric}, 0 to 1"
+        names = f"--min_{metric}", f"--min-{metric}"
+        promote.add_argument(*names, type=cli.fraction, metavar="FRACTION", help=text)
+    text = "refuse a version with a higher test loss"
+    names = "--max_loss", "--max-loss"
+    promote.add_argument(*names, type=cli.not_negative, metavar="LOSS", help=text)
     promote.add_argument(
         "--not_worse_than",
         "--not-worse-than",
@@ -179,25 +175,6 @@ def _location(text: str) -> str:
     return text if "://" in text else cli.path(text)
 
 
-def _argparse_type(parse: Callable[[str], Any], kind: str = "") -> Callable[[str], Any]:
-    """Converts a parser that raises ConfigError to an argparse type.
-
-    Args:
-      parse: The parser.
-      kind: The argument's name at the start of the parser's errors, which is removed because
-        argparse adds the name too.
-    """
-
-    def parse_argument(text: str) -> Any:
-        try:
-            return parse(text)
-        except ConfigError as error:
-            message = str(error).removeprefix(f"{kind}: ")
-            raise argparse.ArgumentTypeError(message) from error
-
-    return parse_argument
-
-
 def _margin(text: str) -> float:
     """Parses the margin of --not_worse_than; an argparse type."""
     margin = cli.fraction(text)
@@ -206,11 +183,12 @@ def _margin(text: str) -> float:
     return margin
 
 
-_model = _argparse_type(lambda text: ledger.check_name("model", text), "model")
-_alias = _argparse_type(lambda text: ledger.check_name("alias", text), "alias")
-_version_or_alias = _argparse_type(ledger.parse_version_or_alias)
-_version = _argparse_type(ledger.parse_version, "version")
-_reference = _argparse_type(ledger.parse_reference)
+def _model(text: str) -> str:
+    return ledger.check_name("model", text)
+
+
+def _alias(text: str) -> str:
+    return ledger.check_name("alias", text)
 
 
 def _add(registry: Registry, flags: argparse.Namespace) -> None:
@@ -335,9 +313,7 @@ def _verify(registry: Registry, flags: argparse.Namespace) -> None:
 
 
 def _fetch(registry: Registry, flags: argparse.Namespace) -> None:
-    name, selector = flags.reference
-    version = registry.resolve(name, CHAMPION if selector is None else selector)
-    print(registry.fetch(version, flags.folder, is_copy=True))
+    print(registry.fetch(_version(registry, flags), flags.folder, is_copy=True))
 
 
 def _export(registry: Registry, flags: argparse.Namespace) -> None:
@@ -345,9 +321,14 @@ def _export(registry: Registry, flags: argparse.Namespace) -> None:
 
     if flags.mlflow is None:
         raise ConfigError(f"--mlflow is required, unless ${_MLFLOW_VARIABLE} is set")
-    name, selector = flags.reference
-    for line in mlflow.export_versions(registry, name, selector, flags.mlflow):
+    for line in mlflow.export_version(registry, _version(registry, flags), flags.mlflow):
         _print(line)
+
+
+def _version(registry: Registry, flags: argparse.Namespace) -> Version:
+    """Returns the version that the reference in the flags names, by default the champion."""
+    name, selector = flags.reference
+    return registry.resolve(name, CHAMPION if selector is None else selector)
 
 
 def _list(registry: Registry, flags: argparse.Namespace) -> None:
@@ -482,11 +463,7 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
 def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
     """Formats names and descriptions as two aligned columns, wrapped to a width."""
     indent = max(len(name) for name, _ in facts) + 2
-    lines = []
-    for name, text in facts:
-        first, *rest = wrap(text, None if width is None else width - indent)
-        lines += [f"{name.ljust(indent)}{first}", *(" " * indent + part.lstrip() for part in rest)]
-    return "\n".join(lines)
+    return "\n".join(align(dict(facts), width, indent))
 
 
 def _describe_model(model: Model, width: int | None) -> str:

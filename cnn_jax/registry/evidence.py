@@ -41,11 +41,8 @@ def compare_versions(
       The evidence; see `noninferiority.compare`.
 
     Raises:
-      BundleError: A version is damaged.
-      RegistryError: The alias does not exist.
-      ConfigError: The name has none of the forms of a source.
-      DataError: The data cannot be used, has a class that a version does not know, has no image
-        in the test splits of both versions, or is training data although the split is "all".
+      UserError: A version or the data cannot be used, the data has a class that a version does not
+        know, there are no images to compare, or the split "all" is training data.
     """
     reference = registry.resolve(candidate.model, alias)
     measured = []

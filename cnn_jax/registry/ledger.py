@@ -53,36 +53,23 @@ _PATH = rf"bundles/{_DIGEST}-\d{{8}}T\d{{6}}Z-[0-9a-f]{{16}}"
 
 
 class RegistryError(UserError):
-    """Raised if a registry is missing or damaged, or cannot fulfil a request.
-
-    For example, the requested version does not exist, or the requested change is not allowed.
-    """
+    """Raised if a registry is missing or damaged, or cannot fulfil a request."""
 
 
 @dataclasses.dataclass(frozen=True)
 class BundleFacts:
-    """The metadata that the log stores for a bundle.
+    """The metadata that the log stores for a bundle."""
 
-    Attributes:
-      path: The bundle's folder, relative to the registry.
-      digest: The bundle's digest, 64 hexadecimal digits.
-      size: The total size of the files in bytes.
-      classes: The number of classes.
-      image_size: (height, width) of the network's input.
-      metrics: Metrics by split and name; only finite numbers.
-      fingerprint: The fingerprint of the training data and its splits; "" if unknown.
-    """
-
-    path: str
-    digest: str
-    size: int
-    classes: int
-    image_size: tuple[int, int]
-    metrics: dict[str, dict[str, float]]
-    fingerprint: str
+    path: str  # The bundle's folder, relative to the registry.
+    digest: str  # The bundle's digest, 64 hexadecimal digits.
+    size: int  # The total size of the files in bytes.
+    classes: int  # The number of classes.
+    image_size: tuple[int, int]  # (height, width) of the network's input.
+    metrics: dict[str, dict[str, float]]  # By split and name; only finite numbers.
+    fingerprint: str  # Of the training data and its splits; "" if unknown.
 
     def test_metric(self, metric: str) -> float | None:
-        """Returns a metric of the test split, or None if the bundle does not have this metric."""
+        """Returns a metric of the test split, or None if it is unknown."""
         return self.metrics.get("test", {}).get(metric)
 
 
@@ -90,9 +77,9 @@ class BundleFacts:
 class Entry:
     """A log entry, which describes a change of the registry.
 
-    The docstring of this module explains the fields. Missing fields are None or empty. If a later
-    version of this package wrote the entry, and the entry is skippable, its action may be unknown.
-    Such an entry has only the fields up to `action`; it changes nothing.
+    The docstring of this module explains the fields. Missing fields are None or empty. An entry
+    with an unknown action, of a later version of this package, has only the fields up to `action`;
+    it changes nothing.
     """
 
     number: int
@@ -115,23 +102,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Evidence(Comparison):
-    """The comparison of a version with the version of an alias, on the same images.
+    """The comparison of a version with the version of an alias, on the same images."""
 
-    Attributes:
-      candidate: The number of the version to promote.
-      alias: The alias that the candidate is compared with.
-      reference: The number of the alias's version.
-      source: The name of the source of the images.
-      split: The split, "test" or "all".
-
-    The other attributes are those of `Comparison`.
-    """
-
-    candidate: int
-    alias: str
-    reference: int
-    source: str
-    split: str
+    candidate: int  # The number of the version to promote.
+    alias: str  # The alias that the candidate is compared with.
+    reference: int  # The number of the alias's version.
+    source: str  # The name of the source of the images.
+    split: str  # "test" or "all".
 
     def __str__(self) -> str:
         text = (
@@ -150,17 +127,11 @@ class Evidence(Comparison):
 
 @dataclasses.dataclass(frozen=True)
 class Version:
-    """A version of a model: a bundle with a number.
-
-    Attributes:
-      model: The model's name.
-      number: 1, 2, ...; a number is never used twice.
-      time, user, host, note: The fields of the log entry that added the version.
-      bundle: The metadata of the bundle.
-    """
+    """A version of a model: a bundle with a number."""
 
     model: str
-    number: int
+    number: int  # 1, 2, ...; a number is never used twice.
+    # The fields of the log entry that added the version:
     time: str
     user: str
     host: str
@@ -173,21 +144,16 @@ class Version:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model with versions and aliases.
-
-    Attributes:
-      name: The name of the model.
-      versions: The versions that were not removed, by number.
-      aliases: The history of each alias: the last number is the current version, the number
-        before it is the target of a rollback.
-      last: The largest number that was ever used.
-      experiments: All experiments by name, oldest first.
-    """
+    """A model with versions and aliases."""
 
     name: str
+    # The versions that were not removed, by number.
     versions: dict[int, Version] = dataclasses.field(default_factory=dict)
+    # The history of each alias: the last number is the current version, the number before it is the
+    # target of a rollback.
     aliases: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    last: int = 0
+    last: int = 0  # The largest number that was ever used.
+    # All experiments by name, oldest first.
     experiments: dict[str, Experiment] = dataclasses.field(default_factory=dict)
 
     @property
@@ -208,11 +174,7 @@ Models = Mapping[str, Model]
 
 
 def check_name(kind: str, name: str) -> str:
-    """Checks the name of a model or of an alias, and returns the name.
-
-    Args:
-      kind: "model" or "alias", for the error message.
-      name: The name.
+    """Returns the name of a model or of an alias; `kind` is "model" or "alias".
 
     Raises:
       ConfigError: The name is not allowed.
@@ -228,10 +190,7 @@ def check_name(kind: str, name: str) -> str:
 
 
 def parse_reference(text: str) -> tuple[str, str | int | None]:
-    """Parses a reference of the form MODEL, MODEL@ALIAS or MODEL/VERSION.
-
-    Returns:
-      The model's name, and an alias, a version number or None.
+    """Parses MODEL, MODEL@ALIAS or MODEL/VERSION to a name and an alias, a number or None.
 
     Raises:
       ConfigError: The text has none of these forms.
@@ -246,20 +205,12 @@ def parse_reference(text: str) -> tuple[str, str | int | None]:
 
 
 def parse_version_or_alias(text: str) -> str | int:
-    """Parses a version number or an alias.
-
-    Raises:
-      ConfigError: The text is neither a version number nor a valid alias.
-    """
+    """Parses a version number or an alias; raises ConfigError for other texts."""
     return parse_version(text) if text.isdecimal() else check_name("alias", text)
 
 
 def parse_version(text: str) -> int:
-    """Parses a version number, without checking that the version exists.
-
-    Raises:
-      ConfigError: The text is not a number.
-    """
+    """Parses a version number; raises ConfigError if the text is not a number."""
     # The number of digits is limited, because Python's int() raises ValueError above 4,300 digits.
     if not re.fullmatch(r"[0-9]{1,1000}", text):
         raise ConfigError(f"version: must be a number, got {text!r}")
@@ -267,11 +218,7 @@ def parse_version(text: str) -> int:
 
 
 def find(models: Models, name: str) -> Model:
-    """Returns the model with a given name.
-
-    Raises:
-      RegistryError: The model does not exist.
-    """
+    """Returns the model with a given name; raises RegistryError if it does not exist."""
     if name not in models:
         raise RegistryError(f"there is no model {printable(name)}{_suggestion(name, models)}")
     return models[name]
@@ -313,11 +260,7 @@ def _suggestion(name: str, known: Iterable[str]) -> str:
 
 
 def removable_version(models: Models, name: str, number: int) -> Version:
-    """Returns a version after checking that the version may be removed.
-
-    Raises:
-      RegistryError: The version does not exist, or an alias points to it.
-    """
+    """Returns a version; raises RegistryError if an alias or a running experiment uses it."""
     version = resolve(models, name, number)
     experiment = models[name].running_experiment
     if experiment is not None and number in experiment.versions.values():
@@ -348,12 +291,12 @@ def previous_version(models: Models, name: str, alias: str) -> Version:
 
 @dataclasses.dataclass(frozen=True)
 class Gates:
-    """The conditions that the test metrics of a version must meet before the version is promoted.
+    """The conditions that a version must meet before it is promoted.
 
     Attributes:
-      min_accuracy, min_precision, min_recall, min_f1: The least allowed value, 0 to 1; None for
-        no condition.
-      max_loss: The largest allowed loss, 0 or more; None for no condition.
+      min_accuracy, min_precision, min_recall, min_f1: The least test metric, 0 to 1; None for no
+        condition.
+      max_loss: The largest test loss, 0 or more; None for no condition.
       not_worse_than: An alias. Unless the alias is missing, or points to the version, `evidence`
         must be a comparison with the alias's version. None for no condition.
       evidence: A comparison in which the version must not be worse; see
@@ -369,12 +312,7 @@ class Gates:
     evidence: Evidence | None = None
 
     def check(self, models: Models, version: Version, alias: str) -> tuple[str, ...]:
-        """Checks that a version meets all conditions for its promotion.
-
-        Args:
-          models: The state of the registry.
-          version: The version to promote.
-          alias: The alias that will point to the version.
+        """Checks that a version meets all conditions before an alias is pointed to it.
 
         Returns:
           A description of each condition that the version meets.
@@ -419,11 +357,7 @@ def _metric_text(value: float | None) -> str:
 
 
 def apply(models: Models, entry: Entry) -> dict[str, Model]:
-    """Returns the state of a registry after the change that an entry describes.
-
-    Args:
-      models: The state before the entry; it is not modified.
-      entry: The next entry of the log.
+    """Returns the state after an entry; the state before, `models`, is not modified.
 
     Raises:
       ValueError: The entry is not valid in this state.
@@ -616,20 +550,12 @@ def parse(data: bytes) -> Entry:
         raise ValueError(f"it has no {error}") from error
     except (AttributeError, ConfigError, OverflowError, RecursionError, TypeError) as error:
         raise ValueError(str(error)) from error
-    _check_shape(entry)
-    return entry
-
-
-def _check_shape(entry: Entry) -> None:
-    """Raises ValueError if an entry lacks a field that its action needs, or has an extra field."""
-    needed = _NEEDED_FIELDS[entry.action]
-    if entry.action == "remove" and entry.alias is not None:
-        needed = ("alias", "before")
-    optional = {"promote": ("before",)}.get(entry.action, ())
+    needed = ("alias", "before") if entry.alias and action == "remove" else _NEEDED_FIELDS[action]
     for field in ("version", "alias", "before", "split", "bundle"):
         is_set, is_needed = getattr(entry, field) is not None, field in needed
-        problem = f"its {field} is {'missing' if is_needed else 'not allowed'} for {entry.action}"
-        _expect(is_set == is_needed or field in optional, problem)
+        problem = f"its {field} is {'missing' if is_needed else 'not allowed'} for {action}"
+        _expect(is_set == is_needed or (action, field) == ("promote", "before"), problem)
+    return entry
 
 
 def _facts(fields: Mapping[str, Any]) -> BundleFacts:
@@ -649,11 +575,7 @@ def _facts(fields: Mapping[str, Any]) -> BundleFacts:
 
 
 def finite_metrics(metrics: Any) -> dict[str, dict[str, float]]:
-    """Returns the finite metrics of a bundle, by split and metric name.
-
-    Args:
-      metrics: The metrics in the description of a bundle; unchecked JSON of any type.
-    """
+    """Returns the finite metrics in unchecked JSON, by split and metric name."""
     if not isinstance(metrics, dict):
         return {}
     return {

@@ -26,11 +26,10 @@ from typing import Any
 
 import cnn_jax
 from cnn_jax.config import files
-from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import METRICS, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.store import error_line, hide_passwords
-from cnn_jax.system.errors import BundleError, ConfigError, UserError
+from cnn_jax.system.errors import ConfigError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ _DIGEST_TAG = "cnn_jax.digest"
 _VERSION_TAG = "cnn_jax.version"
 _SOURCE_TAG = "mlflow.source.name"
 _TRAINING, _EXPORT = "cnn_jax train", "cnn_jax registry export"
-_MAX_PARAMS, _MAX_METRICS = 100, 1000  # MLflow's limits for one request.
+_MAX_PARAMS = 100  # MLflow's limit for one request.
 _MAX_TEXT = 6000  # MLflow's limit for the value of a parameter, in characters.
 
 
@@ -130,61 +129,40 @@ def _log_metrics(client: Any, run_id: str, values: Mapping[str, Any], step: int 
         for name, value in values.items()
         if name not in ("step", "epoch") and type(value) in (int, float) and math.isfinite(value)
     ]
-    for start in range(0, len(logged), _MAX_METRICS):
-        client.log_batch(run_id, metrics=logged[start : start + _MAX_METRICS])
+    client.log_batch(run_id, metrics=logged)
 
 
-def export_versions(
-    registry: Registry, name: str, selector: str | int | None, uri: str
-) -> Iterator[str]:
-    """Registers versions of a model, and the aliases of these versions, in MLflow.
+def export_version(registry: Registry, version: Version, uri: str) -> list[str]:
+    """Registers a version and its aliases in MLflow, under the name of its model.
 
-    Damaged versions are skipped. A version that MLflow already has is not registered again.
+    A version that MLflow already has is not registered again.
 
     Args:
-      registry: The registry to export from.
-      name: The name of the model, the same in MLflow.
-      selector: A version number, an alias, or None for all versions.
+      registry: The registry of the version.
+      version: The version.
       uri: MLflow's tracking and registry URI.
 
-    Yields:
-      A line for each version or alias that was registered, existed already, or was skipped.
+    Returns:
+      A line for the version, and a line for each alias.
 
     Raises:
       ConfigError: MLflow is not installed.
-      BundleError: A version is damaged; raised after the other versions were registered.
-      RegistryError: The version does not exist, or MLflow reports an error.
+      BundleError: The version is damaged.
+      RegistryError: MLflow reports an error.
     """
-    model = ledger.find(registry.models, name)
-    if selector is None:
-        versions = [version for _, version in sorted(model.versions.items())]
-    else:
-        versions = [registry.resolve(name, selector)]
+    name = version.model
     with _one_line_errors(uri):
         client = _client(uri)
         _create_model(client, name)
-        exported = _versions_by_digest(client, name)
-        damaged = []
-        for version in versions:
-            number = exported.get(version.bundle.digest)
-            if number is None:
-                try:
-                    number = _export_version(client, registry, version)
-                except BundleError as error:
-                    damaged.append(str(version))
-                    yield f"skipped {version}: {error}"
-                    continue
-                yield f"exported {version}: it is {name} version {number} in MLflow"
-            else:
-                yield f"{version} is already {name} version {number} in MLflow"
-            for alias in model.version_aliases(version.number):
-                yield _export_alias(client, name, alias, number)
-        if selector is None:
-            known = client.get_registered_model(name).aliases
-            for alias in sorted(known.keys() - model.aliases.keys()):
-                yield f"{name}@{alias} is in MLflow only, and was kept"
-        if damaged:
-            raise BundleError(f"not exported, because damaged: {', '.join(damaged)}")
+        found = client.search_model_versions(f"name = '{name}'")
+        numbers = {v.tags.get(_DIGEST_TAG): str(v.version) for v in found}
+        number = numbers.get(version.bundle.digest)
+        lines = [f"{version} is already {name} version {number} in MLflow"]
+        if number is None:
+            number = _export_bundle(client, registry, version)
+            lines = [f"exported {version}: it is {name} version {number} in MLflow"]
+        aliases = registry.models[name].version_aliases(version.number)
+        return lines + [_export_alias(client, name, alias, number) for alias in aliases]
 
 
 def _create_model(client: Any, name: str) -> None:
@@ -197,13 +175,7 @@ def _create_model(client: Any, name: str) -> None:
             raise
 
 
-def _versions_by_digest(client: Any, name: str) -> dict[str, str]:
-    """Returns the MLflow version number of each exported bundle of a model, by bundle digest."""
-    versions = client.search_model_versions(f"name = '{name}'")
-    return {v.tags[_DIGEST_TAG]: str(v.version) for v in versions if _DIGEST_TAG in v.tags}
-
-
-def _export_version(client: Any, registry: Registry, version: Version) -> str:
+def _export_bundle(client: Any, registry: Registry, version: Version) -> str:
     """Registers a version, and stores its bundle in a new run unless a run already has it."""
     bundle = version.bundle
     metrics = {f"test_{metric}": bundle.test_metric(metric) for metric in METRICS}
@@ -243,10 +215,7 @@ def _export_alias(client: Any, name: str, alias: str, number: str) -> str:
 def _find_run(client: Any, digest: str, source: str | None = None) -> Any:
     """Returns the finished MLflow run that has a bundle, or None.
 
-    Args:
-      client: The client of MLflow.
-      digest: The digest of the bundle.
-      source: The command that has created the run; None for any command.
+    If `source` is given, only runs of this command are searched.
     """
     condition = f"tags.`{_DIGEST_TAG}` = '{digest}' and attributes.status = 'FINISHED'"
     if source is not None:
@@ -339,11 +308,7 @@ def _client(uri: str) -> Any:
 
 @contextlib.contextmanager
 def _one_line_errors(uri: str) -> Iterator[None]:
-    """Converts errors of MLflow, its database and its artifact store to one-line errors.
-
-    MLflow and these libraries raise exceptions of many types. Therefore every exception except
-    UserError is converted.
-    """
+    """Converts all errors of MLflow, its database and its storage to one-line errors."""
     # Hide MLflow's warnings about failed connections to a database, because MLflow also raises the
     # last error.
     logging.getLogger("mlflow").setLevel(logging.ERROR)

@@ -35,7 +35,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cnn_jax.inference.bundle_files import listed_files
+from cnn_jax.inference.bundle_files import file_sha256, listed_files
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import (
     CHAMPION,
@@ -73,17 +73,11 @@ Decide = Callable[[ledger.Models], dict[str, Any] | None]
 
 @dataclasses.dataclass(frozen=True)
 class Addition:
-    """The result of `Registry.add`.
+    """The result of `Registry.add`."""
 
-    Attributes:
-      version: The version with the bundle.
-      is_new: Whether a version was added; False if the model already had the bundle.
-      is_new_registry: Whether the call created the registry.
-    """
-
-    version: Version
-    is_new: bool
-    is_new_registry: bool = False
+    version: Version  # The version with the bundle.
+    is_new: bool  # Whether a version was added; False if the model already had the bundle.
+    is_new_registry: bool = False  # Whether the call created the registry.
 
 
 class Registry:
@@ -154,13 +148,9 @@ class Registry:
     def refresh(self) -> bool:
         """Reads new entries of the log; returns whether there were new entries.
 
-        Without new entries this method requests one file, and once a minute also registry.json.
-        If registry.json has changed, another registry has replaced the earlier registry, and the
-        whole log is read again.
-
-        The first call detects that the log has lost its last entries if one of the lost entries
-        is an `add`. Otherwise only a process that has read the lost entries detects the loss,
-        before it makes a change.
+        Without new entries this method requests one file, and once a minute also registry.json. If
+        registry.json has changed, another registry has replaced the earlier registry, and the whole
+        log is read again. Only the first call compares the log with the files in `added/`.
         """
         with self._lock:
             last_digest = self._last_digest
@@ -218,7 +208,7 @@ class Registry:
         """Reads, in parallel, all entries of the log up to the first missing number.
 
         A missing number does not prove damage. If other processes add entries during the listing,
-        the listing may contain a new entry, but not the entry before the new entry.
+        the listing may contain a new entry, but not the entry before it.
         """
         # List the markers before the log. Then the log contains the entry of every listed marker,
         # and a missing entry was lost.
@@ -344,8 +334,7 @@ class Registry:
 
         Args:
           model: The model's name.
-          selector: The number of the version, or an alias of the version. The alias is resolved
-            only once, at the start.
+          selector: The number of the version, or an alias that is resolved once, at the start.
           alias: The alias to change or create.
           gates: Conditions on the version.
           note: A text for the log.
@@ -388,20 +377,11 @@ class Registry:
     ) -> Entry:
         """Points an alias to its previous version; a second rollback goes back one more version.
 
-        The version's files are not verified, so that a rollback is fast.
-
-        Args:
-          model: The model's name.
-          alias: The alias.
-          note: A text for the log.
-          current: The version that the alias must point to now; None accepts any version.
+        The version's files are not verified, so that a rollback is fast. If `current` is given, the
+        alias must point to this version now.
 
         Returns:
           The new entry of the log.
-
-        Raises:
-          RegistryError: The alias has no previous version, does not point to `current`, or is
-            changed by another process at the same time.
         """
         self.refresh()
         number = ledger.resolve(self._models, model, alias).number
@@ -430,12 +410,9 @@ class Registry:
         return entry
 
     def remove(self, model: str, version: int, note: str = "") -> Entry:
-        """Removes a version, and its files, if no alias points to the version.
+        """Removes a version and its files, if no alias points to it; returns the log entry.
 
         The number of the removed version is never used again.
-
-        Returns:
-          The new entry of the log.
         """
         path = ""
 
@@ -450,11 +427,7 @@ class Registry:
         return entry
 
     def remove_alias(self, model: str, alias: str, note: str = "") -> Entry:
-        """Removes an alias and the alias's history; all versions remain.
-
-        Returns:
-          The new entry of the log.
-        """
+        """Removes an alias and its history, but no version; returns the log entry."""
 
         def decide(models: ledger.Models) -> dict[str, Any]:
             number = ledger.resolve(models, model, alias).number
@@ -538,12 +511,7 @@ class Registry:
         return self._models[model].experiments[name]
 
     def verify(self, version: Version) -> None:
-        """Reads the files of a version and checks that the digests of the files are correct.
-
-        Raises:
-          BundleError: The files are damaged.
-          RegistryError: The version was removed in the meantime.
-        """
+        """Reads the files of a version, and raises BundleError if their digests are wrong."""
         try:
             with tempfile.TemporaryDirectory(prefix="cnn_jax-") as directory:
                 self.fetch(version, directory)
@@ -559,18 +527,13 @@ class Registry:
 
         Args:
           version: A version of this registry.
-          directory: The directory for downloads. The bundle of a remote registry is downloaded
-            into a folder that is named after the digest, unless this folder already has the
-            bundle.
-          is_copy: Whether to copy the bundle even if the registry is local.
-
-        Returns:
-          The bundle's folder. Without `is_copy` it may be a folder of the registry, which must
-          not be modified.
+          directory: The directory for downloads. A bundle is downloaded into a folder that is named
+            after the digest, unless this folder already has the bundle.
+          is_copy: Whether to copy the bundle even if the registry is local. Otherwise the returned
+            folder may belong to the registry, and must not be modified.
 
         Raises:
           BundleError: The bundle is damaged, or was removed in the meantime.
-          StoreError: The bundle cannot be read, or cannot be written to the directory.
         """
         facts = version.bundle
         own = self._store.local(facts.path)
@@ -706,8 +669,7 @@ class Registry:
     def _check_last_entry(self) -> None:
         """Checks that the last entry that this process has read is still in the log, unchanged.
 
-        Otherwise the new entry would follow an entry that no other process can read, and the whole
-        log would become unreadable.
+        Otherwise the new entry would follow an entry that no other process can read.
         """
         if not self._entries:
             return
@@ -789,10 +751,6 @@ def _author() -> tuple[str, str]:
 def _read(path: pathlib.Path, digest: str) -> tuple[BundleFacts, dict[str, bytes]]:
     """Reads a bundle; returns the metadata for the log, and the contents of all files by name.
 
-    Args:
-      path: The bundle's folder.
-      digest: The bundle's digest.
-
     Raises:
       BundleError: The folder has no bundle, a damaged bundle, or a bundle with another digest.
     """
@@ -834,24 +792,15 @@ def _listed_files(description: bytes) -> dict[str, str]:
 
 
 def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> None:
-    """Checks that the files of a bundle have the expected digest.
+    """Raises BundleError if the files of a bundle do not have the expected digest.
 
-    Args:
-      folder: The bundle's folder.
-      digest: The bundle's expected digest.
-      origin: The location that an error message names; by default the folder.
-
-    Raises:
-      BundleError: The files do not have this digest.
+    An error message names the location `origin`, by default the folder.
     """
     origin = origin or printable(str(folder))
     try:
-        description = (folder / _DESCRIPTION).read_bytes()
-        is_changed = hashlib.sha256(description).hexdigest() != digest
-        files = {} if is_changed else _listed_files(description)
-        for name, expected in files.items():
-            with (folder / name).open("rb") as file:
-                is_changed |= hashlib.file_digest(file, "sha256").hexdigest() != expected
+        is_changed = file_sha256(folder / _DESCRIPTION) != digest
+        files = {} if is_changed else _listed_files((folder / _DESCRIPTION).read_bytes())
+        is_changed |= any(file_sha256(folder / name) != files[name] for name in files)
     except OSError as error:
         raise BundleError(f"{origin} is damaged: {error}") from error
     if is_changed:
@@ -861,11 +810,7 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
 
 
 def _install(partial: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a verified download to the target folder.
-
-    If another process has already installed the bundle, the target stays as it is. A damaged
-    target folder is replaced.
-    """
+    """Moves a verified download to the target folder; keeps a target that is not damaged."""
     try:
         partial.rename(target)
     except OSError:

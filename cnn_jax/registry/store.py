@@ -4,10 +4,9 @@ A file is created once, either completely or not at all, and is never changed. C
 a registry are safe because two writers cannot both create the same file.
 """
 
-import collections
 import contextlib
 import datetime
-import itertools
+import functools
 import os
 import pathlib
 import re
@@ -166,10 +165,9 @@ class Store:
     def _create_root(self) -> None:
         """Creates the folder of a local registry, and flushes the new folders to the disk."""
         if self._root is not None:
-            folders = (self._root, *self._root.parents)
-            new = list(itertools.takewhile(lambda folder: not folder.exists(), folders))
+            new = [path for path in (self._root, *self._root.parents) if not path.exists()]
+            self._root.mkdir(parents=True, exist_ok=True)
             for folder in reversed(new):
-                folder.mkdir(exist_ok=True)
                 _sync_folder(folder.parent)
 
     def _sync_folders(self, name: str) -> None:
@@ -215,28 +213,16 @@ class Store:
         """Returns the contents of the files `names`, in order, with None for each missing file."""
 
         def read(name: str) -> bytes | None:
-            try:
+            with contextlib.suppress(FileNotFoundError):
                 return self.read(name)
-            except FileNotFoundError:
-                return None
+            return None
 
-        contents: list[bytes | None] = [None] * len(names)
-        waiting = collections.deque(enumerate(names))
-
-        def read_waiting() -> None:
-            while True:
-                try:
-                    number, name = waiting.popleft()
-                except IndexError:  # No name is left.
-                    return
-                contents[number] = read(name)
-
-        try:
-            threads = [_start_thread(read_waiting) for _ in range(min(_READERS, len(names)))]
-            for thread in threads:
-                thread.result()
-        finally:
-            waiting.clear()  # After an error or Ctrl-C, the threads start no other read.
+        contents: list[bytes | None] = []
+        # After an error or Ctrl-C, no thread of a later batch is started.
+        for start in range(0, len(names), _READERS):
+            batch = names[start : start + _READERS]
+            threads = [_start_thread(functools.partial(read, name)) for name in batch]
+            contents += [thread.result() for thread in threads]
         return contents
 
     def _call(self, function: Callable[[], _Result]) -> _Result:
@@ -249,14 +235,10 @@ class Store:
     def _one_line_errors(
         self, name: str, *expected: type[OSError], unclear: type[StoreError] = NoAnswerError
     ) -> Iterator[None]:
-        """Converts exceptions of obstore and of the operating system to StoreErrors of one line.
+        """Converts exceptions to StoreErrors of one line, except the types in `expected`.
 
-        Obstore's AlreadyExistsError is first converted to FileExistsError.
-
-        Args:
-          name: The name of the file, for the message.
-          expected: The types of exceptions that are not converted to StoreErrors.
-          unclear: The type of the StoreError if the operation may have been performed.
+        Obstore's AlreadyExistsError is first converted to FileExistsError. If the operation may
+        have been performed, the StoreError has the type `unclear`.
         """
         try:
             try:
@@ -311,8 +293,7 @@ def hide_passwords(text: str) -> str:
     """Replaces the passwords of URLs in a text with ***.
 
     In NAME:PASSWORD@HOST the password is replaced. A name without a password, and a query after ?,
-    are replaced as a whole, because they may contain a password or a token. The part before @ in an
-    abfs:// URL is the name of a container.
+    may be a token and are replaced too. The part before @ in an abfs:// URL is a container.
     """
     text = re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
     text = re.sub(r"(?<!abfs)(?<!abfss)://[^/@:\s]+@", "://***@", text)

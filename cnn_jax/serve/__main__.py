@@ -32,8 +32,65 @@ _LIMITS = (
     ("max_bodies_mb", "max_body_mb"),
 )
 
+
+def _names(text: str) -> list[str]:
+    names = text.split(",")
+    if not all(names):
+        raise argparse.ArgumentTypeError("must be names, separated by commas")
+    return names
+
+
+def _origins(text: str) -> list[str]:
+    names = _names(text)
+    for name in names:
+        if name != "*" and not re.fullmatch(r"https?://[^/\s]+", name):
+            raise argparse.ArgumentTypeError(
+                f"must be origins, such as https://example.com without a path, got {name!r}"
+            )
+    return names
+
+
+def _versions(text: str) -> list[int | str]:
+    return [parse_version_or_alias(name) for name in _names(text)]
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65_535:
+        raise argparse.ArgumentTypeError(f"must be 0 to 65535, got {text!r}")
+    return int(text)
+
+
 _positive = cli.number("above 0", lambda value: value > 0)
 _fraction = cli.number("above 0 and at most 1", lambda value: 0 < value <= 1)
+
+# The flags that are off by default: name, type, metavar and help.
+_OPTIONAL = (
+    ("model", _names, "NAME,...", "models to serve (all), or the name of the bundle's model"),
+    ("versions", _versions, "V,...", "further versions or aliases to serve"),
+    ("health_port", _port, None, "second port, only for /healthz, /readyz and /metrics"),
+    ("tokens", cli.path, "FILE", "file of access tokens: lines `predict TOKEN`"),
+    ("allowed_hosts", _names, "NAME,...", "further names for the Host header"),
+    ("cors_origins", _origins, "URL,...", "origins whose web pages may use the server; or *"),
+    ("trusted_proxies", _names, "ADDRESS,...", "proxies whose X-Forwarded-For is believed"),
+    ("request_log", cli.path, "DIR", "folder for answers and feedback; servers may share it"),
+    ("request_log_fraction", _fraction, None, "fraction of the images to record, at random (1)"),
+    ("request_log_mb", _positive, None, "maximum MB of the rows without feedback (1000)"),
+)
+# The flags with a number: name, type, default and help.
+_NUMBERS = (
+    ("poll", _positive, 2.0, "mean seconds between reads of the registry"),
+    ("load_timeout", _positive, 600.0, "seconds until the loading of a version counts as failed"),
+    ("max_batch", cli.positive, 32, "maximum images in a batch"),
+    ("max_wait_ms", cli.not_negative, 0.0, "maximum milliseconds to wait for a full batch"),
+    ("queue", cli.positive, 256, "maximum images in flight"),
+    ("queue_pixels", cli.positive, 500_000_000, "maximum pixels of the images in flight"),
+    ("timeout", _positive, 30.0, "seconds until a request times out"),
+    ("max_body_mb", _positive, 20.0, "maximum MB of a request's body"),
+    ("max_bodies_mb", _positive, 100.0, "maximum MB of the bodies of all unanswered requests"),
+    ("max_pixels", cli.positive, 25_000_000, "maximum pixels of an image"),
+    ("max_images", cli.positive, 64, "maximum images in a request"),
+    ("drain", cli.not_negative, 0.0, "seconds that /readyz reports 503 before shutdown"),
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,7 +108,7 @@ def main(argv: Sequence[str]) -> None:
     from cnn_jax.serve.limits import Limits
     from cnn_jax.serve.loader import BundleSource, RegistrySource
     from cnn_jax.serve.logs import start_logging
-    from cnn_jax.serve.server import Options, run
+    from cnn_jax.serve.server import run
     from cnn_jax.serve.tokens import Tokens
     from cnn_jax.system import runtime
 
@@ -86,26 +143,8 @@ def main(argv: Sequence[str]) -> None:
         images=flags.max_images,
         seconds=flags.timeout,
     )
-    run(
-        source,
-        Options(
-            host=flags.host,
-            port=flags.port,
-            health_port=flags.health_port,
-            limits=limits,
-            queue=flags.queue,
-            max_batch=flags.max_batch,
-            max_wait=flags.max_wait_ms / 1000,
-            poll=flags.poll,
-            load_timeout=flags.load_timeout,
-            allowed_hosts=flags.allowed_hosts or (),
-            cors_origins=flags.cors_origins or (),
-            trusted_proxies=flags.trusted_proxies or (),
-            drain=flags.drain,
-        ),
-        Tokens(pathlib.Path(flags.tokens)) if flags.tokens else None,
-        request_log,
-    )
+    tokens = Tokens(pathlib.Path(flags.tokens)) if flags.tokens else None
+    run(source, flags, limits, tokens, request_log)
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -115,123 +154,22 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--bundle", type=cli.path, metavar="RUN", help="a run, or its bundle RUN/bundle"
-    )
-    source.add_argument(
-        "--registry",
-        default=os.environ.get("CNN_JAX_REGISTRY"),
-        help="a registry's folder or URL ($CNN_JAX_REGISTRY)",
-    )
-    add(
-        "--model",
-        type=_names,
-        metavar="NAME,...",
-        help="models of the registry to serve (all), or the name of the bundle's model (default)",
-    )
+    text = "a run, or its bundle RUN/bundle"
+    source.add_argument("--bundle", type=cli.path, metavar="RUN", help=text)
+    text = "a registry's folder or URL ($CNN_JAX_REGISTRY)"
+    source.add_argument("--registry", default=os.environ.get("CNN_JAX_REGISTRY"), help=text)
     add("--alias", help=f"alias of the version that answers ({CHAMPION})")
-    add("--versions", type=_versions, metavar="V,...", help="further versions or aliases to serve")
-    add(
-        "--poll",
-        type=_positive,
-        default=2.0,
-        help="mean seconds between reads of the registry; each pause is random (2)",
-    )
-    add(
-        "--load_timeout",
-        type=_positive,
-        default=600.0,
-        help="seconds until the loading of a version times out (600)",
-    )
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, help="port to listen on; 0 chooses a free port (8000)")
-    add(
-        "--health_port",
-        type=_port,
-        help="second port, for /healthz, /readyz and /metrics only, with a thread of its own",
-    )
-    add("--tokens", type=cli.path, metavar="FILE", help="file of access tokens: ROLE TOKEN lines")
-    add(
-        "--allowed_hosts",
-        type=_names,
-        metavar="NAME,...",
-        help="further names for the Host header; checked by default on 127.0.0.1 without --tokens",
-    )
-    add(
-        "--cors_origins",
-        type=_origins,
-        metavar="URL,...",
-        help="origins whose web pages may use the server, such as https://example.com; or *",
-    )
-    add(
-        "--trusted_proxies",
-        type=_names,
-        metavar="ADDRESS,...",
-        help="proxies whose header X-Forwarded-For gives the address of a client",
-    )
-    add("--max_batch", type=cli.positive, default=32, help="maximum images in a batch (32)")
-    add(
-        "--max_wait_ms",
-        type=cli.not_negative,
-        default=0.0,
-        help="maximum milliseconds that an image waits for its batch to fill (0)",
-    )
-    add("--queue", type=cli.positive, default=256, help="maximum images in flight (256)")
-    add(
-        "--queue_pixels",
-        type=cli.positive,
-        default=500_000_000,
-        help="maximum pixels of the images in flight (500000000)",
-    )
-    add("--timeout", type=_positive, default=30.0, help="seconds until a request times out (30)")
-    add("--max_body_mb", type=_positive, default=20.0, help="maximum MB of a request's body (20)")
-    add(
-        "--max_bodies_mb",
-        type=_positive,
-        default=100.0,
-        help="maximum MB of the bodies of all unanswered requests (100)",
-    )
-    add(
-        "--max_pixels",
-        type=cli.positive,
-        default=25_000_000,
-        help="maximum pixels of an image (25000000)",
-    )
-    add("--max_images", type=cli.positive, default=64, help="maximum images in a request (64)")
-    add(
-        "--drain",
-        type=cli.not_negative,
-        default=0.0,
-        help="seconds that /readyz reports 'not ready' before shutdown (0)",
-    )
-    add(
-        "--request_log",
-        type=cli.path,
-        metavar="DIR",
-        help="folder that records answers and feedback; several servers may share it",
-    )
-    add(
-        "--request_log_fraction",
-        type=_fraction,
-        help="fraction of the images to record, chosen at random (1)",
-    )
-    add(
-        "--request_log_mb",
-        type=_positive,
-        help="maximum MB of the rows without feedback (1000)",
-    )
-    add(
-        "--request_log_images",
-        action="store_true",
-        default=None,
-        help="record the images as well",
-    )
-    add(
-        "--log_level",
-        default="info",
-        choices=("debug", "info", "warning", "error"),
-        help="lowest level of log messages (info)",
-    )
+    for name, kind, metavar, text in _OPTIONAL:
+        add(f"--{name}", type=kind, metavar=metavar, help=text)
+    text = "record the images as well"
+    add("--request_log_images", action="store_true", default=None, help=text)
+    for name, kind, default, text in _NUMBERS:
+        add(f"--{name}", type=kind, default=default, help=f"{text} ({default:.12g})")
+    levels = ("debug", "info", "warning", "error")
+    text = "lowest level of log messages (info)"
+    add("--log_level", default="info", choices=levels, help=text)
     flags = parser.parse_args(argv)
     if flags.bundle:
         flags.registry = None  # The value of the environment variable has no effect.
@@ -252,33 +190,6 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         if getattr(flags, total) < 2 * getattr(flags, one):
             raise ConfigError(f"--{total}: must be at least twice --{one}")
     return flags
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    if not all(names):
-        raise argparse.ArgumentTypeError("must be names, separated by commas")
-    return names
-
-
-def _origins(text: str) -> list[str]:
-    names = _names(text)
-    for name in names:
-        if name != "*" and not re.fullmatch(r"https?://[^/\s]+", name):
-            raise argparse.ArgumentTypeError(
-                f"must be origins, such as https://example.com without a path, got {name!r}"
-            )
-    return names
-
-
-def _versions(text: str) -> list[int | str]:
-    return [parse_version_or_alias(name) for name in _names(text)]
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65_535:
-        raise argparse.ArgumentTypeError(f"must be 0 to 65535, got {text!r}")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import cnn_jax
-from cnn_jax.serve import admin, feedback, native, open_inference, page, tf_serving
-from cnn_jax.serve.engine import DeadlineExceeded, Overloaded
+from cnn_jax.serve import feedback, native, open_inference, page, tf_serving
 from cnn_jax.serve.limits import ClientDisconnected, Refused, check_query
 from cnn_jax.serve.metrics import CONTENT_TYPE
 from cnn_jax.serve.responses import JSONResponse, new_request_id
@@ -62,21 +61,8 @@ class ErrorOut(BaseModel):
     request_id: str
 
 
-_STATUSES = {
-    400: "The request is invalid.",
-    401: "The token is missing or unknown.",
-    403: "The token does not allow this request.",
-    404: "The model, version or path does not exist.",
-    405: "The path does not support this method.",
-    408: "The body arrived too slowly.",
-    409: "The version cannot be loaded, or cannot be unloaded because an alias selects it.",
-    413: "The request has too many bytes, pixels or images.",
-    415: "The body is not an image of a known format.",
-    421: "The Host header has a name that is not allowed.",
-    422: "The image is damaged.",
-    429: "The server is overloaded; try again after Retry-After seconds.",
-    503: "The server is not ready, or the request timed out.",
-}
+# The statuses of errors.
+_STATUSES = (400, 401, 404, 405, 408, 413, 415, 421, 422, 429, 503)
 
 
 def make_app(
@@ -90,34 +76,23 @@ def make_app(
 
     Args:
       service: The service that makes the predictions.
-      tokens: The access tokens. With None, every client may predict and no client may use the
-        administration API.
+      tokens: The access tokens; with None, every client may predict.
       lifespan: A context manager that is entered before the first request and left at shutdown.
       hosts: The host names that the Host header of a request may have, without ports; if empty, it
         may have any. It may always have an IP address.
       cors_origins: The origins whose web pages may use the server, such as https://example.com; or
         "*" for all web pages.
     """
-    app = FastAPI(
+    app = _make_app(
         title="cnn_jax",
         version=cnn_jax.__version__,
         lifespan=lifespan,
-        dependencies=[Depends(_refuse_query)],
-        openapi_url=None,  # FastAPI's own route would accept unknown query parameters.
-        docs_url=None,  # FastAPI's documentation pages load scripts from another server.
-        redoc_url=None,
-        # A redirect would go to the host that the client's Host header names.
-        redirect_slashes=False,
-        responses={
-            status: {"model": ErrorOut, "description": description}
-            for status, description in _STATUSES.items()
-        },
+        responses={status: {"model": ErrorOut} for status in _STATUSES},
     )
-    for protocol in (native, tf_serving, open_inference, feedback, admin):
+    for protocol in (native, tf_serving, open_inference, feedback):
         app.include_router(protocol.make_router(service))
     app.include_router(page.make_router(service, app))
     _add_health(app, service)
-    _add_error_handlers(app)
     guard = _Guard(app, service, tokens, hosts)
     if not cors_origins:
         return guard
@@ -135,23 +110,29 @@ def make_health_app(service: Service, hosts: Collection[str] = ()) -> ASGIApp:
 
     It may run in another thread than the application of `make_app`; see there for `hosts`.
     """
+    app = _make_app()
+    _add_health(app, service)
+    return _Guard(app, service, None, hosts)
+
+
+def _make_app(**options: Any) -> FastAPI:
+    """Creates an application that refuses query parameters, and answers errors with JSON."""
     app = FastAPI(
         dependencies=[Depends(_refuse_query)],
-        openapi_url=None,
-        docs_url=None,
+        openapi_url=None,  # FastAPI's own route would accept unknown query parameters.
+        docs_url=None,  # FastAPI's documentation pages load scripts from another server.
         redoc_url=None,
+        # A redirect would go to the host that the client's Host header names.
         redirect_slashes=False,
+        **options,
     )
-    _add_health(app, service)
     _add_error_handlers(app)
-    return _Guard(app, service, None, hosts)
+    return app
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Refused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnected, _client_disconnected)
-    app.add_exception_handler(Overloaded, _overloaded)  # type: ignore[arg-type]
-    app.add_exception_handler(DeadlineExceeded, _deadline_exceeded)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _invalid_parameter)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _internal_error)
@@ -235,17 +216,6 @@ class _Guard:
             if (value := _matching(pattern, headers.get(header)))
         }
         status = _CLIENT_DISCONNECTED
-        is_read = b"content-length" not in headers and b"transfer-encoding" not in headers
-
-        async def receive_and_watch() -> Message:
-            nonlocal is_read
-            message = await receive()
-            is_read |= message["type"] == "http.request" and not message.get("more_body", False)
-            return message
-
-        def arm_header() -> list[tuple[bytes, bytes]]:
-            arm = state.get("arm") or ""
-            return [(b"x-arm", arm.encode())] if "/" in arm else []
 
         async def send_with_headers(message: Message) -> None:
             nonlocal status
@@ -253,16 +223,10 @@ class _Guard:
                 status = message["status"]
                 names = {name for name, _ in message["headers"]}
                 added = [header for header in _HEADERS if header[0] not in names]
-                message["headers"] = [
-                    *message["headers"],
-                    *added,
-                    (b"x-request-id", request_id.encode()),
-                    *arm_header(),
-                ]
-                if not is_read and b"connection" not in names:
-                    # Close the connection, because the server will not read the rest of the
-                    # request's body.
-                    message["headers"].append((b"connection", b"close"))
+                added.append((b"x-request-id", request_id.encode()))
+                if "/" in (arm := state.get("arm") or ""):  # An arm of an experiment.
+                    added.append((b"x-arm", arm.encode()))
+                message["headers"] = [*message["headers"], *added]
             await send(message)
 
         try:
@@ -270,10 +234,10 @@ class _Guard:
                 scope["path"], headers.get(b"authorization")
             )
             if refused is None:
-                await self._app(scope, receive_and_watch, send_with_headers)
+                await self._app(scope, receive, send_with_headers)
             else:
                 answer = _refused(Request(scope), refused)
-                await answer(scope, receive_and_watch, send_with_headers)
+                await answer(scope, receive, send_with_headers)
         except Exception:  # The response to the client contains no details of the error.
             logger.exception("request %s failed", state["request_id"])
         finally:
@@ -297,30 +261,20 @@ class _Guard:
         if name in self._hosts or is_address(name):
             return None
         message = f"this server is not known as {name[:100]!r}; --allowed_hosts adds a name"
-        return Refused(421, "host", message, connection="close")
+        return Refused(421, "host", message)
 
     def _refuse(self, path: str, authorization: bytes | None) -> Refused | None:
-        """Returns an error if the client is not allowed to make a request, else None."""
-        is_admin = path.startswith("/admin/")
-        if path in _OPEN or path.startswith(_OPEN_PREFIXES):
+        """Returns an error if the request needs a token and has none, else None."""
+        if self._tokens is None or path in _OPEN or path.startswith(_OPEN_PREFIXES):
             return None
-        if self._tokens is None:
-            message = "administration needs a token, and the server was started without --tokens"
-            return Refused(403, "token", message, connection="close") if is_admin else None
-        header = None if authorization is None else authorization.decode("latin-1")
-        is_allowed = self._tokens.allow(header, "admin" if is_admin else "predict")
-        if is_allowed is None:
-            return Refused(
-                401,
-                "token",
-                "this request needs a bearer token of this server",
-                connection="close",
-                www_authenticate="Bearer",
-            )
-        if not is_allowed:
-            message = "the token does not allow this request"
-            return Refused(403, "token", message, connection="close")
-        return None
+        if self._tokens.allow((authorization or b"").decode("latin-1")):
+            return None
+        return Refused(
+            401,
+            "token",
+            "this request needs a bearer token of this server",
+            www_authenticate="Bearer",
+        )
 
     def _log(self, scope: Scope, status: int, seconds: float, fields: dict[str, Any]) -> None:
         """Adds an answered request to the metrics and to the log."""
@@ -390,15 +344,6 @@ def _refused(request: Request, error: Refused) -> Response:
     request.state.log_fields["reason"] = error.reason
     content = {"error": str(error), "reason": error.reason, "request_id": request.state.request_id}
     return JSONResponse(content, error.status, headers=error.headers)
-
-
-def _overloaded(request: Request, error: Overloaded) -> Response:
-    refused = Refused(429, "busy", str(error), retry_after=str(error.retry_after))
-    return _refused(request, refused)
-
-
-def _deadline_exceeded(request: Request, error: Exception) -> Response:
-    return _refused(request, Refused(503, "late", str(error), retry_after="1"))
 
 
 def _client_disconnected(request: Request, error: Exception) -> Response:

@@ -18,21 +18,18 @@ import math
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from cnn_jax.data.decode import Pixels
-from cnn_jax.serve.fairness import Call, FairThreads, Quota
-from cnn_jax.system.errors import DataError, UserError
+from cnn_jax.serve.fairness import FairThreads, Quota
+from cnn_jax.serve.limits import Refused
+from cnn_jax.system.errors import DataError
 
 T = TypeVar("T")
 
-# The initial estimate of the compute time per image, in seconds.
-_SECONDS_PER_IMAGE = 0.01
-# The weight of a new measurement in the moving average of the compute time per image.
-_WEIGHT = 0.1
 # A program is timed three times, or until this number of seconds has passed.
 _TIMING_SECONDS = 0.2
 # A batch size is a gain if it multiplies the best time per image by less than this factor.
@@ -45,26 +42,33 @@ _BEAT_SECONDS = 1.0
 # An image with more pixels is large: separate threads decode it. Decoding 4 million pixels takes
 # about 40 ms.
 LARGE_PIXELS = 4_000_000
-# An image of any size takes at least as long as the decoding of this number of pixels.
-_MIN_COST = 50_000
 # Maximum seconds that the shutdown waits for a running batch.
 _CLOSING_SECONDS = 10.0
 
 
-class Overloaded(UserError):  # noqa: N818 (the client's error, not the server's)
-    """Raised if a request would exceed a limit on the images in flight.
+class Overloaded(Refused):
+    """Raised if a request would exceed a limit on the images in flight."""
 
-    Attributes:
-      retry_after: Whole seconds after which the client should try again.
-    """
-
-    def __init__(self, retry_after: int):
-        super().__init__(f"too many images are in flight; try again in {retry_after} s")
-        self.retry_after = retry_after
+    def __init__(self):
+        message = "too many images are in flight; try again in 1 s"
+        super().__init__(429, "busy", message, retry_after="1")
 
 
-class DeadlineExceeded(UserError):  # noqa: N818 (as above)
+class DeadlineExceeded(Refused):
     """Raised if the deadline of a request passed before the request's images were processed."""
+
+    def __init__(self, message: str):
+        super().__init__(503, "late", message, retry_after="1")
+
+
+@contextlib.asynccontextmanager
+async def ending_at(deadline: float, message: str) -> AsyncIterator[None]:
+    """Raises DeadlineExceeded at the deadline, in seconds of `time.monotonic`."""
+    try:
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceeded(message) from error
 
 
 # A function that maps a batch of images, uint8 [size, height, width, 3], to one result per image.
@@ -75,22 +79,17 @@ _Read = Callable[[], Pixels]
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A function that is compiled for several batch sizes.
-
-    Attributes:
-      run: Maps uint8 [size, height, width, 3] to one result per image.
-      seconds: The run time in seconds by compiled batch size, in increasing order of size.
-    """
+    """A function that is compiled for several batch sizes."""
 
     run: _Run
-    seconds: dict[int, float]
+    seconds: dict[int, float]  # The run time by compiled batch size, in increasing order of size.
 
     @property
     def largest_size(self) -> int:
         return max(self.seconds)
 
     def best_size(self, count: int) -> int:
-        """Returns the compiled batch size with the least time per image for `count` waiting images.
+        """Returns the batch size with the least time per image for `count` waiting images.
 
         On a CPU the time grows with the batch size. The best size is the next smaller compiled
         size, and the remaining images wait. On an accelerator the best size is the next larger
@@ -130,63 +129,33 @@ def time_program(run: _Run, image: Pixels, sizes: Sequence[int]) -> Program:
 
 @dataclasses.dataclass(frozen=True)
 class Computed:
-    """The result for an image, with the durations of decoding, waiting and computation.
+    """The result for an image."""
 
-    Attributes:
-      result: The program's result for this image.
-      pixels: The decoded image, uint8 [height, width, 3].
-      decode_seconds: The decoding time.
-      queue_seconds: The time that the image waited for a decoder thread and for the device.
-      compute_seconds: The run time of the image's batch.
-      batch_size: The number of images in that batch, without padding.
-    """
-
-    result: Any
-    pixels: Pixels
-    decode_seconds: float
-    queue_seconds: float
-    compute_seconds: float
-    batch_size: int
+    result: Any  # The program's result for this image.
+    pixels: Pixels  # The decoded image, uint8 [height, width, 3].
+    seconds: float  # The time to decode the image, to wait and to compute.
 
 
 @dataclasses.dataclass(eq=False)
 class _Request:
-    """A request whose images are in flight.
-
-    Attributes:
-      program: The program to run on the images of the request.
-      client: The client that has sent the request.
-      arrival_time: In seconds of `time.monotonic`.
-      future: Receives `results` when all results are known.
-      results: The result or error of each image; None while it is not known yet.
-      missing: The number of results that are not known yet.
-    """
+    """A request whose images are in flight."""
 
     program: Program
     client: str
-    arrival_time: float
-    future: "asyncio.Future[list[Any]]"
-    results: list[Any]
-    missing: int
+    future: "asyncio.Future[list[Any]]"  # Receives `results` when all results are known.
+    results: list[Any]  # The result or error of each image; None while it is not known yet.
+    missing: int  # The number of results that are not known yet.
+    start: float  # In seconds of `time.monotonic`.
 
 
 @dataclasses.dataclass(eq=False)
 class _DecodedImage:
-    """A decoded image that waits for the compute thread.
-
-    Attributes:
-      request: The request that the image belongs to.
-      index: The image's index in the request.
-      pixels: uint8 [height, width, 3].
-      decode_seconds: The decoding time.
-      decode_end: When decoding ended, in seconds of `time.monotonic`.
-    """
+    """A decoded image that waits for the compute thread."""
 
     request: _Request
-    index: int
-    pixels: Pixels
-    decode_seconds: float
-    decode_end: float
+    index: int  # The image's index in the request.
+    pixels: Pixels  # uint8 [height, width, 3].
+    decode_end: float  # In seconds of `time.monotonic`.
 
 
 class Engine:
@@ -215,7 +184,6 @@ class Engine:
         self._max_wait = max_wait
         self._on_batch = on_batch
         self._images, self._pixels = Quota(capacity), Quota(pixels)
-        self._per_image = _SECONDS_PER_IMAGE
         self._decoders = FairThreads(decoders, "decode")
         self._large_decoders = FairThreads(max(1, decoders // 2), "decode large")
         # Only one thread parses request bodies, because a parsed body can need many times as
@@ -263,7 +231,7 @@ class Engine:
 
         Args:
           images: The number of images.
-          pixels: The number of pixels of these images, to which the decoding time is proportional.
+          pixels: The number of pixels of these images together.
           client: The client that has sent the request.
 
         Raises:
@@ -271,7 +239,7 @@ class Engine:
         """
         amounts = ((self._images, images), (self._pixels, pixels))
         if not all(quota.fits(client, amount) for quota, amount in amounts):
-            raise Overloaded(max(1, math.ceil(self.in_flight * self._per_image)))
+            raise Overloaded
         for quota, amount in amounts:
             quota.add(client, amount)
         try:
@@ -304,23 +272,18 @@ class Engine:
           DeadlineExceeded: The deadline passed before all images were computed.
         """
         future: asyncio.Future[list[Any]] = self._loop.create_future()
-        count, now = len(reads), time.monotonic()
-        request = _Request(program, client, now, future, [None] * count, count)
+        count = len(reads)
+        request = _Request(program, client, future, [None] * count, count, time.monotonic())
         calls = {self._decoders: [], self._large_decoders: []}
         for index, (read, size) in enumerate(zip(reads, pixels or [0] * count, strict=True)):
             threads = self._large_decoders if size > LARGE_PIXELS else self._decoders
-            call = functools.partial(self._decode, request, index, read)
-            calls[threads].append(Call(_MIN_COST + size, call))
+            calls[threads].append(functools.partial(self._decode, request, index, read))
         waiting = [threads.submit(client, chosen) for threads, chosen in calls.items()]
         # The future is cancelled if the client disconnects or the deadline passes. The compute
         # thread then drops the images of the request.
         try:
-            async with asyncio.timeout(max(0.0, deadline - now)):
+            async with ending_at(deadline, "the request timed out before its images were computed"):
                 return await future
-        except TimeoutError as error:
-            raise DeadlineExceeded(
-                "the request timed out before its images were computed"
-            ) from error
         finally:
             # Free the images that still wait for a decoder, because these images no longer count as
             # in flight.
@@ -328,33 +291,12 @@ class Engine:
                 one.clear()
 
     async def run_on_decoder(self, call: Callable[[], T], deadline: float, client: str = "") -> T:
-        """Runs a function on a decoder thread.
+        """Runs a function on a decoder thread; see `_run_on_thread`."""
+        return await _run_on_thread(self._decoders, call, deadline, client)
 
-        Args:
-          call: The function, which takes about as long as the decoding of a million pixels.
-          deadline: In seconds of `time.monotonic`.
-          client: The client for which the function runs.
-
-        Raises:
-          DeadlineExceeded: The deadline passed before the function returned.
-        """
-        return await _run_on_thread(self._decoders, call, deadline, client, 1_000_000)
-
-    async def run_on_parser(
-        self, call: Callable[[], T], deadline: float, client: str = "", size: int = 0
-    ) -> T:
-        """Runs a function on the parser thread, which runs one function at a time.
-
-        Args:
-          call: The function.
-          deadline: In seconds of `time.monotonic`.
-          client: The client for which the function runs.
-          size: The number of bytes that the function parses.
-
-        Raises:
-          DeadlineExceeded: The deadline passed before the function returned.
-        """
-        return await _run_on_thread(self._parser, call, deadline, client, size)
+    async def run_on_parser(self, call: Callable[[], T], deadline: float, client: str = "") -> T:
+        """Runs a function on the parser thread, which runs one function at a time."""
+        return await _run_on_thread(self._parser, call, deadline, client)
 
     def close(self) -> bool:
         """Stops all threads; returns False if the compute thread hangs.
@@ -376,10 +318,9 @@ class Engine:
     def _decode(self, request: "_Request", index: int, read: _Read) -> None:
         """Decodes an image of a request.
 
-        A decoded image is passed directly to the compute thread, because a detour through the event
-        loop would delay the image and the event loop.
+        The image is passed directly to the compute thread, because a detour through the event loop
+        would delay it.
         """
-        start = time.monotonic()
         try:
             pixels = read()
         except DataError as error:
@@ -387,8 +328,7 @@ class Engine:
         except Exception as error:  # Catch every error, because the client must get a response.
             self._loop.call_soon_threadsafe(_fail, request, error)
         else:
-            now = time.monotonic()
-            decoded = _DecodedImage(request, index, pixels, now - start, now)
+            decoded = _DecodedImage(request, index, pixels, time.monotonic())
             with self._changed:
                 self._waiting.append(decoded)
                 self._changed.notify()
@@ -419,12 +359,10 @@ class Engine:
             return batch
 
     def _next_program(self) -> Program:
-        """Chooses the program of the next batch; if possible, not the program of the last batch.
+        """Returns the program of the oldest waiting image that needs another program than the last.
 
-        The returned program is that of the oldest waiting image whose program differs from the
-        last batch's program. If there is no such image, the last program is returned again.
-        Without this alternation, many requests for one program could delay the requests for
-        another program.
+        If there is no such image, the last program is returned. Without this alternation, many
+        requests for one program could delay the requests for another program.
         """
         last = self._last()
         others = (
@@ -460,20 +398,8 @@ class Engine:
             return
         finally:
             self._computing_since = None
-        seconds = time.monotonic() - start
-        self._per_image += _WEIGHT * (seconds / len(batch) - self._per_image)
-        computed = [
-            Computed(
-                result=result,
-                pixels=image.pixels,
-                decode_seconds=image.decode_seconds,
-                queue_seconds=start - image.request.arrival_time - image.decode_seconds,
-                compute_seconds=seconds,
-                batch_size=len(batch),
-            )
-            for image, result in zip(batch, results, strict=True)
-        ]
-        self._loop.call_soon_threadsafe(self._set_results, batch, computed)
+        end = time.monotonic()
+        self._loop.call_soon_threadsafe(self._set_results, batch, results, start, end)
 
     def _run(self, batch: Sequence[_DecodedImage]) -> list[Any]:
         """Runs the program on a padded batch; returns one result per image, without the padding."""
@@ -485,16 +411,23 @@ class Engine:
             raise RuntimeError(f"{len(results)} results of {len(batch)} images")
         return results
 
-    def _set_results(self, batch: Sequence[_DecodedImage], computed: Sequence[Computed]) -> None:
-        for image, result in zip(batch, computed, strict=True):
-            _set_result(image.request, image.index, result)
-        self._on_batch(len(batch), computed[0].compute_seconds)
+    def _set_results(
+        self, batch: Sequence[_DecodedImage], results: Sequence[Any], start: float, end: float
+    ) -> None:
+        for image, result in zip(batch, results, strict=True):
+            computed = Computed(result, image.pixels, end - image.request.start)
+            _set_result(image.request, image.index, computed)
+        self._on_batch(len(batch), end - start)
 
 
 async def _run_on_thread(
-    threads: FairThreads, call: Callable[[], T], deadline: float, client: str, cost: int
+    threads: FairThreads, call: Callable[[], T], deadline: float, client: str
 ) -> T:
-    """Runs a function on a thread; see `Engine.run_on_decoder`."""
+    """Runs a function on a thread, for a client.
+
+    Raises:
+      DeadlineExceeded: The deadline passed before the function returned.
+    """
     future: concurrent.futures.Future[T] = concurrent.futures.Future()
 
     def run() -> None:
@@ -507,18 +440,16 @@ async def _run_on_thread(
 
     # If this coroutine is cancelled, drop the function, so that the buffers that the function uses
     # are freed.
-    waiting = threads.submit(client, [Call(_MIN_COST + cost, run)])
+    waiting = threads.submit(client, [run])
     try:
-        async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+        async with ending_at(deadline, "the request timed out before its images were read"):
             return await asyncio.wrap_future(future)
-    except TimeoutError as error:
-        raise DeadlineExceeded("the request timed out before its images were read") from error
     finally:
         waiting.clear()
 
 
 def _in_turns(images: Iterable[_DecodedImage]) -> list[_DecodedImage]:
-    """Returns the images in an order in which the clients take turns; the oldest image is first."""
+    """Returns the images in an order in which the clients take turns; the oldest is first."""
     counts: collections.Counter[str] = collections.Counter()
 
     def turn(image: _DecodedImage) -> int:

@@ -4,8 +4,7 @@ import collections
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
 
 
 class Quota:
@@ -40,35 +39,19 @@ class Quota:
             del self._by_client[client]
 
 
-class Call(NamedTuple):
-    """A call that waits for a thread; `cost` is proportional to its run time."""
-
-    cost: int
-    run: Callable[[], None]
-
-
 class FairThreads:
-    """Threads that run calls, and divide their time fairly between the clients.
-
-    Each client with waiting calls has a tag, and the client with the smallest tag is next. Each
-    call adds its cost to the tag of its client. A client that had no waiting call gets no credit
-    for that time: it starts behind the tag of the last call that was started. So new clients
-    cannot delay a waiting client forever. (The method follows self-clocked fair queueing;
-    Golestani, 1994.) The requests of one client take turns.
-    """
+    """Threads that run calls; the clients take turns, and so do the requests of a client."""
 
     def __init__(self, num_threads: int, name: str):
         self._executor = concurrent.futures.ThreadPoolExecutor(num_threads, name)
         self._lock = threading.Lock()
-        self._num_running = 0
-        # The waiting calls of each request, by client.
-        self._waiting: dict[str, collections.deque[collections.deque[Call]]] = {}
-        # The tags of clients with waiting calls, and all other tags above `_last_tag`.
-        self._tags: dict[str, int] = {}
-        # The tag of the last call that was started.
-        self._last_tag = 0
+        # The waiting calls of each request, by client. The first request of the first client is
+        # next.
+        self._waiting: dict[str, collections.deque[collections.deque[Callable[[], None]]]] = {}
 
-    def submit(self, client: str, calls: Sequence[Call]) -> collections.deque[Call]:
+    def submit(
+        self, client: str, calls: Iterable[Callable[[], None]]
+    ) -> collections.deque[Callable[[], None]]:
         """Schedules the calls of a request.
 
         Args:
@@ -79,15 +62,11 @@ class FairThreads:
           The calls that still wait. Clear it to cancel them.
         """
         request = collections.deque(calls)
-        if not calls:
-            return request
-        with self._lock:
-            if client not in self._waiting:
-                self._waiting[client] = collections.deque()
-                start = self._last_tag + calls[0].cost
-                self._tags[client] = max(self._tags.get(client, 0), start)
-            self._waiting[client].append(request)
-        for _ in calls:
+        count = len(request)
+        if request:
+            with self._lock:
+                self._waiting.setdefault(client, collections.deque()).append(request)
+        for _ in range(count):
             self._executor.submit(self._run_next)
         return request
 
@@ -98,36 +77,20 @@ class FairThreads:
     def _run_next(self) -> None:
         with self._lock:
             call = self._take()
-            self._num_running += 1
         if call is not None:  # There is no call if a request was cancelled.
-            call.run()
-        with self._lock:
-            self._num_running -= 1
-            if not self._waiting and not self._num_running:
-                self._tags.clear()
+            call()
 
-    def _take(self) -> Call | None:
+    def _take(self) -> Callable[[], None] | None:
         """Removes and returns the call that is next; returns None if no call waits."""
-        while self._waiting:
-            client = min(self._waiting, key=self._tags.__getitem__)
-            requests = self._waiting[client]
+        call = None
+        while self._waiting and call is None:
+            client = next(iter(self._waiting))
+            requests = self._waiting.pop(client)
             request = requests.popleft()
-            call = None
             with contextlib.suppress(IndexError):  # The calls may have been cancelled.
                 call = request.popleft()
             if request:
                 requests.append(request)
-            if not requests:
-                del self._waiting[client]
-            if call is not None:
-                self._start(client, call.cost)
-                return call
-        return None
-
-    def _start(self, client: str, cost: int) -> None:
-        """Adds the cost of a call to the tag of its client, and forgets tags without effect."""
-        tag = self._tags[client]
-        self._tags[client] = tag + cost
-        if tag > self._last_tag:
-            self._last_tag = tag
-            self._tags = {n: t for n, t in self._tags.items() if t > tag or n in self._waiting}
+            if requests:
+                self._waiting[client] = requests  # The client is last now.
+        return call

@@ -1,12 +1,9 @@
 """The route POST /feedback, with which clients send true classes and rewards to the request log."""
 
-import asyncio
-import time
-
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cnn_jax.serve.engine import DeadlineExceeded
+from cnn_jax.serve.engine import ending_at
 from cnn_jax.serve.images import parse_json
 from cnn_jax.serve.limits import Refused
 from cnn_jax.serve.responses import JSONResponse
@@ -60,19 +57,9 @@ def make_router(service: Service) -> APIRouter:
         if service.request_log is None:
             message = "there is no request log; start the server with --request_log"
             raise Refused(404, "no_log", message)
-        try:
-            async with asyncio.timeout(max(0.0, request.state.deadline - time.monotonic())):
-                await service.request_log.add_feedback(
-                    client=request.state.client,
-                    request_id=given.request_id,
-                    image_index=given.image_index,
-                    label=given.label,
-                    reward=given.reward,
-                    is_new_class=given.new_class,
-                )
-        except TimeoutError as error:
-            message = "the request timed out before its feedback was written"
-            raise DeadlineExceeded(message) from error
+        message = "the request timed out before its feedback was written"
+        async with ending_at(request.state.deadline, message):
+            await service.request_log.add_feedback(request.state.client, given)
         return JSONResponse({"request_id": given.request_id, "image_index": given.image_index})
 
     return router

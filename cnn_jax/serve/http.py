@@ -22,18 +22,18 @@ from typing import Any
 
 import httptools
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cnn_jax.serve.responses import new_request_id
 
-# Maximum size of the headers of a request together, in bytes, and of a header that is incomplete.
+# Maximum size of the headers of a request, in bytes.
 _MAX_HEADER_BYTES = 32_768
 # Maximum seconds until a client has sent all headers of a request.
 _HEADER_SECONDS = 10.0
 # Maximum seconds between two requests on the same connection.
 _KEEP_ALIVE_SECONDS = 75
-# Maximum seconds for which the write buffer may stay full because the client does not read.
+# Maximum seconds for which bytes may wait in the write buffer because the client does not read.
 _READ_SECONDS = 30.0
 # If the server refuses a request while the body is still arriving, the server continues to read the
 # body, for at most this number of seconds and bytes. If the server closed the connection at once,
@@ -43,23 +43,6 @@ _LINGER_BYTES = 32_000_000
 # Maximum number of connections. Beyond this number, the server aborts a connection that is idle, or
 # whose client has paused for _STALLED_SECONDS seconds in the middle of a request.
 _MAX_CONNECTIONS, _STALLED_SECONDS = 1_000, 1.0
-
-
-class _Transport:
-    """A transport wrapper whose `close` calls `close_gracefully` of the protocol."""
-
-    def __init__(self, transport: asyncio.Transport, protocol: "_Protocol"):
-        self._transport = transport
-        self._protocol = protocol
-
-    def close(self) -> None:
-        self._protocol.close_gracefully()
-
-    def is_closing(self) -> bool:
-        return self._protocol.is_ending or self._transport.is_closing()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._transport, name)
 
 
 class _Parser:
@@ -101,23 +84,17 @@ class _Parser:
 class _Protocol(HttpToolsProtocol):
     """An HTTP connection that limits the size of headers and closes if the client is too slow."""
 
-    is_ending = False
     # The time at which the last byte was received.
     last_received = 0.0
     _timer: asyncio.TimerHandle | None = None
     _read_timer: asyncio.TimerHandle | None = None
-    _end_timers: tuple[asyncio.TimerHandle, ...] = ()
     # Whether the parser is inside a request, and whether the parser is inside the request's
     # headers.
     _is_in_message = False
     _is_in_headers = False
-    # The number of bytes of the complete headers of the current request.
-    _header_bytes = 0
-    # The number of bytes since the parser has last completed a header or returned a part of a body.
-    _incomplete_bytes = 0
+    # The number of bytes since a head, a part of a body or a request was last complete.
+    _pending_bytes = 0
     _has_progress = False
-    _is_too_large = False
-    _bytes_after_end = 0
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -131,8 +108,10 @@ class _Protocol(HttpToolsProtocol):
         return b"".join([*lines, b"\r\n"])
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        self._raw = transport
-        super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
+        super().connection_made(transport)
+        # Call `pause_writing` for each byte that waits. By default, this needs 64 kB, and a smaller
+        # answer that the client does not read would keep a closing connection open forever.
+        transport.set_write_buffer_limits(0)
         self.last_received = time.monotonic()
         self._start_timer()
         if len(self.connections) > _MAX_CONNECTIONS:
@@ -155,52 +134,37 @@ class _Protocol(HttpToolsProtocol):
         chosen = [one for one in others if one.is_idle] or [one for one in others if one.is_stalled]
         oldest = min(chosen, key=lambda one: one.last_received, default=self)
         self.connections.discard(oldest)
-        oldest._raw.abort()
+        oldest.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self.last_received = time.monotonic()
-        if self.is_ending:
-            self._bytes_after_end += len(data)
-            if self._bytes_after_end > _LINGER_BYTES:
-                self._raw.abort()
-            return
         if self._timer is None and self.is_idle:
             # Start the timer even if the received bytes do not start a request.
             self._start_timer()
         self._has_progress = False
         super().data_received(data)
-        self._incomplete_bytes = 0 if self._has_progress else self._incomplete_bytes + len(data)
-        if self._is_too_large or self._incomplete_bytes > _MAX_HEADER_BYTES:
+        self._pending_bytes = 0 if self._has_progress else self._pending_bytes + len(data)
+        if self._pending_bytes > _MAX_HEADER_BYTES:
             self._refuse()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._is_in_message = self._is_in_headers = True
-        self._header_bytes = 0
         if self._timer is None:
             self._start_timer()
 
-    def on_url(self, url: bytes) -> None:
-        super().on_url(url)
-        self._count_header(len(url))
-
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._is_in_headers:
+        if self._is_in_headers:  # Otherwise it is a trailer, which no protocol of this server uses.
             super().on_header(name, value)
-            self._count_header(len(name) + len(value))
-        else:
-            # This header is a trailer, which no protocol of this server uses.
-            self._is_too_large = True
-
-    def _count_header(self, size: int) -> None:
-        self._has_progress = True
-        self._header_bytes += size
-        self._is_too_large |= self._header_bytes > _MAX_HEADER_BYTES
 
     def on_headers_complete(self) -> None:
         if self.parser.should_upgrade():
             return  # The parser parses the request again.
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > _MAX_HEADER_BYTES:  # All headers arrived at once.
+            raise httptools.HttpParserError("the headers are too long")
         self._is_in_headers = False
+        self._has_progress = True
         self._stop_timer()
         super().on_headers_complete()
 
@@ -212,45 +176,26 @@ class _Protocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self._is_in_message = False
+        self._has_progress = True
         super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         self._stop_read_timer()
-        for timer in self._end_timers:
-            timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
         super().pause_writing()
         self._stop_read_timer()
-        self._read_timer = self.loop.call_later(_READ_SECONDS, self._raw.abort)
+        self._read_timer = self.loop.call_later(_READ_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         self._stop_read_timer()
         super().resume_writing()
 
-    def close_gracefully(self) -> None:
-        """Closes the connection, but gives a sending client time to read the response."""
-        if self.transport.is_closing():
-            return
-        self.is_ending = True
-        self._stop_timer()
-        end = self.loop.call_later(_READ_SECONDS, self._raw.abort)
-        if not self._is_in_message:
-            self._end_timers = (end,)
-            self._raw.close()
-            return
-        # If the server closed the connection now, with unread bytes, the connection would be reset,
-        # and the client would lose the response.
-        self._end_timers = (end, self.loop.call_later(_LINGER_SECONDS, self._raw.close))
-        if self._raw.can_write_eof():
-            self._raw.write_eof()
-        self.flow.resume_reading()
-
     def send_400_response(self, msg: str) -> None:
         if self.cycle is not None and not self.cycle.response_complete:
-            self._raw.abort()  # An error message would damage the response that is being sent.
+            self.transport.abort()  # An error message would damage the response that is being sent.
             return
         request_id = new_request_id()
         answer = json.dumps({"error": msg, "reason": "http", "request_id": request_id})
@@ -274,12 +219,55 @@ class _Protocol(HttpToolsProtocol):
     def _stop_read_timer(self) -> None:
         if self._read_timer is not None:
             self._read_timer.cancel()
-            self._read_timer = None
 
     def _refuse(self) -> None:
         self._stop_timer()
         if not self.transport.is_closing():
             self.send_400_response("the headers are too slow or too long")
+
+
+class _Lingering:
+    """Middleware that closes the connection after a request whose body was not read.
+
+    It first continues to read the body for a while. If the server closed the connection with unread
+    bytes, the connection would be reset, and the client would lose the response.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        names = {name for name, _ in scope["headers"]}
+        is_read = not names & {b"content-length", b"transfer-encoding"}
+        is_open = False
+
+        async def receive_and_watch() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read |= message["type"] == "http.disconnect" or not message.get("more_body", False)
+            return message
+
+        async def send_without_end(message: Message) -> None:
+            nonlocal is_open
+            if message["type"] == "http.response.start" and not is_read:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            elif message["type"] == "http.response.body" and not message.get("more_body", False):
+                is_open = not is_read
+                message = {**message, "more_body": is_open}
+            await send(message)
+
+        await self._app(scope, receive_and_watch, send_without_end)
+        if not is_open:
+            return
+        size = 0
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_SECONDS):
+                while not is_read and size <= _LINGER_BYTES:
+                    size += len((await receive_and_watch()).get("body", b""))
+        await send({"type": "http.response.body"})
 
 
 class Server(uvicorn.Server):
@@ -339,7 +327,7 @@ def make_server(
         X-Forwarded-For gives the address of a client.
     """
     config = uvicorn.Config(
-        app,
+        _Lingering(app),
         http=_Protocol,
         ws="none",
         lifespan="on",

@@ -3,13 +3,15 @@
 import base64
 import binascii
 import dataclasses
+import io
+import math
 import re
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pydantic_core
-from python_multipart.exceptions import MultipartParseError
-from python_multipart.multipart import MultipartParser, parse_options_header
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import Field, File, FormParser, parse_options_header
 
 from cnn_jax.serve.limits import Limits, Refused
 
@@ -18,8 +20,6 @@ from cnn_jax.serve.limits import Limits, Refused
 _MAX_EMPTY_PARTS = 32
 # The prefix of a data URL, such as "data:image/png;base64," (RFC 2397).
 _DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
-# Maximum size of one header of a form part, in bytes, and maximum number of headers of a part.
-_MAX_HEADER_BYTES, _MAX_HEADERS = 4_096, 16
 _MAX_NAME_CHARACTERS = 200
 # Maximum estimated memory of a parsed JSON body, in bytes. The estimate adds a number of bytes for
 # each character "," (an element), "[" (a list), "{" (an object) and ":" (a member of an object).
@@ -29,26 +29,16 @@ _PARSED_BYTES = {b",": 64, b"[": 96, b"{": 96, b":": 112}
 
 @dataclasses.dataclass
 class Part:
-    """An image file of a request.
+    """An image file of a request."""
 
-    Attributes:
-      name: The file name that the client sent, or the image's index: "0", "1", ...
-      content: The bytes of the file.
-    """
-
-    name: str
+    name: str  # The file name that the client sent, or the image's index: "0", "1", ...
     content: bytes
 
 
 def read_images(body: bytes, content_type: str, limits: Limits) -> list[Part]:
     """Returns the image files in a request's body.
 
-    Args:
-      body: The whole body.
-      content_type: The Content-Type header; "" if the request has no such header. Unless it is
-        the type of a form, the body is a single image file. The first bytes of an image file
-        determine its format.
-      limits: The limits of a request.
+    Unless the Content-Type header is that of a form, the whole body is a single image file.
 
     Raises:
       Refused: The body has no image or too many images, or the form is damaged.
@@ -69,90 +59,49 @@ def _parse_form(body: bytes, boundary: bytes, max_files: int) -> list[Part]:
     Raises:
       Refused: The form is damaged, has too many files, or has a field that is not a file.
     """
-    form = _Form(max_files)
     if not 0 < len(boundary) <= 70:
         message = "multipart/form-data needs a boundary of at most 70 characters"
         raise Refused(400, "form", message)
+    parts: list[Part] = []
+    num_empty, is_complete = 0, False
+
+    def add_file(file: File) -> None:
+        nonlocal num_empty
+        content = cast(io.BytesIO, file.file_object).getvalue()
+        name = (file.file_name or b"").decode("utf-8", "replace")[:_MAX_NAME_CHARACTERS]
+        if name or content:
+            parts.append(Part(name or str(len(parts)), content))
+        else:
+            num_empty += 1
+        if len(parts) > max_files or num_empty > _MAX_EMPTY_PARTS:
+            raise Refused(413, "too_many", f"a request may have at most {max_files} images")
+
+    def refuse_field(field: Field) -> None:
+        # The client may have meant an image or a query parameter.
+        name = (field.field_name or b"").decode("utf-8", "replace")[:_MAX_NAME_CHARACTERS]
+        raise Refused(
+            400,
+            "form",
+            f"the form's field {name!r} is not a file: it has no file name (with curl: -F "
+            f"{name or 'file'}=@FILE); parameters belong to the path, as in /predict?top=3",
+        )
+
+    def end() -> None:
+        nonlocal is_complete
+        is_complete = True
+
+    in_memory = {"MAX_MEMORY_FILE_SIZE": math.inf}
     try:
-        parser = MultipartParser(boundary, form.callbacks())  # type: ignore[arg-type]
+        parser = FormParser(
+            "multipart/form-data", refuse_field, add_file, end, boundary, config=in_memory
+        )
         parser.write(body)
         parser.finalize()
-    except MultipartParseError as error:
+    except FormParserError as error:
         raise Refused(400, "form", f"the form is damaged: {error}") from error
-    if not form.is_complete:
+    if not is_complete:
         raise Refused(400, "form", "the form is incomplete: its last boundary is missing")
-    return form.parts
-
-
-class _Form:
-    """Collects the files of a form; the form parser calls the methods of this class."""
-
-    def __init__(self, max_files: int):
-        self.parts: list[Part] = []
-        self._num_parts = 0
-        self.is_complete = False
-        self._max_files = max_files
-        self._content: list[bytes] = []
-        self._header: dict[str, bytes] = {}
-        self._num_headers = 0
-        self._field, self._value = b"", b""
-
-    def callbacks(self) -> dict[str, Any]:
-        names = ("part_begin", "part_data", "part_end", "header_field", "header_value")
-        return {f"on_{name}": getattr(self, f"_{name}") for name in (*names, "header_end", "end")}
-
-    def _part_begin(self) -> None:
-        self._num_parts += 1
-        if self._num_parts > self._max_files + _MAX_EMPTY_PARTS:
-            raise Refused(413, "too_many", "the form has too many parts")
-        self._content, self._header, self._num_headers = [], {}, 0
-
-    def _header_field(self, data: bytes, start: int, end: int) -> None:
-        self._field = self._checked(self._field + data[start:end])
-
-    def _header_value(self, data: bytes, start: int, end: int) -> None:
-        self._value = self._checked(self._value + data[start:end])
-
-    def _checked(self, header: bytes) -> bytes:
-        if len(header) > _MAX_HEADER_BYTES:
-            raise Refused(400, "form", "a header of a part is too long")
-        return header
-
-    def _header_end(self) -> None:
-        self._header[self._field.lower().decode("latin-1")] = self._value
-        self._num_headers += 1
-        if self._num_headers > _MAX_HEADERS:
-            raise Refused(400, "form", "a part has too many headers")
-        self._field, self._value = b"", b""
-
-    def _part_data(self, data: bytes, start: int, end: int) -> None:
-        self._content.append(data[start:end])
-
-    def _part_end(self) -> None:
-        _, options = parse_options_header(self._header.get("content-disposition", b""))
-        name = options.get(b"filename")
-        content = b"".join(self._content)
-        self._content = []
-        if name is None:
-            # Refuse a field that is not a file, because the client may have meant an image or a
-            # query parameter.
-            field = options.get(b"name", b"").decode("utf-8", "replace")[:_MAX_NAME_CHARACTERS]
-            raise Refused(
-                400,
-                "form",
-                f"the form's field {field!r} is not a file: it has no file name (with curl: -F "
-                f"{field or 'file'}=@FILE); parameters belong to the path, as in /predict?top=3",
-            )
-        if not name and not content:
-            return  # A browser sends an empty part for a file input without a file.
-        if len(self.parts) == self._max_files:
-            message = f"a request may have at most {self._max_files} images"
-            raise Refused(413, "too_many", message)
-        name = name.decode("utf-8", "replace")[:_MAX_NAME_CHARACTERS] or str(len(self.parts))
-        self.parts.append(Part(name, content))
-
-    def _end(self) -> None:
-        self.is_complete = True
+    return parts
 
 
 def decode_base64(text: object) -> bytes:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator
+from collections.abc import AsyncIterator, Collection
 
 from starlette.requests import Request
 from starlette.types import Receive
@@ -18,25 +18,15 @@ _PAUSE_SECONDS = 10.0
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The limits of one request and of all requests in flight.
+    """The limits of one request and of all requests in flight."""
 
-    Attributes:
-      body_bytes: Maximum size of a request's body.
-      all_bytes: Maximum total size of the bodies of all requests in flight; see `Quota`.
-      pixels: Maximum width times height of an image, according to its header.
-      all_pixels: Maximum number of pixels of all images in flight; see `Quota`.
-      images: Maximum number of images in a request.
-      explained: Maximum number of images in a request for explanation maps.
-      seconds: Maximum seconds from the headers of a request to the answer.
-    """
-
-    body_bytes: int = 20_000_000
-    all_bytes: int = 100_000_000
-    pixels: int = 25_000_000
-    all_pixels: int = 500_000_000
-    images: int = 64
-    explained: int = 8
-    seconds: float = 30.0
+    body_bytes: int = 20_000_000  # The size of a request's body.
+    all_bytes: int = 100_000_000  # The size of all bodies in flight together; see `Quota`.
+    pixels: int = 25_000_000  # Width times height of an image, according to its header.
+    all_pixels: int = 500_000_000  # The pixels of all images in flight; see `Quota`.
+    images: int = 64  # The images in a request.
+    explained: int = 8  # The images in a request for explanation maps.
+    seconds: float = 30.0  # From the headers of a request to its answer.
 
     @property
     def request_pixels(self) -> int:
@@ -67,12 +57,8 @@ class ClientDisconnected(Exception):  # noqa: N818
 def check_query(request: Request, known: Collection[str] = ()) -> None:
     """Checks that a path accepts all query parameters of a request.
 
-    Args:
-      request: The request.
-      known: The names of the parameters that the path accepts.
-
     Raises:
-      Refused: A parameter is not known, or is given more than once.
+      Refused: A parameter is not among the `known` ones, or is given more than once.
     """
     if not request.url.query:
         return
@@ -117,63 +103,37 @@ class Bodies:
           ClientDisconnected: The client disconnected before the end of the body.
         """
         announced = int(content_length) if content_length and content_length.isdecimal() else 0
-        if announced > self._limits.body_bytes:
-            raise self._too_large()
+        self._check_size(announced)
         parts: list[bytes] = []
-        with self._counter(client) as count:
+        size = 0
+        try:
             try:
                 async with asyncio.timeout(None) as pause:
                     _extend(pause, deadline)
                     async for part in _parts(receive):
-                        count(len(part))
+                        self._check_size(size + len(part))
+                        if not self._quota.fits(client, len(part)):
+                            message = "the requests in flight are too large; try again in 1 s"
+                            raise Refused(429, "busy", message, retry_after="1")
+                        size += len(part)
+                        self._quota.add(client, len(part))
                         parts.append(part)
                         _extend(pause, deadline)
             except TimeoutError as error:
-                raise Refused(
-                    408,
-                    "slow",
+                message = (
                     f"the body did not arrive within {self._limits.seconds:g} s, or paused for "
-                    f"more than {_PAUSE_SECONDS:g} s",
-                    connection="close",
-                ) from error
+                    f"more than {_PAUSE_SECONDS:g} s"
+                )
+                raise Refused(408, "slow", message) from error
             body = parts[0] if len(parts) == 1 else b"".join(parts)
             parts.clear()
             yield body
-
-    @contextlib.contextmanager
-    def _counter(self, client: str) -> Iterator[Callable[[int], None]]:
-        """Yields a function that adds received bytes of a body to the total size of all bodies.
-
-        At the end of the context, these bytes are subtracted again.
-
-        The function raises `Refused` if a limit is exceeded.
-        """
-        body_bytes = 0
-
-        def count(size: int) -> None:
-            nonlocal body_bytes
-            if body_bytes + size > self._limits.body_bytes:
-                raise self._too_large()
-            if not self._quota.fits(client, size):
-                raise Refused(
-                    429,
-                    "busy",
-                    "the requests in flight are too large; try again in 1 s",
-                    connection="close",
-                    retry_after="1",
-                )
-            body_bytes += size
-            self._quota.add(client, size)
-
-        try:
-            yield count
         finally:
-            self._quota.add(client, -body_bytes)
+            self._quota.add(client, -size)
 
-    def _too_large(self) -> Refused:
-        limit = self._limits.body_bytes
-        message = f"a body may have at most {limit:,} bytes"
-        return Refused(413, "too_large", message, connection="close")
+    def _check_size(self, size: int) -> None:
+        if size > (limit := self._limits.body_bytes):
+            raise Refused(413, "too_large", f"a body may have at most {limit:,} bytes")
 
 
 def _extend(timeout: asyncio.Timeout, deadline: float) -> None:

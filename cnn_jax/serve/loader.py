@@ -4,8 +4,6 @@ import abc
 import asyncio
 import contextlib
 import dataclasses
-import functools
-import itertools
 import logging
 import os
 import pathlib
@@ -32,9 +30,6 @@ T = TypeVar("T")
 # Seconds until the first retry after a failed load, and the maximum number of seconds until a
 # retry. Each failure doubles the time until the next retry.
 _FIRST_RETRY, _MAX_RETRY = 5.0, 300.0
-# If a version has this number of hanging threads, it is tried again only after _HANGING_RETRY
-# seconds, because each thread may keep memory.
-_MAX_HANGING, _HANGING_RETRY = 3, 3600.0
 # While the registry does not answer, a warning is logged every _SLOW_SECONDS seconds. While the
 # registry reports the same error, the error is logged every _REPEAT_SECONDS seconds.
 _SLOW_SECONDS, _REPEAT_SECONDS = 30.0, 600.0
@@ -45,17 +40,11 @@ _NICENESS = 10
 
 @dataclasses.dataclass(frozen=True)
 class DesiredState:
-    """The versions of a model that should be loaded, and the model's aliases.
+    """The versions of a model that should be loaded, and the model's aliases."""
 
-    Attributes:
-      versions: Bundle digests by version number.
-      aliases: Version numbers by alias. The version of the first alias is the default version.
-      experiment: The experiment that splits the requests of the first alias; None without one.
-    """
-
-    versions: Mapping[int, str]
-    aliases: Mapping[str, int]
-    experiment: Experiment | None = None
+    versions: Mapping[int, str]  # Bundle digests by version number.
+    aliases: Mapping[str, int]  # Version numbers by alias. The first alias is the default one.
+    experiment: Experiment | None = None  # Splits the requests of the first alias.
 
 
 class Source(abc.ABC):
@@ -78,16 +67,6 @@ class Source(abc.ABC):
 
         Raises:
           UserError: The bundle cannot be read or is damaged.
-        """
-
-    @abc.abstractmethod
-    def set_extra(self, model: str, number: int, is_extra: bool) -> None:
-        """Adds an extra version to the desired state, or removes an extra version.
-
-        An extra version is served even if no alias points to the version.
-
-        Raises:
-          UserError: The version does not exist.
         """
 
 
@@ -114,15 +93,9 @@ class BundleSource(Source):
     def open(self, model: str, number: int) -> Bundle | Ensemble | OnnxPredictor:
         return self._bundle
 
-    def set_extra(self, model: str, number: int, is_extra: bool) -> None:
-        raise RegistryError("the server has one bundle, and no registry")
-
 
 class RegistrySource(Source):
-    """A source that provides, for each model of a registry, the version with a given alias.
-
-    Extra versions of these models can be served too.
-    """
+    """The version with a given alias of each model of a registry, and extra versions."""
 
     def __init__(
         self,
@@ -145,9 +118,6 @@ class RegistrySource(Source):
         self._models = tuple(models)
         self._alias = alias
         self._extra = tuple(extra)
-        # The (model, number) of each version that an administrator has added.
-        self._admin_extra: set[tuple[str, int]] = set()
-        self._lock = threading.Lock()
 
     def check(self) -> None:
         self._registry.refresh()
@@ -165,7 +135,7 @@ class RegistrySource(Source):
                 logger.warning("--versions: there is no version %s yet", version)
 
     def _advice(self, model: str) -> str:
-        """Returns advice for an error message: the command that creates the alias."""
+        """Returns the end of an error message: the command that creates the alias."""
         alias = "" if self._alias == CHAMPION else f" --alias={self._alias}"
         return (
             f"to create it: cnn_jax registry promote {model} VERSION{alias} "
@@ -186,17 +156,12 @@ class RegistrySource(Source):
         }
 
     def _number(self, name: str, version: int | str) -> int | None:
-        """Returns the number of the selected version, or None if the version does not exist.
-
-        `version` is a number or an alias.
-        """
+        """Returns the number of a version, given by number or alias; None if it does not exist."""
         model = self._registry.models[name]
         number = version if isinstance(version, int) else model.alias_target(version)
         return number if number in model.versions else None
 
     def _desired_versions(self, name: str) -> DesiredState:
-        with self._lock:
-            admin_extra = [number for model, number in self._admin_extra if model == name]
         # The default version must come first, because the code below takes the default version from
         # `found[0]`.
         model = self._registry.models[name]
@@ -204,8 +169,7 @@ class RegistrySource(Source):
         if experiment is not None and experiment.alias != self._alias:
             experiment = None
         challengers = [] if experiment is None else [experiment.challenger]
-        extra = (*self._extra, *admin_extra, *challengers)
-        found = [self._number(name, one) for one in (self._alias, *extra)]
+        found = [self._number(name, one) for one in (self._alias, *self._extra, *challengers)]
         numbers = dict.fromkeys(number for number in found if number is not None)
         aliases = {self._alias: found[0]}
         aliases |= {alias: model.alias_target(alias) for alias in model.aliases}
@@ -220,36 +184,25 @@ class RegistrySource(Source):
         with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
             return read_model(self._registry.fetch(version, folder))
 
-    def set_extra(self, model: str, number: int, is_extra: bool) -> None:
-        if model not in self.desired():
-            raise RegistryError(f"{model} is not served here")
-        if is_extra:
-            self._registry.resolve(model, number)
-        with self._lock:
-            if is_extra:
-                self._admin_extra.add((model, number))
-            else:
-                self._admin_extra.discard((model, number))
-
-
-class LoadTimeoutError(UserError):
-    """Raised if a version was not loaded in time."""
-
 
 # A version to load: the model, the number of the version, and the digest of its bundle.
 _Key = tuple[str, int, str]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Load:
-    """A version that is being loaded; `start` is in seconds of `time.monotonic`."""
+    """A version that is being loaded."""
 
-    task: "asyncio.Task[None]"
-    start: float
+    task: "asyncio.Task[None]"  # Waits for the thread, which cannot be interrupted.
+    start: float  # In seconds of `time.monotonic`.
+    is_wanted: bool = True  # Whether the source still requests the version.
+    is_late: bool = False  # Whether the load has exceeded the time limit.
 
     @property
-    def is_slow(self) -> bool:
-        return time.monotonic() - self.start > _SLOW_SECONDS
+    def delays_others(self) -> bool:
+        """Returns whether other versions wait until this version is loaded."""
+        is_slow = self.is_late or time.monotonic() - self.start > _SLOW_SECONDS
+        return self.is_wanted and not is_slow
 
 
 class Loader:
@@ -275,7 +228,7 @@ class Loader:
           source: The source of the versions.
           sizes: The batch sizes to compile.
           poll: Mean seconds between two reads of the source.
-          load_timeout: Maximum seconds that the loading of a version may take.
+          load_timeout: Seconds after which the loading of a version counts as failed.
         """
         self._service = service
         self._source = source
@@ -283,14 +236,12 @@ class Loader:
         self._poll = poll
         self._load_timeout = load_timeout
         self._loads: dict[_Key, _Load] = {}
-        # The start times of the threads that load a version. A thread cannot be interrupted, so it
-        # may still run after its load was abandoned or timed out.
-        self._thread_starts: dict[_Key, list[float]] = {}
-        service.metrics.hanging_loads.set_function(self._num_hanging)
+        service.metrics.hanging_loads.set_function(
+            lambda: sum(load.is_late for load in list(self._loads.values()))
+        )
         # The number of failures and the time of the next retry, for each version that could not be
         # loaded.
         self._failures: dict[_Key, tuple[int, float]] = {}
-        self._lock = asyncio.Lock()
         self._has_synchronized = False
         self.problem = ""
         self.is_settled = False
@@ -303,10 +254,7 @@ class Loader:
 
     @property
     def is_busy(self) -> bool:
-        """Returns whether a thread of the loader is running.
-
-        Such a thread cannot be interrupted.
-        """
+        """Returns whether a thread of the loader, which cannot be interrupted, is running."""
         return self._num_running > 0
 
     async def follow(self) -> None:
@@ -319,8 +267,7 @@ class Loader:
     def _pause(self) -> float:
         """Returns the seconds until the next read of the source.
 
-        They are random, so that the servers of a registry do not load a new version at the same
-        moment.
+        They are random, so that replicas do not load a new version at the same moment.
         """
         return self._poll * random.uniform(0.5, 1.5)
 
@@ -329,84 +276,42 @@ class Loader:
 
         A load of more than `_SLOW_SECONDS` continues in the background.
         """
-        while True:
-            async with self._lock:
-                desired = await self._read_source()
-                if desired is None:
-                    return
-                self._apply(desired)
-                self._start_load(desired)
-                running = [load.task for load in self._loads.values() if not load.is_slow]
+        while (desired := await self._read_source()) is not None:
+            self._apply(desired)
+            self._start_load(desired)
+            running = [load.task for load in self._loads.values() if load.delays_others]
             if not running:
                 return
             # During a load, continue to read the source: a rollback must not wait for the load.
             await asyncio.wait(running, timeout=self._pause(), return_when=asyncio.FIRST_COMPLETED)
 
     def _apply(self, desired: Mapping[str, DesiredState]) -> None:
-        """Moves aliases, unloads versions, and abandons loads that are no longer desired."""
+        """Moves aliases, unloads versions, and marks loads that are no longer wanted."""
         self._remove_models(desired)
         for model, state in desired.items():
             self._service.models.add_model(model, is_required=not self._has_synchronized)
             self._update_aliases(model, state)
             self._unload(model, state.versions)
         self._has_synchronized = True
-        for key, load in list(self._loads.items()):
+        for key, load in self._loads.items():
             model, number, digest_ = key
-            if model not in desired or desired[model].versions.get(number) != digest_:
-                load.task.cancel()
-                del self._loads[key]
+            was_wanted = load.is_wanted
+            load.is_wanted = model in desired and desired[model].versions.get(number) == digest_
+            if was_wanted and not load.is_wanted:
                 if model in desired:
                     self._service.models.set_state(model, number, END)
                 self._service.metrics.loads.labels(model, "abandoned").inc()
                 logger.warning("%s, version %d: no longer wanted; not loaded", model, number)
+            elif load.is_wanted and not was_wanted:
+                self._service.models.set_state(model, number, LOADING)
+                if load.is_late:
+                    self._fail_late(key)
 
     def _start_load(self, desired: Mapping[str, DesiredState]) -> None:
-        """Starts to load the next missing version, unless another load has just been started.
-
-        A slow load does not delay the load of another version.
-        """
+        """Starts to load the next missing version, unless another load has just been started."""
         key = next(self._missing(desired), None)
-        if key is not None and all(load.is_slow for load in self._loads.values()):
+        if key is not None and not any(load.delays_others for load in self._loads.values()):
             self._loads[key] = _Load(self._start_task(self._load(key)), time.monotonic())
-
-    async def synchronize_now(self, seconds: float) -> bool:
-        """Calls `synchronize` and retries failed loads at once; returns False after a timeout.
-
-        `seconds` is the maximum time to wait.
-        """
-        self._failures.clear()
-        return await self._finishes(seconds, self.synchronize())
-
-    async def set_extra(self, model: str, number: int, is_extra: bool, seconds: float) -> bool:
-        """Loads or unloads an extra version; returns False after a timeout of `seconds`.
-
-        Args:
-          model: The name of the model.
-          number: The number of the version.
-          is_extra: True to load the version, False to unload the version.
-          seconds: The maximum time to wait. After this time, the work continues in the background.
-
-        Raises:
-          UserError: The version does not exist.
-        """
-
-        async def set_and_synchronize() -> None:
-            await self._run_on_thread(self._source.set_extra, model, number, is_extra)
-            self._failures.clear()
-            await self.synchronize()
-
-        return await self._finishes(seconds, set_and_synchronize())
-
-    async def _finishes(self, seconds: float, work: Coroutine[Any, Any, None]) -> bool:
-        """Waits at most `seconds` seconds for a coroutine; returns whether the coroutine ended.
-
-        If the coroutine did not end, it continues in the background.
-        """
-        task = self._start_task(work)
-        done, _ = await asyncio.wait({task}, timeout=seconds)
-        for ended in done:
-            ended.result()
-        return bool(done)
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
         task = asyncio.ensure_future(work)
@@ -454,16 +359,9 @@ class Loader:
                         yield key
 
     def _is_due(self, key: _Key) -> bool:
-        """Returns whether a load may start: none is running, and it is not too early to retry.
-
-        A thread that has exceeded the time limit does not count as running.
-        """
+        """Returns whether a load may start: none is running, and it is not too early to retry."""
         _, retry_at = self._failures.get(key, (0, 0.0))
-        starts, now = self._thread_starts.get(key, []), time.monotonic()
-        is_running = key in self._loads or any(now - t < self._load_timeout for t in starts)
-        if len(starts) >= _MAX_HANGING:
-            retry_at = max(retry_at, starts[-1] + _HANGING_RETRY)
-        return not is_running and now >= retry_at
+        return key not in self._loads and time.monotonic() >= retry_at
 
     def _update_aliases(self, model: str, state: DesiredState) -> None:
         """Points the aliases of a model to the desired versions, if these versions are loaded."""
@@ -500,7 +398,7 @@ class Loader:
             self._start_task(self._end_when_unused(version))
 
     async def _end_when_unused(self, version: Version) -> None:
-        """Waits until no request uses an unloaded version, then sets the version's state to END.
+        """Waits until no request uses an unloaded version, then sets its state to END.
 
         After that, the version's memory is freed.
         """
@@ -512,83 +410,71 @@ class Loader:
             self._service.metrics.remove_version(version.model, version.number, version.class_names)
 
     async def _load(self, key: _Key) -> None:
+        """Loads a version on a thread, and adds the version if it is still wanted.
+
+        A load that exceeds the time limit counts as failed. The thread cannot be interrupted, so no
+        other load of the version is started, and the version is used if the load ends after all.
+        """
         model, number, _ = key
-        models = self._service.models
+        models, metrics = self._service.models, self._service.metrics
         models.set_state(model, number, LOADING)
         logger.info("%s, version %d: loading", model, number)
+        loaded = [version for name in models.names for version in models.loaded(name).values()]
         start = time.monotonic()
+        making = asyncio.ensure_future(self._run_on_thread(self._make, *key, loaded))
+        waited = 0.0
+        while waited < self._load_timeout:
+            pause = min(_SLOW_SECONDS, self._load_timeout - waited)
+            if (await asyncio.wait({making}, timeout=pause))[0]:
+                break
+            waited = time.monotonic() - start
+            logger.warning("%s, version %d: still loading after %.0f s", model, number, waited)
+        load = self._loads[key]
+        if not making.done():
+            load.is_late = True
+            if load.is_wanted:
+                self._fail_late(key)
         try:
-            version = await self._make_in_time(key)
+            version = await making
         except Exception as error:
             # Catch every exception, because a bad new version must not stop the server.
-            self._fail(key, error)
+            del self._loads[key]
+            if load.is_wanted:
+                self._fail(key, error, is_counted=load.is_late)
             return
         del self._loads[key]
+        if not load.is_wanted:
+            return
         self._failures.pop(key, None)
         models.add_version(version)
-        self._service.metrics.loads.labels(model, "loaded").inc()
-        self._service.metrics.loaded.labels(model, number).set(1)
+        metrics.loads.labels(model, "loaded").inc()
+        metrics.loaded.labels(model, number).set(1)
         seconds = time.monotonic() - start
         logger.info("%s, version %d: ready after %.1f s", model, number, seconds)
 
-    async def _make_in_time(self, key: _Key) -> Version:
-        """Makes a version on a thread; logs a warning while this takes long.
+    def _fail_late(self, key: _Key) -> None:
+        message = f"it was not loaded within {self._load_timeout:g} s"
+        self._fail(key, UserError(f"{message}; --load_timeout is this limit"))
 
-        Raises:
-          LoadTimeoutError: The version was not made in time. Its thread cannot be interrupted.
+    def _fail(self, key: _Key, error: Exception, is_counted: bool = False) -> None:
+        """Reports a version that could not be loaded, and sets the time of the next try.
+
+        A late load that fails at last is reported twice, and is counted as one failure.
         """
-        models = self._service.models
-        loaded = [version for name in models.names for version in models.loaded(name).values()]
-        start = time.monotonic()
-        self._thread_starts.setdefault(key, []).append(start)
-        on_end = functools.partial(self._end_thread, key, start)
-        making = asyncio.ensure_future(self._run_on_thread(self._make, *key, loaded, on_end=on_end))
-        try:
-            while True:
-                left = start + self._load_timeout - time.monotonic()
-                done, _ = await asyncio.wait({making}, timeout=min(_SLOW_SECONDS, max(left, 0.0)))
-                if done:
-                    return making.result()
-                waited = time.monotonic() - start
-                if waited >= self._load_timeout:
-                    raise LoadTimeoutError(
-                        f"it was not loaded within {self._load_timeout:g} s; --load_timeout is "
-                        "this limit"
-                    )
-                logger.warning("%s, version %d: still loading after %.0f s", *key[:2], waited)
-        finally:
-            making.cancel()
-
-    def _end_thread(self, key: _Key, start: float) -> None:
-        self._thread_starts[key].remove(start)
-        if not self._thread_starts[key]:
-            del self._thread_starts[key]
-
-    def _num_hanging(self) -> int:
-        """Returns the number of threads beyond the time limit; may be called in any thread."""
-        end = time.monotonic() - self._load_timeout
-        starts = itertools.chain.from_iterable(list(self._thread_starts.values()))
-        return sum(start <= end for start in starts)
-
-    def _fail(self, key: _Key, error: Exception) -> None:
-        """Reports a version that could not be loaded, and sets the time of the next try."""
         model, number, _ = key
-        del self._loads[key]
-        count = self._failures.get(key, (0, 0.0))[0] + 1
+        count = self._failures.get(key, (0, 0.0))[0] + (not is_counted)
         wait = min(_FIRST_RETRY * 2 ** (count - 1), _MAX_RETRY)
         self._failures[key] = count, time.monotonic() + wait
         self.problem = str(error) if isinstance(error, UserError) else repr(error)
         self._service.models.set_state(model, number, END, _public_message(error))
-        self._service.metrics.loads.labels(model, "failed").inc()
-        next_try = f"next try in {wait:.0f} s"
-        if len(self._thread_starts.get(key, ())) >= _MAX_HANGING:
-            next_try = f"next try in {_HANGING_RETRY:.0f} s, or when one of its hanging loads ends"
+        self._service.metrics.loads.labels(model, "failed").inc(not is_counted)
+        next_try = "next try when this load ends" if key in self._loads else ""
         logger.error(
             "%s, version %d: not loaded; the loaded versions stay: %s; %s",
             model,
             number,
             self.problem,
-            next_try,
+            next_try or f"next try in {wait:.0f} s",
         )
 
     def _make(self, model: str, number: int, digest_: str, loaded: Sequence[Version]) -> Version:
@@ -596,24 +482,17 @@ class Loader:
         pixels = self._service.limits.pixels
         return make_version(model, number, bundle, digest_, pixels, self._sizes, loaded)
 
-    async def _run_on_thread(
-        self,
-        function: Callable[..., T],
-        *args: Any,
-        on_end: Callable[[], None] = lambda: None,
-    ) -> T:
+    async def _run_on_thread(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function on a new thread, because the function may wait for a disk or a compiler.
 
-        If this coroutine is cancelled, the thread continues. `on_end` is called in the event loop
-        when the thread ends. The thread is a daemon thread. Unlike a thread of an executor, it does
-        not delay the end of the process.
+        If this coroutine is cancelled, the thread continues. The thread is a daemon thread. Unlike
+        a thread of an executor, it does not delay the end of the process.
         """
         loop = asyncio.get_running_loop()
         future: asyncio.Future[T] = loop.create_future()
 
         def finish(result: T | None, error: Exception | None) -> None:
             self._num_running -= 1
-            on_end()
             if future.cancelled():
                 return
             if error is None:
@@ -628,6 +507,8 @@ class Loader:
                 result = function(*args)
             except Exception as raised:
                 error = raised
+            except BaseException as raised:  # For example, a panic in the Rust code of obstore.
+                error = RuntimeError(repr(raised))
             with contextlib.suppress(RuntimeError):  # The event loop may already be closed.
                 loop.call_soon_threadsafe(finish, result, error)
 

@@ -23,12 +23,7 @@ class _Formatter(logging.Formatter):
 
 
 def start_logging(level: str) -> None:
-    """Configures logging for this package and for all libraries.
-
-    Args:
-      level: The lowest level of this package's messages to log: "debug", "info", "warning" or
-        "error". Messages of other libraries are logged only if they are warnings or errors.
-    """
+    """Logs messages of this package from `level` on, and warnings of other libraries."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Formatter())
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)

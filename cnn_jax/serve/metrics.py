@@ -1,6 +1,7 @@
 """The server's Prometheus metrics."""
 
 import contextlib
+import functools
 import threading
 from collections.abc import Mapping, Sequence
 
@@ -11,6 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 _SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64)
+_VERSION = ("model", "version")
 CONTENT_TYPE = prometheus_client.CONTENT_TYPE_LATEST
 
 
@@ -20,68 +22,53 @@ class ServerMetrics:
     def __init__(self):
         self.registry = CollectorRegistry()
         self._lock = threading.Lock()
-        options = {"namespace": "cnn_jax", "registry": self.registry}
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
-        self.requests = Counter(
-            "requests", "Answered requests.", ("route", "method", "status"), **options
-        )
-        self.latency = Histogram(
+        options = {"namespace": "cnn_jax", "registry": self.registry}
+        gauge = functools.partial(Gauge, **options)
+        counter = functools.partial(Counter, **options)
+        timer = functools.partial(Histogram, buckets=_SECONDS, **options)
+
+        self.requests = counter("requests", "Answered requests.", ("route", "method", "status"))
+        self.latency = timer(
             "request_seconds",
             "Seconds from a request's headers to the end of its answer.",
             ("route",),
-            buckets=_SECONDS,
-            **options,
         )
-        self.arm_seconds = Histogram(
+        self.arm_seconds = timer(
             "arm_request_seconds",
             "Seconds of the requests of experiments, as EXPERIMENT/ARM.",
             ("arm", "status"),
-            buckets=_SECONDS,
-            **options,
         )
-        self.refused = Counter(
-            "refused", "Requests that were answered with an error.", ("reason",), **options
-        )
-        self.predictions = Counter(
-            "predictions", "Classified images.", ("model", "version", "class"), **options
-        )
+        self.refused = counter("refused", "Requests that were answered with an error.", ("reason",))
+        self.predictions = counter("predictions", "Classified images.", (*_VERSION, "class"))
         self.batch_images = Histogram(
             "batch_images", "Images per batch.", buckets=_IMAGES, **options
         )
-        self.batch_seconds = Histogram(
-            "batch_seconds", "Seconds that a batch took.", buckets=_SECONDS, **options
+        self.batch_seconds = timer("batch_seconds", "Seconds that a batch took.")
+        self.images_in_flight = gauge(
+            "images_in_flight", "Images in decoding, waiting or in computation."
         )
-        self.images_in_flight = Gauge(
-            "images_in_flight", "Images in decoding, waiting or in computation.", **options
+        self.body_bytes = gauge("body_bytes", "Bytes of request bodies in memory.")
+        self.lost_rows = gauge(
+            "request_log_lost_rows", "Rows of the request log that could not be written."
         )
-        self.body_bytes = Gauge("body_bytes", "Bytes of request bodies in memory.", **options)
-        self.lost_rows = Gauge(
-            "request_log_lost_rows", "Rows of the request log that could not be written.", **options
+        self.last_read = gauge(
+            "registry_read_timestamp_seconds", "Unix time of the registry's last answer."
         )
-        self.last_read = Gauge(
-            "registry_read_timestamp_seconds",
-            "Unix time of the registry's last answer.",
-            **options,
+        self.loads = counter(
+            "loads", "Attempts to load a version, by outcome.", ("model", "outcome")
         )
-        self.loads = Counter(
-            "loads", "Attempts to load a version, by outcome.", ("model", "outcome"), **options
+        self.hanging_loads = gauge(
+            "hanging_loads", "Threads that still load a version after --load_timeout."
         )
-        self.hanging_loads = Gauge(
-            "hanging_loads", "Threads that still load a version after --load_timeout.", **options
+        self.loaded = gauge(
+            "version_loaded", "1 while the version is loaded; absent otherwise.", _VERSION
         )
-        self.loaded = Gauge(
-            "version_loaded",
-            "1 while the version is loaded; absent otherwise.",
-            ("model", "version"),
-            **options,
-        )
-
-        self.loading = Gauge(
+        self.loading = gauge(
             "version_loading_seconds",
             "Seconds for which the version has been loading; absent otherwise.",
-            ("model", "version"),
-            **options,
+            _VERSION,
         )
 
     def count_batch(self, images: int, seconds: float) -> None:

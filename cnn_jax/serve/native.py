@@ -4,8 +4,8 @@ import base64
 import functools
 import io
 import time
-from collections.abc import Callable, Coroutine, Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
@@ -22,7 +22,6 @@ from cnn_jax.serve.images import Part, read_images
 from cnn_jax.serve.limits import Refused, cancel_on_disconnect, check_query
 from cnn_jax.serve.responses import JSONResponse
 from cnn_jax.serve.service import Service, image_refusal
-from cnn_jax.serve.versions import Version
 from cnn_jax.system.errors import DataError
 
 # A request body with more bytes than this is parsed on a separate thread.
@@ -79,11 +78,8 @@ class PredictionOut(BaseModel):
 
 
 class Timings(BaseModel):
-    """The longest duration of each step over all images of a request, in milliseconds."""
+    """The time that a request took at the server, in milliseconds."""
 
-    decode: float
-    queue: float
-    compute: float
     total: float
 
 
@@ -164,56 +160,37 @@ def make_router(service: Service) -> APIRouter:
         if query.version is not None and query.alias is not None:
             raise Refused(400, "parameter", "give either version or alias, not both")
         version = service.select(request, query.model, query.version, query.alias)
-        explain = query.explain is not None
-        async with service.body(request, version) as body:
-            async with cancel_on_disconnect(request.receive):
-                parts = await _parts(service, request, body)
-                answers, maps = await _answer(service, version, parts, request, explain)
-            errors = [answer for answer in answers if isinstance(answer, DataError)]
-            if len(errors) == len(answers):
-                raise image_refusal(errors[0])
-            predictions = [
-                _prediction(part, answer, version.class_names, query.top)
-                for part, answer in zip(parts, answers, strict=True)
-            ]
-            for index, explanation in maps.items():
-                predictions[index]["explanation"] = explanation
+        content_type, state = request.headers.get("content-type", ""), request.state
+        async with (
+            service.body(request, version) as body,
+            cancel_on_disconnect(request.receive),
+        ):
+            read = functools.partial(read_images, body, content_type, service.limits)
+            # Parse a large form on another thread, because parsing would block the event loop.
+            is_large = len(body) > _LARGE_BODY
+            parts = await service.parse(read, request) if is_large else read()
+            images = [part.content for part in parts]
+            answers = await service.answer(version, images, request, query.explain is not None)
+            if all(isinstance(answer, DataError) for answer in answers):
+                raise image_refusal(cast(DataError, answers[0]))
+            predictions = []
+            for part, answer in zip(parts, answers, strict=True):
+                predictions.append(_prediction(part, answer, version.class_names, query.top))
+                if query.explain and isinstance(answer, Computed):
+                    draw = functools.partial(_explanation, answer)
+                    drawing = service.engine.run_on_decoder(draw, state.deadline, state.client)
+                    predictions[-1]["explanation"] = await drawing
         return JSONResponse(
             {
                 "model": version.model,
                 "version": version.number,
                 "request_id": request.state.request_id,
                 "predictions": predictions,
-                "milliseconds": _timings(answers, time.monotonic() - start),
+                "milliseconds": {"total": round(1000 * (time.monotonic() - start), 3)},
             }
         )
 
     return router
-
-
-async def _parts(service: Service, request: Request, body: bytes) -> list[Part]:
-    """Returns the image files in the body of a request."""
-    content_type = request.headers.get("content-type", "")
-    read = functools.partial(read_images, body, content_type, service.limits)
-    # Parse a large form on another thread, because parsing would block the event loop.
-    if len(body) > _LARGE_BODY:
-        return await service.parse(read, body, request)
-    return read()
-
-
-async def _answer(
-    service: Service, version: Version, parts: Sequence[Part], request: Request, explain: bool
-) -> tuple[list[Computed | DataError], dict[int, dict[str, str]]]:
-    """Returns the answers for all images, and the requested explanation maps by image index."""
-    images = [part.content for part in parts]
-    answers = await service.answer(version, images, request, explain)
-    maps = {}
-    for index, answer in enumerate(answers):
-        if explain and isinstance(answer, Computed):
-            draw = functools.partial(_explanation, answer)
-            state = request.state
-            maps[index] = await service.engine.run_on_decoder(draw, state.deadline, state.client)
-    return answers, maps
 
 
 def _prediction(
@@ -240,15 +217,3 @@ def _explanation(answer: Computed) -> dict[str, str]:
     file = io.BytesIO()
     picture.save(file, "PNG")
     return {"method": "grad_cam", "png": base64.b64encode(file.getvalue()).decode()}
-
-
-def _timings(answers: Sequence[Computed | DataError], total: float) -> dict[str, float]:
-    """Returns the longest duration of each step over all images, in milliseconds."""
-    usable = [answer for answer in answers if isinstance(answer, Computed)]
-    longest = {
-        "decode": max(answer.decode_seconds for answer in usable),
-        "queue": max(answer.queue_seconds for answer in usable),
-        "compute": max(answer.compute_seconds for answer in usable),
-        "total": total,
-    }
-    return {name: round(1000 * seconds, 3) for name, seconds in longest.items()}

@@ -30,25 +30,11 @@ _BODY = {
         "application/json": {
             "schema": {
                 "type": "object",
-                "properties": {
-                    "id": {"type": "string"},
-                    "inputs": {
-                        "type": "array",
-                        "minItems": 1,
-                        "maxItems": 1,
-                        "items": {
-                            "type": "object",
-                            "properties": {
-                                "name": {"type": "string"},
-                                "shape": {"type": "array", "items": {"type": "integer"}},
-                                "datatype": {"type": "string", "enum": ["UINT8", "BYTES"]},
-                                "data": {"type": "array"},
-                            },
-                            "required": ["name", "shape", "datatype", "data"],
-                        },
-                    },
-                },
+                "properties": {"id": {"type": "string"}, "inputs": {"type": "array"}},
                 "required": ["inputs"],
+            },
+            "example": {
+                "inputs": [{"name": "image", "shape": [1], "datatype": "BYTES", "data": ["..."]}]
             },
         }
     },
@@ -99,7 +85,7 @@ def make_router(service: Service) -> APIRouter:
         async with service.body(request, version) as body:
             length = request.headers.get("inference-header-content-length")
             async with cancel_on_disconnect(request.receive):
-                inference = await service.parse(lambda: _parse(body, length), body, request)
+                inference = await service.parse(lambda: _parse(body, length), request)
                 answers = await service.answer(version, inference.images, request)
         rows = probability_rows(answers, "image")
         content: dict[str, Any] = {
@@ -162,25 +148,15 @@ def _metadata(service: Service, version: Version) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class _Inference:
-    """A parsed inference request.
+    """A parsed inference request."""
 
-    Attributes:
-      images: For each image, an image file or pixels, uint8 [height, width, 3].
-      outputs: The names of the requested outputs.
-      id: The client's id of the request, which the answer repeats.
-    """
-
-    images: list[bytes | np.ndarray]
-    outputs: frozenset[str]
-    id: str | None
+    images: list[bytes | np.ndarray]  # Image files, or pixels, uint8 [height, width, 3].
+    outputs: frozenset[str]  # The names of the requested outputs.
+    id: str | None  # The client's id of the request, which the answer repeats.
 
 
 def _parse(body: bytes, json_length: str | None) -> _Inference:
-    """Parses the body of an inference request.
-
-    Args:
-      body: The whole body.
-      json_length: The number of bytes of JSON; None if the whole body is JSON.
+    """Parses the body of a request, of which the first `json_length` bytes (None: all) are JSON.
 
     Raises:
       Refused: The body is not a request of this protocol.

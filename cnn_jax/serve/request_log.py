@@ -46,56 +46,27 @@ _SEGMENT_FRACTION = 1 / 16
 
 @dataclasses.dataclass(frozen=True)
 class _Row:
-    """The prediction for an image, with the request that contained the image.
-
-    Attributes:
-      request_id: The id that the server gave the request.
-      image_index: The index of the image in the request.
-      unit: The client's unit of an experiment, such as a user; None if unknown.
-      arm: The alias or the arm that selected the version; None if the request named a number.
-      version: The version that answered.
-      pixels: The network's input, uint8 [height, width, 3].
-      probabilities: float32 [classes].
-      embedding: The input of the network's last layer, float32 [features].
-      milliseconds: The time to decode the image, to wait and to compute.
-      shadow_of: If the answer was dropped, the id of the request that another version answered.
-      time: When the image was predicted, in seconds since the epoch.
-    """
+    """The prediction for an image; see `cnn_jax.data.request_log.REQUESTS`."""
 
     request_id: str
     image_index: int
     unit: str | None
     arm: str | None
     version: Version
-    pixels: Pixels
-    probabilities: np.ndarray
-    embedding: np.ndarray
+    pixels: Pixels  # The network's input, uint8 [height, width, 3].
+    probabilities: np.ndarray  # float32 [classes].
+    embedding: np.ndarray  # float32 [features].
     milliseconds: float | None = None
     shadow_of: str | None = None
-    time: float = dataclasses.field(default_factory=time.time)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Feedback:
-    """The true class or the reward of an image.
-
-    Attributes:
-      request_id: The id of the request that contained the image.
-      image_index: The index of the image in the request.
-      label: The name of the true class; None if unknown.
-      reward: A number that is larger for a better prediction; None if unknown.
-      is_new_class: Whether `label` may be a class that the network does not know.
-    """
-
-    request_id: str
-    image_index: int
-    label: str | None
-    reward: float | None
-    is_new_class: bool
+    time: float = dataclasses.field(default_factory=time.time)  # Seconds since the epoch.
 
 
 class RequestLog:
-    """A request log that writes on a separate thread, so that responses are not delayed."""
+    """A request log that writes on a separate thread, so that responses are not delayed.
+
+    Attributes:
+      lost_rows: The number of rows that could not be written.
+    """
 
     def __init__(
         self,
@@ -117,32 +88,27 @@ class RequestLog:
           ConfigError: The folder cannot be used.
         """
         self._folder = folder
-        self._log_folder = files.LogFolder(folder)
         self._fraction = fraction
         self._max_bytes = max_bytes
         self._with_images = with_images
-        # Only one thread changes each counter: `record` changes the first counter of each pair, and
-        # the thread of the log changes the second counter.
-        self._num_dropped, self._num_failed = 0, 0
-        self._bytes_added, self._bytes_removed = 0, 0
+        self._lock = threading.Lock()  # Guards the two numbers below.
+        self.lost_rows = 0
+        self._waiting_bytes = 0
         self._feedback_quota = Quota(_MAX_FEEDBACK)
-        self._random = random.Random()
         # A new row is refused if too many rows wait. Feedback, and the None that ends the log, are
         # always added.
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        # For each row of the current file, the digest of the bundle that predicted it; and this
-        # file.
+        # The digest of the bundle that predicted each row of the current file; and this file.
         self._recent: dict[tuple[str, int], str] = {}
         self._recent_path: pathlib.Path | None = None
         try:
             files.make_folders(folder)
-            segment_bytes = round(_SEGMENT_FRACTION * max_bytes)
-            self._requests = files.Segments(folder / "requests", files.REQUESTS, segment_bytes)
-            self._feedback = files.Segments(folder / "feedback", files.FEEDBACK)
-            self._failures = files.Segments(folder / "failures", files.FAILURES)
-            files.check_writable(folder)
         except OSError as error:
             raise ConfigError(f"--request_log: cannot use {folder}: {error}") from error
+        segment_bytes = round(_SEGMENT_FRACTION * max_bytes)
+        self._requests = files.Segments(folder / "requests", files.REQUESTS, segment_bytes)
+        self._feedback = files.Segments(folder / "feedback", files.FEEDBACK)
+        self._failures = files.Segments(folder / "failures", files.FAILURES)
         self._thread = threading.Thread(target=self._write_all, name="request log", daemon=True)
         self._thread.start()
 
@@ -152,15 +118,10 @@ class RequestLog:
         Args:
           **fields: The fields of `_Row`, except `time`.
         """
-        if self._random.random() >= self._fraction:
+        if random.random() >= self._fraction:
             return
         row = _Row(**fields)
-        num_bytes = self._bytes_added - self._bytes_removed + row.pixels.nbytes
-        if self._waiting.qsize() < _MAX_WAITING and num_bytes <= _MAX_WAITING_BYTES:
-            self._bytes_added += row.pixels.nbytes
-            self._waiting.put(row)
-        else:
-            self._num_dropped += 1
+        self._put(row, row.pixels.nbytes)
 
     def record_failure(self, fields: Mapping[str, str | None]) -> None:
         """Adds a failed request of an experiment to the write queue.
@@ -168,17 +129,26 @@ class RequestLog:
         Args:
           fields: The columns of `FAILURES`, except `time`.
         """
-        if self._waiting.qsize() < _MAX_WAITING:
-            self._waiting.put({"time": round(1e6 * time.time()), **fields})
-        else:
-            self._num_dropped += 1
+        self._put({"time": round(1e6 * time.time()), **fields}, 0)
 
-    async def add_feedback(self, client: str, **fields: Any) -> None:
+    def _put(self, item: "_Row | dict[str, Any]", size: int) -> None:
+        """Adds an item to the write queue, unless too many rows or bytes wait."""
+        with self._lock:
+            if (
+                self._waiting.qsize() >= _MAX_WAITING
+                or self._waiting_bytes + size > _MAX_WAITING_BYTES
+            ):
+                self.lost_rows += 1
+                return
+            self._waiting_bytes += size
+        self._waiting.put(item)
+
+    async def add_feedback(self, client: str, feedback: Any) -> None:
         """Stores the true class or the reward of an image, and waits until it is written.
 
         Args:
           client: The client that has sent the feedback.
-          **fields: The fields of `_Feedback`.
+          feedback: The body of the request; see `cnn_jax.serve.feedback.Feedback`.
 
         Raises:
           Refused: The log does not have the image, the label is not one of the classes, the log
@@ -189,15 +159,10 @@ class RequestLog:
         future: concurrent.futures.Future[None] = concurrent.futures.Future()
         self._feedback_quota.add(client, 1)
         try:
-            self._waiting.put((_Feedback(**fields), future))
+            self._waiting.put((feedback, future))
             await asyncio.wrap_future(future)
         finally:
             self._feedback_quota.add(client, -1)
-
-    @property
-    def lost_rows(self) -> int:
-        """The number of rows that could not be written."""
-        return self._num_dropped + self._num_failed
 
     def close(self) -> bool:
         """Writes what waits to be written, completes the files, and ends the thread.
@@ -214,50 +179,45 @@ class RequestLog:
     # The methods below run on the thread of the log.
 
     def _write_all(self) -> None:
-        self._clean()
         item: object = self
         while item is not None:
             rows, item = self._next_rows()
+            num_lost = 0
             try:
                 if rows:
                     self._write(rows)
             except Exception as error:  # Writing fails, for example, if the disk is full.
                 logger.error("%d rows of the request log are lost: %s", len(rows), error)
-                self._num_failed += len(rows)
-            self._bytes_removed += sum(row.pixels.nbytes for row in rows)
+                num_lost = len(rows)
+            with self._lock:
+                self.lost_rows += num_lost
+                self._waiting_bytes -= sum(row.pixels.nbytes for row in rows)
             if isinstance(item, tuple):
                 self._answer_feedback(*item)
             elif isinstance(item, dict):
                 self._write_failure(item)
-            self._complete_files(is_end=item is None)
+            for segments in (self._requests, self._feedback, self._failures):
+                if item is None or segments.is_complete:
+                    self._complete(segments)
 
     def _write_failure(self, row: Mapping[str, object]) -> None:
         try:
             self._failures.append({name: [value] for name, value in row.items()})
         except Exception as error:
-            logger.error("a failure is not in the request log: %s", error)
-            self._num_failed += 1
+            logger.error("a failed request is not in the request log: %s", error)
+            with self._lock:
+                self.lost_rows += 1
 
-    def _complete_files(self, is_end: bool) -> None:
-        """Completes the files that are large or old enough, or all files at the end of the log."""
-        for segments in (self._requests, self._feedback, self._failures):
-            if not (is_end or segments.is_complete):
-                continue
-            try:
-                segments.close()
-            except Exception as error:
-                logger.error("a file of the request log stays an Arrow stream: %s", error)
-            self._clean()
-            try:
-                self._log_folder.delete_oldest(self._max_bytes)
-            except Exception as error:
-                logger.error("old rows of the request log cannot be deleted: %s", error)
-
-    def _clean(self) -> None:
+    def _complete(self, segments: files.Segments) -> None:
+        """Completes a file, and deletes the oldest rows if the log is too large."""
         try:
-            self._log_folder.clean()
+            segments.close()
         except Exception as error:
-            logger.error("files of a killed server stay in the request log: %s", error)
+            logger.error("a file of the request log stays an Arrow stream: %s", error)
+        try:
+            files.delete_oldest(self._folder, self._max_bytes)
+        except Exception as error:
+            logger.error("old rows of the request log cannot be deleted: %s", error)
 
     def _next_rows(self) -> tuple[list[_Row], object]:
         """Waits for rows; returns the rows of a batch, and the item that ended the batch.
@@ -266,20 +226,18 @@ class RequestLog:
         else. If no row arrives for a while, the batch is empty.
         """
         rows: list[_Row] = []
-        try:
-            item = self._waiting.get(timeout=_IDLE_SECONDS)
-        except queue.Empty:
-            return rows, self
-        end = time.monotonic() + _BATCH_SECONDS
-        while isinstance(item, _Row):
-            rows.append(item)
-            if len(rows) == _BATCH_ROWS:
-                break
+        end = time.monotonic() + _IDLE_SECONDS
+        while len(rows) < _BATCH_ROWS:
             try:
                 item = self._waiting.get(timeout=max(0.0, end - time.monotonic()))
             except queue.Empty:
                 break
-        return rows, item
+            if not isinstance(item, _Row):
+                return rows, item
+            if not rows:
+                end = time.monotonic() + _BATCH_SECONDS
+            rows.append(item)
+        return rows, self
 
     def _write(self, rows: Sequence[_Row]) -> None:
         for version in {row.version for row in rows}:
@@ -316,56 +274,47 @@ class RequestLog:
             "image": _png(row.pixels) if self._with_images and not row.shadow_of else None,
         }
 
-    def _answer_feedback(
-        self, feedback: _Feedback, future: "concurrent.futures.Future[None]"
-    ) -> None:
+    def _answer_feedback(self, feedback: Any, future: "concurrent.futures.Future[None]") -> None:
         if not future.set_running_or_notify_cancel():
             return  # The client has left.
-        error: Refused | None = None
         try:
-            self._store(feedback)
+            future.set_result(self._store(feedback))
         except Refused as refused:
-            error = refused
-        except Exception as caught:  # Catch every error, because the client must get a response.
-            logger.error("feedback to request %s is lost: %s", feedback.request_id, caught)
-            error = Refused(503, "log", "the request log cannot be written; the log says why")
-        future.set_exception(error) if error else future.set_result(None)
+            future.set_exception(refused)
+        except Exception as error:  # Catch every error, because the client must get a response.
+            logger.error("feedback to request %s is lost: %s", feedback.request_id, error)
+            message = "the request log cannot be written; the log says why"
+            future.set_exception(Refused(503, "log", message))
 
-    def _store(self, feedback: _Feedback) -> None:
-        key = feedback.request_id, feedback.image_index
-        digest = self._find(key)
-        if feedback.label is not None and not feedback.is_new_class:
+    def _store(self, feedback: Any) -> None:
+        digest = self._find(feedback)
+        if feedback.label is not None and not feedback.new_class:
             self._check_label(feedback.label, digest)
-        self._feedback.append(
-            {
-                "time": [round(1e6 * time.time())],
-                "request_id": [feedback.request_id],
-                "image_index": [feedback.image_index],
-                "label": [feedback.label],
-                "reward": [feedback.reward],
-            }
-        )
-        # Another server may have begun to delete the row before the feedback was written. Then the
-        # row is lost, and the client must know.
-        self._find(key)
+        columns: dict[str, list[object]] = {"time": [round(1e6 * time.time())]}
+        columns |= {n: [getattr(feedback, n)] for n in files.FEEDBACK.names if n != "time"}
+        self._feedback.append(columns)
+        # Another server may have deleted the row before the feedback was written. Then the row is
+        # lost, and the client must know.
+        self._find(feedback)
 
-    def _find(self, key: tuple[str, int]) -> str:
-        """Returns the digest of the bundle that predicted a row.
+    def _find(self, feedback: Any) -> str:
+        """Returns the digest of the bundle that predicted an image.
 
         Raises:
-          Refused: The log does not have the row.
+          Refused: The log does not have the image.
         """
-        path = self._requests.path
-        if path is not None and path == self._recent_path and key in self._recent and path.exists():
-            return self._recent[key]
-        if (found := self._log_folder.find_row(key)) is None:
+        request_id, index = feedback.request_id, feedback.image_index
+        path = self._recent_path
+        digest = self._recent.get((request_id, index)) if path and path.exists() else None
+        digest = digest or files.find_row(self._folder, request_id, index)
+        if digest is None:
             raise Refused(
                 404,
                 "no_request",
-                f"the log has no image {key[1]} of request {key[0]}: it was not recorded, or it "
+                f"the log has no image {index} of request {request_id}: it was not recorded, or it "
                 "was deleted",
             )
-        return found
+        return digest
 
     def _check_label(self, label: str, digest: str) -> None:
         names = files.class_names(self._folder, digest)

@@ -1,14 +1,14 @@
 """Creates the parts of the server, and runs the server until a signal arrives."""
 
+import argparse
 import asyncio
 import contextlib
-import dataclasses
 import ipaddress
 import logging
 import os
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -30,51 +30,10 @@ if TYPE_CHECKING:  # Importing pyarrow would delay the start of a server without
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The options of a server.
-
-    Attributes:
-      host: The address to listen on.
-      port: The port to listen on; 0 chooses a free port.
-      health_port: A second port, on which a separate thread answers health checks and metrics; 0
-        chooses a free port, and None opens no second port.
-      limits: The limits of requests.
-      queue: Maximum number of images in flight.
-      max_batch: Maximum number of images in a batch.
-      max_wait: Maximum seconds that an image waits for its batch to fill.
-      poll: Mean seconds between two reads of the registry.
-      load_timeout: Maximum seconds that the loading of a version may take.
-      allowed_hosts: Further host names that the Host header of a request may have. The names are
-        checked if there are any, or if the server listens on a loopback address without tokens.
-      cors_origins: The origins whose web pages may use the server.
-      trusted_proxies: The addresses of proxies whose header X-Forwarded-For is believed.
-      drain: Seconds for which the server reports that it is not ready before it shuts down.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    health_port: int | None = None
-    limits: Limits = Limits()
-    queue: int = 256
-    max_batch: int = 32
-    max_wait: float = 0.0
-    poll: float = 2.0
-    load_timeout: float = 600.0
-    allowed_hosts: Sequence[str] = ()
-    cors_origins: Sequence[str] = ()
-    trusted_proxies: Sequence[str] = ()
-    drain: float = 0.0
-
-    @property
-    def sizes(self) -> list[int]:
-        """The batch sizes to compile: the powers of two up to `max_batch`."""
-        return [1 << power for power in range(self.max_batch.bit_length())]
-
-
 def run(
     source: Source,
-    options: Options,
+    flags: argparse.Namespace,
+    limits: Limits,
     tokens: Tokens | None = None,
     request_log: "RequestLog | None" = None,
 ) -> None:
@@ -82,9 +41,9 @@ def run(
 
     Args:
       source: The source of the versions.
-      options: The options.
-      tokens: The access tokens. With None, every client may predict and no client may use the
-        administration API.
+      flags: The other flags of the command; see `cnn_jax serve --help`.
+      limits: The limits of requests.
+      tokens: The access tokens; with None, every client may predict.
       request_log: The log that records answers; with None, no answers are recorded.
 
     Raises:
@@ -92,34 +51,30 @@ def run(
       BundleError: The bundle of a `BundleSource` cannot be served.
     """
     metrics = ServerMetrics()
-    engine = Engine(
-        options.queue,
-        options.max_wait,
-        num_cores(),
-        options.limits.all_pixels,
-        metrics.count_batch,
-    )
-    service = Service(Models(), engine, options.limits, metrics, request_log)
-    listener = _listen(options.host, options.port)
+    max_wait = flags.max_wait_ms / 1000
+    engine = Engine(flags.queue, max_wait, num_cores(), limits.all_pixels, metrics.count_batch)
+    service = Service(Models(), engine, limits, metrics, request_log)
+    listener = _listen(flags.host, flags.port)
     host, port = listener.getsockname()[:2]
     health_listener = None
-    if options.health_port is not None:
-        health_listener = _listen(options.host, options.health_port, "--health_port")
+    if flags.health_port is not None:
+        health_listener = _listen(flags.host, flags.health_port, "--health_port")
 
-    is_local = _is_local(options.host)
+    is_local = _is_local(flags.host)
 
     def hosts_without(tokens: Tokens | None) -> list[str]:
         """Returns the host names that a port with these tokens accepts; [] accepts all names."""
-        is_checked = options.allowed_hosts or (is_local and tokens is None)
-        return [*options.allowed_hosts, "localhost", options.host] if is_checked else []
+        names = flags.allowed_hosts or ()
+        is_checked = names or (is_local and tokens is None)
+        return [*names, "localhost", flags.host] if is_checked else []
 
-    loader = Loader(service, source, options.sizes, options.poll, options.load_timeout)
+    sizes = [1 << power for power in range(flags.max_batch.bit_length())]
+    loader = Loader(service, source, sizes, flags.poll, flags.load_timeout)
     hangs = False
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        app.state.loader = loader
         stack = contextlib.ExitStack()
         if health_listener is not None:
             stack.enter_context(health_listener)
@@ -149,16 +104,16 @@ def run(
                 hangs = True
             await asyncio.to_thread(stack.close)
 
-    app = make_app(service, tokens, lifespan, hosts_without(tokens), options.cors_origins)
+    app = make_app(service, tokens, lifespan, hosts_without(tokens), flags.cors_origins or ())
     server = http.make_server(
         app,
-        options.drain,
-        options.limits.seconds,
+        flags.drain,
+        limits.seconds,
         service.begin_shutdown,
-        options.trusted_proxies,
+        flags.trusted_proxies or (),
     )
     if not is_local and tokens is None:
-        logger.warning("without --tokens every client that reaches %s can predict", options.host)
+        logger.warning("without --tokens every client that reaches %s can predict", flags.host)
     with listener:
         server.run([listener])
     if hangs or loader.is_busy:

@@ -61,9 +61,9 @@ class Models:
         return list(self._states)
 
     def is_ready(self, model: str | None = None) -> bool:
-        """Returns whether a model is ready; without a name, whether all required models are ready.
+        """Returns whether the default version of a model is loaded.
 
-        A model is ready if its default version is loaded.
+        Without a name, returns whether this holds for all required models.
         """
         names = set(self._required) if model is None else {model}
         return bool(names) and all(self.default(name) is not None for name in names)
@@ -94,12 +94,12 @@ class Models:
     def find(
         self, model: str | None = None, version: int | None = None, alias: str | None = None
     ) -> Version:
-        """Returns the loaded version that a request selects.
+        """Returns the loaded version that a request selects, by default the default version.
 
         Args:
           model: The name of the model. It may be None if the server has only one model.
           version: The number of the version.
-          alias: An alias instead of a number. If both are None, the default version is returned.
+          alias: An alias instead of a number.
 
         Raises:
           Refused: The model or version does not exist or is not loaded.
@@ -128,7 +128,7 @@ class Models:
         return default
 
     def default(self, model: str) -> Version | None:
-        """Returns the default version of a model, or None if the default version is not loaded."""
+        """Returns the default version of a model, or None if it is not loaded."""
         numbers = list(self._aliases.get(model, {}).values())
         return self._versions.get(model, {}).get(numbers[0]) if numbers else None
 
@@ -155,12 +155,7 @@ class Models:
     # The loader calls the methods below.
 
     def add_model(self, model: str, is_required: bool) -> None:
-        """Adds a model without versions, if the model does not exist yet.
-
-        Args:
-          model: The name of the model.
-          is_required: Whether this model must be ready for the server to be ready.
-        """
+        """Adds a model, unless it exists; a required model must be ready before the server is."""
         self._states.setdefault(model, {})
         if is_required:
             self._required.add(model)
@@ -286,26 +281,17 @@ class Service:
             ) as body:
                 yield body
 
-    async def parse(self, call: Callable[[], T], body: bytes, request: Request) -> T:
-        """Parses the body of a request on a thread that parses one body at a time.
-
-        Args:
-          call: The function that parses the body.
-          body: The body.
-          request: The request.
+    async def parse(self, call: Callable[[], T], request: Request) -> T:
+        """Calls a function on a thread that parses one body at a time.
 
         Raises:
           DeadlineExceeded: The deadline of the request passed before the function returned.
         """
-        state = request.state
-        return await self.engine.run_on_parser(call, state.deadline, state.client, len(body))
+        return await self.engine.run_on_parser(call, request.state.deadline, request.state.client)
 
     @property
     def is_ready(self) -> bool:
-        """Returns whether a load balancer should send requests to this server.
-
-        This requires that all required models are ready.
-        """
+        """Returns whether the server can answer requests for all required models."""
         return self.is_serving and self.models.is_ready()
 
     @property
@@ -337,8 +323,7 @@ class Service:
         Args:
           version: The version to use. The caller keeps it in memory with `Version.hold`.
           images: For each image, an image file or pixels, uint8 [h, w, 3].
-          request: The request that contains the images. The request's state has the request id,
-            and the deadline in seconds of `time.monotonic`.
+          request: The request that contains the images.
           explain: Whether to compute the explanation map of each image.
 
         Returns:
@@ -475,7 +460,6 @@ class Service:
             output: Output = computed.result
             predicted = version.class_names[int(np.argmax(output.probabilities))]
             self.metrics.predictions.labels(version.model, version.number, predicted).inc()
-            seconds = computed.decode_seconds + computed.queue_seconds + computed.compute_seconds
             if self.request_log is not None:
                 self.request_log.record(
                     image_index=index,
@@ -483,20 +467,15 @@ class Service:
                     pixels=computed.pixels,
                     probabilities=output.probabilities,
                     embedding=output.embedding,
-                    milliseconds=1000 * seconds,
+                    milliseconds=1000 * computed.seconds,
                     **ids,
                 )
 
 
 def probability_rows(answers: Sequence[Computed | DataError], name: str) -> list[np.ndarray]:
-    """Returns the probabilities of all images, or raises an error if any image cannot be used.
+    """Returns the probabilities of each image, float32 [classes].
 
-    Args:
-      answers: The answers of the service.
-      name: The word for an image in the protocol, for the error message.
-
-    Returns:
-      For each image, float32 [classes].
+    An error message names an image with the word `name`.
 
     Raises:
       Refused: An image cannot be used.

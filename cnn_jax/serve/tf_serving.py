@@ -65,7 +65,7 @@ def make_router(service: Service) -> APIRouter:
             service.body(request, version) as body,
             cancel_on_disconnect(request.receive),
         ):
-            images, key = await service.parse(lambda: _images(body), body, request)
+            images, key = await service.parse(lambda: _images(body), request)
             answers = await service.answer(version, images, request)
         rows = probability_rows(answers, "instance")
         return JSONResponse({key: [row.tolist() for row in rows]})
@@ -158,11 +158,7 @@ def _images(body: bytes) -> tuple[list[bytes | np.ndarray], str]:
 
 
 def _image(index: int, instance: Any) -> bytes | np.ndarray:
-    """Returns the image of one instance, which is an element of "instances" or "inputs".
-
-    Args:
-      index: The index of the instance, for the error message.
-      instance: The parsed JSON value.
+    """Returns the image of the element `index` of "instances" or "inputs".
 
     Raises:
       Refused: The instance is not an image.

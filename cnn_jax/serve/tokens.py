@@ -1,7 +1,6 @@
-"""Reads access tokens (bearer tokens, RFC 6750) and their roles from a file."""
+"""Reads access tokens (bearer tokens, RFC 6750) from a file."""
 
 import hashlib
-import hmac
 import logging
 import pathlib
 import time
@@ -10,8 +9,8 @@ from cnn_jax.system.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-# The roles of tokens. The role "admin" includes "predict".
-ROLES = ("predict", "admin")
+# The words before a token. Servers of earlier versions had an administration API for "admin".
+_ROLES = ("predict", "admin")
 # Minimum seconds between two checks of whether the file of tokens has changed.
 _CHECK_SECONDS = 1.0
 _MIN_CHARACTERS = 16
@@ -20,11 +19,8 @@ _MIN_CHARACTERS = 16
 class Tokens:
     """The access tokens in a file; the file is read again when it changes.
 
-    Each line of the file is `predict TOKEN` or `admin TOKEN`. Empty lines and lines that begin
-    with # are ignored. If a changed file is invalid, the previous tokens stay valid.
-
-    Attributes:
-      problem: The error in the changed file; "" if the file is valid.
+    Each line of the file is `predict TOKEN`. Empty lines and lines that begin with # are ignored.
+    If a changed file is invalid, the previous tokens stay valid, and the error is logged.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -39,28 +35,13 @@ class Tokens:
         self._version = _version(path)
         self._digests = _read(path)
         self._checked_at = time.monotonic()
-        self.problem = ""
 
-    def allow(self, header: str | None, role: str) -> bool | None:
-        """Checks whether the Authorization header of a request gives access.
-
-        Args:
-          header: The header's value, or None.
-          role: The role that the request needs.
-
-        Returns:
-          Whether the token has the role; None if the header has no token of this file.
-        """
+    def allow(self, header: str | None) -> bool:
+        """Returns whether an Authorization header (None if it is missing) has a token."""
         self._reload_if_changed()
         scheme, digest = _parse(header)
-        found = set()
-        # Always compare all tokens, so that the response time does not reveal which token matches.
-        for token_role, token_digest in self._digests:
-            if hmac.compare_digest(digest, token_digest):
-                found.add(token_role)
-        if scheme.lower() != "bearer" or not found:
-            return None
-        return role in found or "admin" in found
+        # The time of this comparison reveals only a part of a digest, from which no token follows.
+        return scheme.lower() == "bearer" and digest in self._digests
 
     def client(self, header: str | None) -> str:
         """Returns a key of the token in an Authorization header, however the header writes it."""
@@ -75,9 +56,8 @@ class Tokens:
             return
         self._version = version
         try:
-            self._digests, self.problem = _read(self._path), ""
+            self._digests = _read(self._path)
         except ConfigError as error:
-            self.problem = str(error)
             logger.error("%s; the previous tokens stay valid", error)
 
 
@@ -96,29 +76,27 @@ def _parse(header: str | None) -> tuple[str, bytes]:
 
 
 def _digest(token: str) -> bytes:
-    # Digests are compared instead of tokens, because a comparison in constant time needs values of
-    # equal length.
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
 
 
-def _read(path: pathlib.Path) -> list[tuple[str, bytes]]:
+def _read(path: pathlib.Path) -> frozenset[bytes]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--tokens: cannot read {path}: {error}") from error
-    found = []
+    found = set()
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
             continue
         role, _, token = line.strip().partition(" ")
         token = token.strip()
         is_token = len(token) >= _MIN_CHARACTERS and " " not in token and token.isascii()
-        if role not in ROLES or not is_token:
+        if role not in _ROLES or not is_token:
             raise ConfigError(
-                f"--tokens: {path}, line {number}: must be `predict TOKEN` or `admin TOKEN`; a "
-                f"token has at least {_MIN_CHARACTERS} ASCII characters"
+                f"--tokens: {path}, line {number}: must be `predict TOKEN`; a token has at least "
+                f"{_MIN_CHARACTERS} ASCII characters"
             )
-        found.append((role, _digest(token)))
+        found.add(_digest(token))
     if not found:
         raise ConfigError(f"--tokens: {path} has no token")
-    return found
+    return frozenset(found)

@@ -29,53 +29,33 @@ _TOLERANCE = 1e-3
 
 
 class Output(NamedTuple):
-    """The result of a program for an image.
+    """The result of a program for an image."""
 
-    Attributes:
-      probabilities: float32 [classes].
-      embedding: The input of the network's last layer, float32 [features]; an exported model and
-        an ensemble have 0 features.
-      explanation: The explanation map of the most probable class, float32 [height, width]; None
-        if the program computes no map.
-      disagreement: The disagreement of an ensemble's predictions in nats; None for other models.
-    """
-
-    probabilities: np.ndarray
+    probabilities: np.ndarray  # float32 [classes].
+    # The input of the network's last layer, float32 [features]; an exported model and an ensemble
+    # have 0 features.
     embedding: np.ndarray
+    # The map of the most probable class, float32 [height, width]; None without a map.
     explanation: np.ndarray | None = None
+    # The disagreement of an ensemble's predictions in nats; None for other models.
     disagreement: float | None = None
 
 
 @dataclasses.dataclass(eq=False)
 class Version:
-    """A bundle that is compiled and ready to answer requests.
+    """A bundle that is compiled and ready to answer requests."""
 
-    Attributes:
-      model: The name of the model.
-      number: The number of the version, 1 or more.
-      predictor: The bundle's predictor.
-      preprocessing: The bundle's preprocessing, with the server's limit on the pixels of an image.
-      predict_program: The program that returns an `Output` without a map for each image.
-      explain_program: The program that returns an `Output` with a map for each image; None for an
-        exported model, which has no gradients.
-      metrics: The bundle's metrics by split.
-      digest: The bundle's digest.
-      sizes: The batch sizes that the programs may have.
-      load_time: When the version was loaded, in seconds since the epoch.
-      in_use: The number of requests in flight that use the version.
-    """
-
-    model: str
-    number: int
+    model: str  # The name of the model.
+    number: int  # 1 or more.
     predictor: TrainedPredictor
-    preprocessing: Preprocessing
-    predict_program: Program
-    explain_program: Program | None
-    metrics: Mapping[str, Mapping[str, float]]
-    digest: str
-    sizes: tuple[int, ...]
-    load_time: float
-    in_use: int = 0
+    preprocessing: Preprocessing  # Has the server's limit on the pixels of an image.
+    predict_program: Program  # Returns an `Output` without a map for each image.
+    explain_program: Program | None  # Returns maps; None for an exported model.
+    metrics: Mapping[str, Mapping[str, float]]  # By split.
+    digest: str  # The bundle's digest.
+    sizes: tuple[int, ...]  # The batch sizes that the programs may have.
+    load_time: float  # In seconds since the epoch.
+    in_use: int = 0  # The number of requests in flight that use the version.
 
     def __post_init__(self):
         self._reader = ImageReader(self.preprocessing)
@@ -118,8 +98,6 @@ def make_version(
 ) -> Version:
     """Creates a version from a bundle: compiles and runs its networks, and checks the outputs.
 
-    This takes several seconds.
-
     If a loaded version has the same network, its compiled programs and measured times are reused.
     This avoids a delay of the requests in flight.
 
@@ -145,14 +123,12 @@ def make_version(
     equal = [other for other in loaded if _has_programs(other, predictor, preprocessing, sizes)]
     if equal:
         predict_program = Program(predict, equal[0].predict_program.seconds)
-        explain_program = (
-            Program(explain, equal[0].explain_program.seconds)
-            if explain and equal[0].explain_program
-            else None
-        )
     else:
         predict_program = time_program(predict, image, sizes)
-        explain_program = time_program(explain, image, (1,)) if explain else None
+    # The time of maps is not needed, because there is one batch size, but they must be compiled.
+    explain_program = Program(explain, {1: 0.0}) if explain else None
+    if explain_program:
+        explain_program.run(image[None])
     return Version(
         model=model,
         number=number,
@@ -173,7 +149,7 @@ _Function = Callable[[np.ndarray], Iterable[Output]]
 def _predictor_and_functions(
     bundle: Bundle | Ensemble | OnnxPredictor,
 ) -> tuple[TrainedPredictor, _Function, _Function | None]:
-    """Returns a predictor, and the functions of the programs that predict and explain.
+    """Returns a predictor, and the functions that predict and explain.
 
     An exported model has no function that explains.
     """

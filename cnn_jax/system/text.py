@@ -64,18 +64,19 @@ def shorten(text: str, width: int) -> str:
     return text if cell_len(text) <= width else set_cell_size(text, width - 3).rstrip() + "..."
 
 
-def facts(rows: Mapping[str, str], width: int | None) -> list[str]:
+def facts(rows: Mapping[str, str], width: int | None, indent: int = FACT_INDENT) -> list[str]:
     """Formats names and their descriptions as lines in two aligned columns.
 
     Args:
       rows: The text of each name; a text may have several lines.
       width: The width of the terminal, in columns; None for any width.
+      indent: The width of the names, in columns.
     """
     lines = []
     for name, text in rows.items():
         for number, line in enumerate(text.splitlines() or [""]):
             label = "" if number else name
-            lines += wrap(f"{label:<{FACT_INDENT}}{line}", width, FACT_INDENT)
+            lines += wrap(f"{label:<{indent}}{line}", width, indent)
     return lines
 
 

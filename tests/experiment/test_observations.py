@@ -84,6 +84,15 @@ def test_failures_count_for_the_unit(tmp_path):
     assert found.failures == {arm: arms.count(arm) for arm in ("champion", "challenger")}
 
 
+def test_the_log_of_an_earlier_version_has_no_failures(tmp_path):
+    log = Log(tmp_path / "log", experiment())
+    log.request("a", 10)
+    (log.write().folder / "failures").rmdir()
+    found = read_observations(log.running, [log.folder], NOW)
+    assert found.failures == {"champion": 0, "challenger": 0}
+    assert [unit.failures for unit in found.units] == [0]
+
+
 def test_rows_of_other_arms_and_models_are_ignored(tmp_path):
     log = Log(tmp_path / "log", experiment())
     log.request("a", 0)

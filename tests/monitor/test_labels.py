@@ -6,7 +6,7 @@ import re
 import cv2
 import numpy as np
 import pytest
-from logs import DIGEST, NAMES, make_reference, simulate, write_labels, write_log
+from monitor_logs import DIGEST, NAMES, make_reference, simulate, write_labels, write_log
 
 from cnn_jax.data.request_log import read_feedback
 from cnn_jax.label import main

@@ -157,7 +157,7 @@ def test_noise_at_a_server_is_harm(run, tmp_path):
 
 
 def test_a_bundle_without_statistics_uses_a_file(run, tmp_path):
-    from logs import simulate, write_log
+    from monitor_logs import simulate, write_log
 
     from cnn_jax.inference.bundle import read_bundle, write_bundle
     from cnn_jax.monitor.__main__ import main

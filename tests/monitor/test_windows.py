@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logs import DIGEST, NAMES, make_reference, simulate, write_labels, write_log
+from monitor_logs import DIGEST, NAMES, make_reference, simulate, write_labels, write_log
 
 from cnn_jax.monitor.gauges import describe_gauges
 from cnn_jax.monitor.rows import random_order, random_sample, read_rows

@@ -120,24 +120,24 @@ def test_a_session_with_all_commands(place, bundles):
         ([], "COMMAND: is required"),
         (["adopt"], "there is no command 'adopt'"),
         (["add", "flowers"], "RUN: is required"),
-        (["add", "../x", "bundle"], "MODEL: must be 1 to 100 of the characters"),
+        (["add", "../x", "bundle"], "model: must be 1 to 100 of the characters"),
         (
             ["add", "кошки", "bundle"],
             "0-9, -, _ and ., and begin with a letter or digit; got 'кошки'",
         ),
         (["add", "flowers", ""], "RUN: must not be empty"),
         (["show", "flowers@7"], "alias: must not be a number"),
-        (["show", "../x"], "MODEL[@ALIAS|/VERSION]: model: must be"),
-        (["promote", "flowers", "1", "--alias=7"], "--alias: must not be a numb"),
+        (["show", "../x"], "model: must be"),
+        (["promote", "flowers", "1", "--alias=7"], "alias: must not be a numb"),
         (["promote", "flowers", "1", "--min_f1=95"], "must be from 0 to 1, got '95'"),
         (["promote", "flowers", "1", "--max-loss=nan"], "must be 0 or more, got 'nan'"),
         (["promote", "flowers", "1", "--max-loss=x"], "must be 0 or more, got 'x'"),
-        (["promote", "flowers", "../1"], "VERSION: alias: must be"),
+        (["promote", "flowers", "../1"], "alias: must be"),
         (["promote", "flowers", "1", "--min_acc=0.5"], "did you mean --min_accuracy=0.5?"),
-        (["remove", "flowers", "-1"], "VERSION: must be a number, got '-1'"),
-        (["remove", "flowers", "१"], "VERSION: must be a number, got '१'"),
-        (["promote", "flowers", "१"], "VERSION: version: must be a number, got '१'"),
-        (["rollback", "flowers", "--from=x"], "--from: must be a number"),
+        (["remove", "flowers", "-1"], "version: must be a number, got '-1'"),
+        (["remove", "flowers", "१"], "version: must be a number, got '१'"),
+        (["promote", "flowers", "१"], "version: must be a number, got '१'"),
+        (["rollback", "flowers", "--from=x"], "version: must be a number"),
         (["fetch", "flowers", ""], "FOLDER: must not be empty"),
         (["list", "--registry="], "--registry: must not be empty"),
     ],
@@ -415,11 +415,11 @@ def test_foreign_text_stays_on_one_line(place, bundle, tmp_path, capsys, monkeyp
 
 
 def test_a_narrow_terminal_gets_paragraphs():
-    rows = [{"version": "flowers/1", "by": "a"}, {"version": "flowers/2", "by": "b"}]
-    assert command._table(rows, 13) == "version    by\nflowers/1  a\nflowers/2  b"
-    assert command._table(rows, 12) == (
-        "version  flowers/1\nby       a\n\nversion  flowers/2\nby       b"
-    )
+    rows = [{"version": f"flowers/{n}", "digest": "0123", "by": "a"} for n in (1, 2)]
+    table = "version    digest  by\nflowers/1  0123    a\nflowers/2  0123    a"
+    assert command._table(rows, 21) == table
+    paragraph = "version  flowers/{}\ndigest   0123\nby       a"
+    assert command._table(rows, 20) == f"{paragraph.format(1)}\n\n{paragraph.format(2)}"
 
 
 def test_all_output_wraps_at_columns(registry, capsys, monkeypatch):

@@ -108,10 +108,6 @@ def test_each_image_gets_its_own_result():
         program = device.program()
         found = await asyncio.gather(*(compute(engine, program, value) for value in range(100)))
         assert [one.result for one in found] == [2 * value for value in range(100)]
-        for one in found:
-            assert 1 <= one.batch_size <= 4
-            assert one.queue_seconds >= 0
-            assert one.compute_seconds >= 0
 
     run_with(engine, test)
     assert sum(map(len, device.batches)) >= 100
@@ -128,8 +124,7 @@ def test_images_that_arrive_during_a_batch_form_one():
         others = [asyncio.ensure_future(compute(engine, program, n)) for n in (2, 3, 4)]
         await asyncio.sleep(0.05)
         device.gate.set()
-        assert (await first).batch_size == 1
-        assert [(await other).batch_size for other in others] == [3, 3, 3]
+        await asyncio.gather(first, *others)
 
     run_with(engine, test)
     # The last image is repeated to fill the compiled batch size.
@@ -145,9 +140,9 @@ def test_an_image_waits_at_most_max_wait():
         first = asyncio.ensure_future(compute(engine, program, 1))
         await asyncio.sleep(0.05)
         second = asyncio.ensure_future(compute(engine, program, 2))
-        assert (await first).batch_size == 2
+        await first
         assert 0.15 < time.monotonic() - start < 2
-        assert (await second).queue_seconds < 0.2
+        await second
         # A full batch does not wait.
         start = time.monotonic()
         four = [compute(engine, program, n) for n in range(4)]
@@ -263,7 +258,7 @@ def test_capacity_limits_images_in_flight():
             assert engine.in_flight == 3
             with pytest.raises(Overloaded, match="try again in 1 s") as caught, engine.admit(3):
                 pass
-            assert caught.value.retry_after == 1
+            assert caught.value.headers == {"retry-after": "1"}
             with engine.admit(1):
                 assert engine.in_flight == 4
             with contextlib.suppress(ZeroDivisionError), engine.admit(1):
@@ -356,25 +351,7 @@ def test_no_thread_group_keeps_answered_clients():
         for number in range(50):
             reads = [functools.partial(image, number)]
             await engine.compute(program, reads, later(), client=f"client{number}")
-        await until(lambda: not any(group._waiting or group._tags for group in groups))
-
-    run_with(engine, test)
-
-
-def test_retry_after_follows_measured_times():
-    engine = Engine(capacity=200)
-
-    def slow(images):
-        time.sleep(0.1)
-        return images
-
-    async def test():
-        for _ in range(30):
-            await compute(engine, Program(slow, {1: 1.0}), 0)
-        with engine.admit(100, 0, "a"), pytest.raises(Overloaded) as caught, engine.admit(101):
-            pass
-        # A hundred images take about ten seconds, because each takes a tenth of a second.
-        assert 6 <= caught.value.retry_after <= 15
+        await until(lambda: not any(group._waiting for group in groups))
 
     run_with(engine, test)
 
@@ -458,32 +435,11 @@ def test_results_and_errors_keep_their_order():
                 continue
             assert one.result == 2 * value
             np.testing.assert_array_equal(one.pixels, image(value))
-            assert one.decode_seconds >= 0.001 * (value % 5)
-            assert one.queue_seconds >= 0
         everything = [functools.partial(read, 3)] * 2
         assert all(
             isinstance(one, DataError)
             for one in await engine.compute(device.program(), everything, later())
         )
-
-    run_with(engine, test)
-
-
-def test_queue_seconds_include_both_waits():
-    engine, decoder = Engine(capacity=10, decoders=1), Decoder()
-
-    async def test():
-        reads = [decoder.read(1), decoder.read(2)]
-        both = asyncio.ensure_future(engine.compute(Device().program(), reads, later()))
-        await until(lambda: decoder.started == [1])
-        await asyncio.sleep(0.1)
-        decoder.gate.set()
-        one, other = await both
-        # The first image was decoded for 0.1 s, while the second image waited.
-        assert one.decode_seconds > 0.09
-        assert other.decode_seconds < 0.05
-        assert one.queue_seconds < 0.05
-        assert other.queue_seconds > 0.09
 
     run_with(engine, test)
 

@@ -38,7 +38,7 @@ _MOST_MEGABYTES = 200
 def server(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hostile")
     write_bundle(make_bundle(), folder / "bundle")
-    (folder / "tokens").write_text(f"admin {_TOKEN}\n")
+    (folder / "tokens").write_text(f"predict {_TOKEN}\n")
     flags = (
         f"--bundle={folder}/bundle",
         "--model=default",

@@ -20,13 +20,17 @@ async def application(scope, receive, send):
     if scope["type"] != "http":
         return
     if scope["path"] == "/refused":
-        headers = [(b"connection", b"close"), (b"content-length", b"2")]
+        headers = [(b"content-length", b"2")]
         await send({"type": "http.response.start", "status": 413, "headers": headers})
         await send({"type": "http.response.body", "body": b"no"})
         return
     if scope["path"] == "/large":
         await send({"type": "http.response.start", "status": 200, "headers": []})
         await send({"type": "http.response.body", "body": bytes(20_000_000)})
+        return
+    if scope["path"] == "/small":
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": bytes(40_000)})
         return
     length = 0
     while (message := await receive())["type"] == "http.request":
@@ -42,10 +46,12 @@ def serve(monkeypatch):
     """A function that starts a server with changed limits, and returns the server's port."""
     with contextlib.ExitStack() as stack:
 
-        def serve(**limits):
+        def serve(send_buffer=None, **limits):
             for name, value in limits.items():
                 monkeypatch.setattr(http, name, value)
             listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            if send_buffer:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
             server = http.make_server(application, 0, 1, lambda: None)
             thread = threading.Thread(target=lambda: asyncio.run(server.serve([listener])))
             thread.start()
@@ -122,10 +128,11 @@ def test_each_request_of_a_connection_has_the_timeout(serve):
         assert 0.4 < time.monotonic() - start < 5
 
 
-def test_long_headers_are_refused_and_a_long_body_is_not(serve):
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"])
+def test_long_headers_are_refused_and_a_long_body_is_not(serve, end):
     port = serve(_MAX_HEADER_BYTES=1_000)
     with connect(port) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 2_000)
+        connection.sendall(b"GET / HTTP/1.1\r\nX: " + b"a" * 2_000 + end)
         assert rest_of(connection).startswith(b"HTTP/1.1 400")
     with connect(port) as connection:
         head = b"POST / HTTP/1.1\r\nConnection: close\r\nContent-Length: 100000\r\n\r\n"
@@ -239,14 +246,17 @@ def test_a_refused_client_cannot_send_forever(serve):
         assert time.monotonic() - start < 3
 
 
-def test_a_client_that_does_not_read_is_aborted(serve, monkeypatch):
+@pytest.mark.parametrize("path", [b"/large", b"/small"])
+def test_a_client_that_does_not_read_is_aborted(serve, monkeypatch, path):
     is_lost = threading.Event()
     lose = http._Protocol.connection_lost
     monkeypatch.setattr(
         http._Protocol, "connection_lost", lambda *args: (is_lost.set(), lose(*args))
     )
-    with connect(serve(_READ_SECONDS=0.5)) as connection:
-        connection.sendall(b"GET /large HTTP/1.1\r\nHost: a\r\n\r\n")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2_048)
+        connection.connect(("127.0.0.1", serve(send_buffer=4_096, _READ_SECONDS=0.5)))
+        connection.sendall(b"GET %b HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n" % path)
         assert is_lost.wait(5)
 
 

@@ -84,7 +84,7 @@ def test_a_form_may_not_have_too_many_files():
         (b"", "multipart/form-data; boundary=x"),
         (b"nonsense", "multipart/form-data; boundary=x"),
         (
-            b"--x\r\nContent-Disposition: form-data; filename=a\r\n\r\n1",
+            b"--x\r\nContent-Disposition: form-data; name=f; filename=a\r\n\r\n1",
             "multipart/form-data; boundary=x",
         ),
         (

@@ -15,24 +15,23 @@ def file(tmp_path):
     return path
 
 
-def test_roles_allow_their_requests(file):
+def test_only_bearer_tokens_of_the_file_give_access(file):
     found = Tokens(file)
-    for header, predict, admin in (
-        (f"Bearer {READER}", True, False),
-        (f"bearer  {READER} ", True, False),
-        (f"Bearer {KEEPER}", True, True),
-        (f"Bearer {READER}x", None, None),
-        (f"Bearer {READER[:-1]}", None, None),
-        (f"Basic {READER}", None, None),
-        (READER, None, None),
-        ("Bearer", None, None),
-        ("Bearer ", None, None),
-        ("Bearer \xff\xfe", None, None),
-        ("", None, None),
-        (None, None, None),
+    for header, expected in (
+        (f"Bearer {READER}", True),
+        (f"bearer  {READER} ", True),
+        (f"Bearer {KEEPER}", True),
+        (f"Bearer {READER}x", False),
+        (f"Bearer {READER[:-1]}", False),
+        (f"Basic {READER}", False),
+        (READER, False),
+        ("Bearer", False),
+        ("Bearer ", False),
+        ("Bearer \xff\xfe", False),
+        ("", False),
+        (None, False),
     ):
-        assert found.allow(header, "predict") is predict, header
-        assert found.allow(header, "admin") is admin, header
+        assert found.allow(header) is expected, header
 
 
 @pytest.mark.parametrize(
@@ -73,20 +72,19 @@ def test_a_changed_file_is_read_if_valid(file, monkeypatch, caplog):
         aside.replace(file)
 
     write(f"predict {other}\n")
-    assert found.allow(f"Bearer {other}", "predict")
-    assert found.allow(f"Bearer {READER}", "predict") is None
+    assert found.allow(f"Bearer {other}")
+    assert found.allow(f"Bearer {READER}") is False
     write("nonsense\n")
-    assert found.allow(f"Bearer {other}", "predict")
-    assert "line 1" in found.problem
+    assert found.allow(f"Bearer {other}")
     file.unlink()
-    assert found.allow(f"Bearer {other}", "predict")
-    assert "cannot read" in found.problem
+    assert found.allow(f"Bearer {other}")
     assert [record.levelname for record in caplog.records] == ["ERROR", "ERROR"]
+    assert "line 1" in caplog.text
+    assert "cannot read" in caplog.text
     assert READER not in caplog.text
     write(FILE)
-    assert found.allow(f"Bearer {READER}", "predict")
-    assert found.allow(f"Bearer {other}", "predict") is None
-    assert found.problem == ""
+    assert found.allow(f"Bearer {READER}")
+    assert found.allow(f"Bearer {other}") is False
 
 
 def test_a_token_that_no_header_can_carry_is_refused(tmp_path):
@@ -95,26 +93,10 @@ def test_a_token_that_no_header_can_carry_is_refused(tmp_path):
         Tokens(tmp_path / "tokens")
 
 
-def test_the_file_is_not_checked_for_every_request(file, monkeypatch):
+def test_the_file_is_not_checked_for_every_request(file):
     found = Tokens(file)
-    file.write_text("nonsense\n")
-    assert found.allow(f"Bearer {READER}", "predict")
-    assert found.problem == ""
-
-
-def test_every_token_is_compared(file, monkeypatch):
-    found, compared = Tokens(file), []
-    compare = tokens.hmac.compare_digest
-
-    def noted(one, other):
-        compared.append(len(one) == len(other) == 32)
-        return compare(one, other)
-
-    monkeypatch.setattr(tokens.hmac, "compare_digest", noted)
-    for token in (READER, KEEPER, "x", "y" * 5000):
-        compared.clear()
-        found.allow(f"Bearer {token}", "predict")
-        assert compared == [True, True]
+    file.write_text(f"predict {'x' * 20}\n")
+    assert found.allow(f"Bearer {READER}")
 
 
 def test_a_client_has_one_key_for_all_ways_to_write_its_token(file):
