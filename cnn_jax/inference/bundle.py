@@ -319,6 +319,8 @@ def read_networks(path: str | os.PathLike[str]) -> Bundle | Ensemble:
         return read_bundle(path)
     with reading(path):
         settings = description["ensemble"]
+        if not settings["members"]:
+            raise ValueError("its list of members is empty")
         for name in settings["members"]:
             if f"{name}/{_DESCRIPTION}" not in description["files"]:
                 raise ValueError(f"its files do not include the member {name}")

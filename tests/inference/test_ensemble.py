@@ -315,12 +315,16 @@ def test_a_damaged_member_is_detected(written, tmp_path, name):
         load_predictor(tmp_path / "copy")
 
 
-def test_a_member_outside_the_folder_is_refused(written, member_paths, tmp_path):
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [(["/elsewhere"], "its files do not include the member"), ([], "its list of members is empty")],
+)
+def test_wrong_members_are_refused(written, tmp_path, members, message):
     shutil.copytree(written, tmp_path / "copy")
     description = json.loads((tmp_path / "copy" / "bundle.json").read_text())
-    description["ensemble"]["members"][0] = str(member_paths[0])
+    description["ensemble"]["members"] = members
     (tmp_path / "copy" / "bundle.json").write_text(json.dumps(description))
-    with pytest.raises(BundleError, match="its files do not include the member"):
+    with pytest.raises(BundleError, match=message):
         load_predictor(tmp_path / "copy")
 
 
