@@ -409,7 +409,9 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "The splits to measure at the end; the report needs all of them.",
         ),
         "reference": boolean(
-            True, "Whether to write reference statistics for `cnn_jax monitor` into the bundle."
+            True,
+            "Whether to write reference statistics for `cnn_jax monitor` into the bundle; they "
+            "need OpenCV.",
         ),
     },
     "mesh": {

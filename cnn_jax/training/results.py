@@ -95,7 +95,7 @@ def write_results(
             )
     run_directory.write_metrics(workdir, report)
     reference = None
-    if config.report.reference:
+    if config.report.reference and _has_opencv():
         reference = measure_reference(
             BundlePredictor(bundle),
             loader,
@@ -111,6 +111,15 @@ def write_results(
             reference,
         )
     return report
+
+
+def _has_opencv() -> bool:
+    """Returns whether OpenCV is installed, which the statistics and corruptions of images need."""
+    try:
+        import cv2  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _predict(
