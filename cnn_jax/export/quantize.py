@@ -53,6 +53,8 @@ def _measure_ranges(
     model: onnx.ModelProto, names: list[str], batches: Iterable[np.ndarray]
 ) -> dict[str, tuple[float, float]]:
     """Returns the smallest and the largest value of each tensor; the range contains 0."""
+    if not names:
+        return {}
     observed, outputs = copy.deepcopy(model), []
     for name in names:
         for operator in ("ReduceMin", "ReduceMax"):

@@ -152,3 +152,14 @@ def test_a_trained_network_keeps_its_accuracy(trained, tmp_path):
     exporter.export(trained, tmp_path / "again", int8=True)
     first, second = ((tmp_path / name / "model.onnx").read_bytes() for name in ("out", "again"))
     assert first == second
+
+
+def test_a_network_with_one_convolution_is_quantized():
+    """The first convolution stays in float32, so there is no activation in 8 bits."""
+    predictor = small_predictor("cnn", features=(4,), dense=128)
+    exact = images_model(flat_function(predictor), predictor)
+    model = quantize(exact, _batches(predictor))
+    assert not _operators(model, "QuantizeLinear")
+    images = _batches(predictor)[0]
+    probabilities, expected = (run_onnx(one, images=images) for one in (model, exact))
+    np.testing.assert_allclose(probabilities, expected, atol=0.02)
