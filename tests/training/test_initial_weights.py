@@ -167,7 +167,7 @@ class Tiny(Backbone):
 @pytest.fixture
 def tiny_network(monkeypatch):
     """Registers `Tiny` as the network "tiny" during a test."""
-    tiny = models.Network(f"{__name__}:Tiny", models._BACKBONE_KEYS)
+    tiny = models.NetworkEntry(f"{__name__}:Tiny", models._BACKBONE_KEYS)
     monkeypatch.setitem(models.NETWORKS, "tiny", tiny)
     names = choice("cnn", "The network.", tuple(models.NETWORKS))
     monkeypatch.setitem(schema._SECTIONS["model"], "name", names)
