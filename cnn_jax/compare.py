@@ -14,13 +14,10 @@ import datetime
 import functools
 from collections.abc import Sequence
 
-from cnn_jax.experiment.__main__ import (
-    add_registry_flag,
-    add_result_flags,
-    open_registry,
-    write_result,
-)
+from cnn_jax.experiment.__main__ import add_result_flags, write_result
 from cnn_jax.registry import ledger
+from cnn_jax.registry.flags import add_registry_flag, required_registry
+from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
 
 
@@ -45,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
         "older images",
     )
     flags = parser.parse_args(argv)
-    registry = open_registry(flags)
+    registry = Registry(required_registry(flags))
     challenger = registry.resolve(flags.model, flags.challenger)
     champion = registry.resolve(flags.model, flags.champion)
     with cli.blocked_interrupts():  # Importing JAX takes seconds.

@@ -14,18 +14,17 @@ servers. A running experiment cannot be changed; it ends with `end`, or if the a
 
 import argparse
 import functools
-import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
 
 from cnn_jax.registry import ledger
+from cnn_jax.registry.flags import add_registry_flag, required_registry
 from cnn_jax.registry.ledger import CHAMPION, RegistryError
 from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.split import OUTCOMES, Experiment, Split, new_salt
 from cnn_jax.system import cli
-from cnn_jax.system.errors import ConfigError
 
 _fraction = cli.number("above 0 and below 1", lambda value: 0 < value < 1)
 _model = functools.partial(ledger.check_name, "model")
@@ -33,17 +32,7 @@ _model = functools.partial(ledger.check_name, "model")
 
 def main(argv: Sequence[str]) -> None:
     flags = _parser().parse_args(argv)
-    flags.command(open_registry(flags), flags)
-
-
-def add_registry_flag(parser: argparse.ArgumentParser) -> None:
-    """Adds the flag --registry, whose default is $CNN_JAX_REGISTRY."""
-    parser.add_argument(
-        "--registry",
-        default=os.environ.get("CNN_JAX_REGISTRY"),
-        metavar="DIR",
-        help="a folder, or a URL such as s3://BUCKET/PATH ($CNN_JAX_REGISTRY)",
-    )
+    flags.command(Registry(required_registry(flags)), flags)
 
 
 def add_result_flags(parser: argparse.ArgumentParser) -> None:
@@ -53,17 +42,6 @@ def add_result_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--page", type=cli.path, metavar="FILE", help="HTML page to write")
-
-
-def open_registry(flags: argparse.Namespace) -> Registry:
-    """Returns the registry that --registry names.
-
-    Raises:
-      ConfigError: The flag is missing.
-    """
-    if not flags.registry:
-        raise ConfigError("--registry is required, unless $CNN_JAX_REGISTRY is set")
-    return Registry(flags.registry)
 
 
 def write_result(result: dict, flags: argparse.Namespace) -> None:

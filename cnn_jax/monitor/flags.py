@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import pathlib
 import tempfile
 import time
@@ -13,13 +12,13 @@ import safetensors.numpy
 from cnn_jax.inference.bundle import digest, find_bundle, read_reference, serialize_reference
 from cnn_jax.monitor.rows import Rows, read_rows
 from cnn_jax.quality.reference import Reference
+from cnn_jax.registry.flags import add_registry_flag
 from cnn_jax.registry.ledger import CHAMPION, parse_reference
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
 from cnn_jax.system.atomic import write_bytes
 from cnn_jax.system.errors import ConfigError, DataError
 
-_VARIABLE = "CNN_JAX_REGISTRY"
 _SECONDS_PER_DAY = 86_400.0
 # The key of the bundle's digest in the metadata of a file with reference statistics.
 _DIGEST = "bundle"
@@ -42,12 +41,7 @@ class Served:
 
 def add_version_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that name a version: --registry, --model, --bundle and --reference."""
-    parser.add_argument(
-        "--registry",
-        default=os.environ.get(_VARIABLE) or None,
-        metavar="DIR",
-        help=f"a registry's folder or URL (${_VARIABLE})",
-    )
+    add_registry_flag(parser)
     parser.add_argument(
         "--model",
         metavar="MODEL[@ALIAS|/VERSION]",

@@ -33,6 +33,7 @@ from typing import Any
 
 from cnn_jax.config.schema import SOURCE_FORMS
 from cnn_jax.registry import ledger
+from cnn_jax.registry.flags import add_registry_flag, location, required_registry
 from cnn_jax.registry.ledger import CHAMPION, Entry, Evidence, Gates, Model, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
@@ -40,16 +41,13 @@ from cnn_jax.system.errors import BundleError, ConfigError, printable
 from cnn_jax.system.text import facts as align
 from cnn_jax.system.text import terminal_width, wrap
 
-_VARIABLE = "CNN_JAX_REGISTRY"
 _MLFLOW_VARIABLE = "MLFLOW_TRACKING_URI"
 _DIGITS = 12  # The number of digest digits that the commands print.
 
 
 def main(argv: Sequence[str]) -> None:
     flags = _parser().parse_args(argv)
-    if flags.registry is None:
-        raise ConfigError(f"--registry is required, unless ${_VARIABLE} is set")
-    flags.command(Registry(flags.registry), flags)
+    flags.command(Registry(required_registry(flags)), flags)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,13 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable, description: str) -> argparse.ArgumentParser:
         command_parser = commands.add_parser(name, help=description, description=f"{description}.")
         command_parser.set_defaults(command=run)
-        command_parser.add_argument(
-            "--registry",
-            type=_location,
-            default=os.environ.get(_VARIABLE) or None,
-            metavar="DIR",
-            help=f"a folder, or a URL such as s3://BUCKET/PATH (${_VARIABLE})",
-        )
+        add_registry_flag(command_parser)
         return command_parser
 
     add = command("add", _add, "add a bundle as the next version of a model")
@@ -99,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         subparser.add_argument("--json", action="store_true", help="print JSON")
     export.add_argument(
         "--mlflow",
-        type=_location,
+        type=location,
         default=os.environ.get(_MLFLOW_VARIABLE) or None,
         metavar="URI",
         help=f"the MLflow server or database (${_MLFLOW_VARIABLE})",
@@ -168,11 +160,6 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
         help="the difference in accuracy that --not_worse_than accepts, at least 0.0001 and below "
         "1 (0.01)",
     )
-
-
-def _location(text: str) -> str:
-    """Parses a folder or a URL, and refuses an empty text; an argparse type."""
-    return text if "://" in text else cli.path(text)
 
 
 def _margin(text: str) -> float:

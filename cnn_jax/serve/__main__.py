@@ -9,11 +9,11 @@ POST /predict, or use existing clients of TensorFlow Serving (/v1) or of the Ope
 """
 
 import argparse
-import os
 import pathlib
 import re
 from collections.abc import Sequence
 
+from cnn_jax.registry.flags import add_registry_flag
 from cnn_jax.registry.ledger import CHAMPION, check_name, parse_version_or_alias
 from cnn_jax.system import cli
 from cnn_jax.system.errors import ConfigError
@@ -156,8 +156,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group()
     text = "a run, or its bundle RUN/bundle"
     source.add_argument("--bundle", type=cli.path, metavar="RUN", help=text)
-    text = "a registry's folder or URL ($CNN_JAX_REGISTRY)"
-    source.add_argument("--registry", default=os.environ.get("CNN_JAX_REGISTRY"), help=text)
+    add_registry_flag(source)
     add("--alias", help=f"alias of the version that answers ({CHAMPION})")
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=_port, default=8000, help="port to listen on; 0 chooses a free port (8000)")

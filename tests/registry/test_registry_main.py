@@ -12,6 +12,7 @@ from registry_tools import aliases, figures, vary
 
 from cnn_jax.inference.bundle import digest, read_bundle
 from cnn_jax.registry import __main__ as command
+from cnn_jax.registry import flags
 from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import BundleError, ConfigError, UserError, printable
@@ -174,8 +175,8 @@ def test_the_flag_overrides_the_variable(registry, tmp_path, bundles, capsys):
 
 
 def test_a_url_is_not_changed():
-    assert command._location("s3://bucket//a") == "s3://bucket//a"
-    assert command._location("~/a") == os.path.expanduser("~/a")  # noqa: PTH111
+    assert flags.location("s3://bucket//a") == "s3://bucket//a"
+    assert flags.location("~/a") == os.path.expanduser("~/a")  # noqa: PTH111
 
 
 def test_adding_twice_names_the_version(registry, bundles, capsys):
