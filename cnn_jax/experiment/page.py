@@ -3,7 +3,6 @@
 import datetime
 import functools
 import pathlib
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,11 +31,10 @@ def write_page(result: Mapping[str, Any], path: pathlib.Path) -> None:
     """
     charts = {}
     if result["curve"]["count"]:
-        with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
-            for name, plot in (("difference", plot_difference), ("evidence", plot_evidence)):
-                file = pathlib.Path(folder) / f"{name}.png"
-                style.draw(file, functools.partial(plot, result), (5.0, 3.2))
-                charts[name] = style.embedded(file)
+        plots = {"difference": plot_difference, "evidence": plot_evidence}
+        charts = style.draw_embedded(
+            {name: functools.partial(plot, result) for name, plot in plots.items()}, (5.0, 3.2)
+        )
     head, cells = texts.arm_table(result)
     page = style.template("experiment.html").render(
         result=result,

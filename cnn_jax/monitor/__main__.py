@@ -12,7 +12,6 @@ computes the reference statistics of a bundle that has none, from its training d
 to later calls with --reference.
 """
 
-import base64
 import logging
 import pathlib
 import sys
@@ -202,6 +201,7 @@ def _write_page(
     folders: Folders,
 ) -> None:
     from cnn_jax.monitor.page import choose_examples, write_monitor_page
+    from cnn_jax.report.style import png_uri
 
     examples = []
     if result["windows"]:
@@ -216,9 +216,8 @@ def _write_page(
             if (image := images.get(rows.keys[row])) is not None:
                 name = rows.class_names[classes[row]]
                 confidence = float(probabilities[row].max())
-                uri = "data:image/png;base64," + base64.b64encode(image).decode()
                 text = f"{name}, {percent(confidence)}"
-                examples.append({"group": group, "text": text, "uri": uri})
+                examples.append({"group": group, "text": text, "uri": png_uri(image)})
     write_monitor_page(path, result, examples)
 
 

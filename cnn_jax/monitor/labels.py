@@ -1,6 +1,5 @@
 """Chooses images of a request log for labelling, and stores their labels in the log."""
 
-import base64
 import csv
 import json
 import os
@@ -114,7 +113,7 @@ def write_label_page(
                 "request_id": item["key"][0],
                 "image_index": item["key"][1],
                 "reason": item["reason"],
-                "image": "data:image/png;base64," + base64.b64encode(item["image"]).decode(),
+                "image": style.png_uri(item["image"]),
             }
             for item in items
         ],

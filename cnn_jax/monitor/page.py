@@ -2,11 +2,9 @@
 
 import functools
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import markupsafe
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -51,11 +49,10 @@ def write_monitor_page(
     """
     charts = {}
     if result["windows"]:
-        with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
-            for name, plot in (("accuracy", _plot_accuracy), ("tests", _plot_tests)):
-                file = pathlib.Path(folder) / f"{name}.png"
-                style.draw(file, functools.partial(plot, result), size=(6.0, 3.0))
-                charts[name] = style.embedded(file)
+        plots = {"accuracy": _plot_accuracy, "tests": _plot_tests}
+        charts = style.draw_embedded(
+            {name: functools.partial(plot, result) for name, plot in plots.items()}, (6.0, 3.0)
+        )
     page = style.template("monitor.html").render(
         result=result,
         explanation=EXPLANATIONS[result["state"]],
@@ -63,7 +60,7 @@ def write_monitor_page(
         charts=charts,
         tests=TESTS,
         groups=sorted({example["group"] for example in examples}),
-        examples=[dict(e, uri=markupsafe.Markup(e["uri"])) for e in examples],
+        examples=examples,
         time=lambda iso: iso[:16].replace("T", " "),
         limit=result["reference"]["accuracy"] - result["max_drop"],
     )

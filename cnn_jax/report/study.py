@@ -1,6 +1,5 @@
 """The HTML page of a hyper-parameter study: the best trial, the cost, charts, and all trials."""
 
-import base64
 import collections
 import io
 import math
@@ -10,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import markupsafe
 import optuna
 from matplotlib import pyplot
 from optuna.distributions import (
@@ -192,8 +190,7 @@ def _png(axes: Any, size: tuple[float, float]) -> str:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
     pyplot.close(figure)
-    # A template does not escape `Markup`. Escaping such a long text would take a second.
-    return markupsafe.Markup(f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}")
+    return style.png_uri(file.getvalue())
 
 
 def _is_number(value: object) -> bool:

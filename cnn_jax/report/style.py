@@ -11,8 +11,9 @@ import hashlib
 import importlib.resources
 import pathlib
 import re
+import tempfile
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -227,11 +228,16 @@ def _on_one_line(text: str) -> str:
 
 
 def data_uri(path: pathlib.Path) -> markupsafe.Markup:
-    """Returns a PNG file as a data URI.
+    """Returns a PNG file as a data URI; see `png_uri`."""
+    return png_uri(path.read_bytes())
+
+
+def png_uri(png: bytes) -> markupsafe.Markup:
+    """Returns the content of a PNG file as a data URI.
 
     The URI is marked as safe markup, because escaping such a long text takes a second.
     """
-    encoded = base64.b64encode(path.read_bytes()).decode()
+    encoded = base64.b64encode(png).decode()
     return markupsafe.Markup(f"data:image/png;base64,{encoded}")
 
 
@@ -253,6 +259,20 @@ def embedded(path: pathlib.Path) -> dict[str, Any]:
         "width": round(width * scale),
         "height": round(height * scale),
     }
+
+
+def draw_embedded(plots: Mapping[str, Plot], size: tuple[float, float]) -> dict[str, Any]:
+    """Draws charts, and returns them as in `embedded`, by name.
+
+    Args:
+      plots: The functions that draw the charts, by name; see `draw`.
+      size: The (width, height) of each chart in inches.
+    """
+    with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
+        paths = {name: pathlib.Path(folder) / f"{name}.png" for name in plots}
+        for name, path in paths.items():
+            draw(path, plots[name], size)
+        return {name: embedded(path) for name, path in paths.items()}
 
 
 def sorting_script() -> dict[str, str]:
