@@ -3,7 +3,7 @@
 The random parameters of an image are a contrast factor and a 2 x 3 matrix, which combines crop,
 flip, rotation and zoom in one resampling; TrivialAugment and random erasing add others. `draw`
 draws the parameters on the host with NumPy. `apply_on_device` (JAX) and `apply_on_host` (OpenCV and
-Pillow) apply them. Flip, rotation, zoom and contrast are those of the Keras layers `RandomFlip`,
+Pillow) apply them. Flip, rotation, zoom and contrast do the same as the Keras layers `RandomFlip`,
 `RandomRotation`, `RandomZoom` and `RandomContrast`, in this order, with `fill_mode="reflect"` and
 bilinear interpolation.
 """
@@ -28,8 +28,9 @@ from cnn_jax.data import trivial_augment
 _DRAWS = ("matrix", "contrast", "operation", "strength", "box", "colour")
 # The ranges of the area of a box, as a fraction of the image's, and of its width divided by its
 # height; and the number of boxes that are drawn to find one that fits into the image. The values
-# are those of Szegedy et al. 2015, "Going Deeper with Convolutions", section 6, for crops, those of
-# Zhong et al. 2020, "Random Erasing Data Augmentation", table 1, for erasing, and torchvision's.
+# for crops are from Szegedy et al. 2015, "Going Deeper with Convolutions", section 6; the values
+# for erasing are from Zhong et al. 2020, "Random Erasing Data Augmentation", table 1. torchvision
+# has the same values.
 _CROP_RATIOS, _ERASED_AREAS, _ERASED_RATIOS = (3 / 4, 4 / 3), (0.02, 1 / 3), (0.3, 3.3)
 _TRIES = 10
 
@@ -167,8 +168,8 @@ def draw(
     angles = rng.uniform(-1, 1, batch_size) * angle
     window = 1 + rng.uniform(-1, 1, batch_size) * augmentation.zoom
     contrast = 1 + rng.uniform(-1, 1, batch_size) * augmentation.contrast
-    # These augmentations need many random numbers, so each has a generator of its own, and draws
-    # only if it is on.
+    # These augmentations need many random numbers, so each has its own generator, which draws only
+    # if the augmentation is on.
     seeds = rng.integers(0, 2**63, 3)
     draws, crop, move = {}, None, None
     if augmentation.crop_area < 1:

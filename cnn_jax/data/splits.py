@@ -74,8 +74,8 @@ class Division:
     def check(self, source: Source) -> None:
         """Raises DataError if the source cannot be divided in this way.
 
-        A path does not match the pattern `group`, or a cross-validation would divide data that has
-        splits of its own.
+        A path does not match the pattern `group`, or a cross-validation would divide data that
+        already has splits.
         """
         self.groups(source)
         if self.folds and self.keep_splits and any(source.own_splits):
@@ -216,8 +216,8 @@ def divide_into_folds(
 ) -> Int[np.ndarray, " n"]:
     """Divides examples into folds, class by class, for a cross-validation.
 
-    The units and their numbers are those of `divide`. A class of as many units as folds, or more,
-    has a unit in each fold. The folds have equal sizes only if the rule is "exact".
+    Units and their numbers are defined as in `divide`. A class that has at least as many units as
+    there are folds has a unit in each fold. The folds have equal sizes only if the rule is "exact".
 
     Args:
       ids: A unique id of each example.

@@ -1,6 +1,6 @@
 """TrivialAugment: one random operation of a random strength for each image.
 
-The operations and the strengths are those of the search space "Wide" of Müller and Hutter 2021,
+The operations and the strengths are from the search space "Wide" of Müller and Hutter 2021,
 "TrivialAugment: Tuning-free Yet State-of-the-Art Data Augmentation", table 1, in the version of
 torchvision. There are two differences: the operations that move pixels turn and shear the image
 around its centre, and `cnn_jax.data.augment` applies them in the same resampling as the other

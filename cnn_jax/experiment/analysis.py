@@ -123,10 +123,10 @@ def _analyse_units(
         arm: {
             "units": sum(unit.arm == arm for unit in units),
             "pending": sum(unit.arm == arm for unit in units[len(complete) :]),
-            "with_outcome": int(of_arm.sum()),
-            "mean": float(values[of_arm].mean()) if of_arm.any() else None,
+            "with_outcome": int(in_arm.sum()),
+            "mean": float(values[in_arm].mean()) if in_arm.any() else None,
         }
-        for arm, of_arm in ((CHAMPION_ARM, ~is_challenger), (CHALLENGER_ARM, is_challenger))
+        for arm, in_arm in ((CHAMPION_ARM, ~is_challenger), (CHALLENGER_ARM, is_challenger))
     }
     checks = [_check_ratio("sample ratio", "units", units, fraction)]
     if experiment.outcome != "reward":
@@ -221,7 +221,7 @@ def _check(name: str, is_passed: bool, problem: str, is_guard: bool = False) -> 
 def _check_ratio(
     name: str, described: str, units: Sequence[Unit], fraction: float
 ) -> dict[str, Any]:
-    """Checks that the fraction of the challenger is that of the experiment."""
+    """Checks that the challenger has the fraction of the units that the experiment gives it."""
     selected = np.cumsum(_in_challenger(units))
     others = np.arange(1, len(units) + 1) - selected
     largest = ratio_e_values(selected, others, fraction).max(initial=-math.inf)
@@ -241,13 +241,12 @@ def _check_guard(
     in_challenger = _in_challenger(units)
     more_bad, _ = _two_sided(effect_scores(in_challenger, is_bad, fraction), fraction)
     is_passed = bool(more_bad.max(initial=-math.inf) < -math.log(CHECK_LEVEL))
-    of_arms = [
+    rates = [
         f"{is_bad[which].mean():.2%}" if which.any() else "none"
         for which in (in_challenger, ~in_challenger)
     ]
     problem = (
-        f"{of_arms[0]} of the challenger's units had {described}, and {of_arms[1]} of the "
-        "champion's"
+        f"{rates[0]} of the challenger's units had {described}, and {rates[1]} of the champion's"
     )
     return _check(name, is_passed, problem, is_guard=True)
 

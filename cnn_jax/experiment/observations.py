@@ -76,7 +76,7 @@ class Observations:
       agreements: In the same case: whether both versions predict the same class, for each image.
       milliseconds: The times of the images of each arm.
       failures: The number of failed requests of each arm.
-      misplaced: The number of rows whose arm or version is not that of the experiment.
+      misplaced: The number of rows whose arm or version contradicts the experiment.
       skew: The largest difference between the clocks that the rows prove, in seconds.
     """
 

@@ -2,7 +2,7 @@
 
 - Randomization (Adebayo et al. 2018): the weights are shuffled layer by layer, starting with the
   last one. A map that explains what the network has learned must change with the first shuffled
-  layer, and must stay different. Each image has a shuffle of its own, because all maps of one
+  layer, and must stay different. Each image has its own shuffle, because all maps of one
   shuffled network can be similar to the original maps by chance.
 - Deletion and insertion (Petsiuk et al. 2018): the pixels of an image are removed, or inserted,
   in decreasing order of the map's values. The area under the curve of the class's probability

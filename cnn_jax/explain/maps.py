@@ -99,8 +99,8 @@ def cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
 def hires_cam(predictor: BundlePredictor, images: Images, classes: Classes) -> Maps:
     """HiResCAM (Draelos and Carin 2020): feature maps, weighted at each pixel by gradients.
 
-    The feature maps are those of the last stage whose maps are larger than the final feature maps;
-    if no stage has larger maps, they are the final ones. (With the final feature maps, HiResCAM
+    The method uses the last stage whose feature maps are larger than the final feature maps. If no
+    stage has larger maps, the method uses the final ones. (With the final feature maps, HiResCAM
     equals Grad-CAM if the embedding is the mean feature map.)
     """
     return _maps_by_combination(_hires_cam, predictor, images, classes)

@@ -268,6 +268,17 @@ def read_preprocessing(description: Mapping[str, Any]) -> Preprocessing:
     )
 
 
+def _common_fields(description: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields that `Bundle` and `Ensemble` share, from the content of a bundle.json."""
+    return {
+        "class_names": description["class_names"],
+        "preprocessing": read_preprocessing(description),
+        "temperature": description["temperature"],
+        "data": description["data"],
+        "metrics": description["metrics"],
+    }
+
+
 def read_bundle(path: str | os.PathLike[str]) -> Bundle:
     """Reads a bundle and verifies the sha256 of its weights.
 
@@ -297,11 +308,7 @@ def read_bundle(path: str | os.PathLike[str]) -> Bundle:
         return Bundle(
             model=description["model"],
             precision=description["precision"],
-            class_names=description["class_names"],
-            preprocessing=read_preprocessing(description),
-            temperature=description["temperature"],
-            data=description["data"],
-            metrics=description["metrics"],
+            **_common_fields(description),
             variables=flax.traverse_util.unflatten_dict(weights, sep="/"),
             pretrained=description.get("pretrained"),
         )
@@ -328,11 +335,7 @@ def read_networks(path: str | os.PathLike[str]) -> Bundle | Ensemble:
             members=[read_bundle(path / name) for name in settings["members"]],
             flip=settings["flip"],
             shift=settings["shift"],
-            class_names=description["class_names"],
-            preprocessing=read_preprocessing(description),
-            temperature=description["temperature"],
-            data=description["data"],
-            metrics=description["metrics"],
+            **_common_fields(description),
         )
 
 

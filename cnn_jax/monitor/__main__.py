@@ -175,7 +175,8 @@ def _fit_reference(bundle: str | None, path: pathlib.Path) -> None:
     from cnn_jax.inference.bundle import digest, find_bundle
     from cnn_jax.inference.evaluation import open_as_trained
     from cnn_jax.inference.predictor import BundlePredictor
-    from cnn_jax.quality.reference_fit import measure_reference
+    from cnn_jax.quality.reference_fit import measure_samples
+    from cnn_jax.quality.trust import fit_reference
     from cnn_jax.system.compilation_cache import keep_compiled
     from cnn_jax.system.console import Console
 
@@ -188,8 +189,8 @@ def _fit_reference(bundle: str | None, path: pathlib.Path) -> None:
     if dataset.source.class_names != predictor.class_names:
         raise DataError(f"{dataset.source.name} has other classes than {bundle}")
     source = dataset.source
-    reference = measure_reference(predictor, dataset.loader, dataset.splits, source.labels, track)
-    save_reference(reference, digest(find_bundle(bundle)), path)
+    samples = measure_samples(predictor, dataset.loader, dataset.splits, source.labels, track)
+    save_reference(fit_reference(**samples), digest(find_bundle(bundle)), path)
     print(f"wrote the reference statistics of {bundle} to {path}")
 
 

@@ -191,9 +191,9 @@ def add_labels(folders: Folders, labels: Sequence[Mapping[str, Any]]) -> int:
                 f"{where}: the model has no class {printable(label)!r}; {hint}for a class "
                 "that the model does not know, write true in the column new_class"
             )
-    for folder, by_key in given.items():
-        if by_key:
-            _append_labels(folder, by_key)
+    for folder, labels_by_image in given.items():
+        if labels_by_image:
+            _append_labels(folder, labels_by_image)
     return sum(map(len, given.values()))
 
 

@@ -213,9 +213,9 @@ def random_sample(
 ) -> Bool[np.ndarray, " n"]:
     """Returns which of the labelled images are a random sample of all images.
 
-    These are the images whose number in `random_order` is smaller than that of any image without a
-    label. Other labelled images may have been chosen because they are difficult, so their accuracy
-    would be too low.
+    In `random_order`, the numbers of these images are smaller than the numbers of all images
+    without a label. Other labelled images may have been chosen because they are difficult, so their
+    accuracy would be too low.
     """
     order = random_order(keys)
     return order < order[~is_labelled].min(initial=np.inf)

@@ -32,8 +32,9 @@ def measure(
     Windows are consecutive groups of images, counted from the oldest image. A window differs if one
     of the tests of `drift` is significant. Two windows in a row that differ are an alarm. Drift is
     harm if there is an alarm in the latest window and the estimated accuracy of both windows of
-    the alarm is lower than that of the validation images by more than `max_drop`; or if the labels
-    of a random sample of the two latest windows prove such a decrease (95 % Wilson interval).
+    the alarm is lower than the accuracy on the validation images by more than `max_drop`; or if
+    the labels of a random sample of the two latest windows prove such a decrease (95 % Wilson
+    interval).
 
     Args:
       rows: The predictions.
@@ -46,7 +47,8 @@ def measure(
     Returns:
       JSON types:
         state: One of `STATES`. Without a complete window the state is "no_data".
-        images: The number of images in the log; waiting: those behind the last complete window.
+        images: The number of images in the log.
+        waiting: The number of images after the last complete window.
         window, level, max_drop: The arguments.
         reference: "accuracy" and "images" of the validation images.
         windows: For each window, the oldest first: "first", the position of its first image in
@@ -54,8 +56,8 @@ def measure(
           "alarm"; "estimated_accuracy"; and "labels", see below.
         labels: "count" of labelled images; "new_class", how many of them have a class that the
           network does not know; and of the random sample among them "sample", "accuracy" and
-          "interval", or None without a sample. At the top level the labels are those of the two
-          latest windows.
+          "interval", or None without a sample. At the top level, "labels" describes the two latest
+          windows.
         warnings: The warnings of `rows`.
 
     Raises:

@@ -16,9 +16,9 @@ from cnn_jax.inference.evaluation import image_batches
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.quality.corruptions import CORRUPTIONS, IMAGENET_C, SEVERITIES
 from cnn_jax.quality.image_statistics import image_statistics
-from cnn_jax.quality.reference import Predictions, Reference
+from cnn_jax.quality.reference import Predictions
 from cnn_jax.quality.robustness import read_ahead, stratified_sample
-from cnn_jax.quality.trust import fit_embedding, fit_reference
+from cnn_jax.quality.trust import fit_embedding
 
 # The maximum numbers of training images for the means and the covariance of the embedding, of
 # validation images for the statistics, and of validation images that are corrupted.
@@ -35,7 +35,7 @@ Share = Callable[[_Predict, int], Predictions]
 _Change = Callable[[Iterable[np.ndarray], np.ndarray], Iterable[np.ndarray]]
 
 
-def measure_reference(
+def measure_samples(
     predictor: BundlePredictor,
     loader: Loader,
     splits: Mapping[str, Int[np.ndarray, " _n"]],
@@ -43,8 +43,8 @@ def measure_reference(
     track: Track = no_track,
     share: Share = lambda predict, count: predict(np.arange(count)),
     seed: int = 0,
-) -> Reference:
-    """Measures the reference statistics of a network, and fits its trust model.
+) -> dict[str, Any]:
+    """Predicts the images from which `trust.fit_reference` makes the reference statistics.
 
     At most 4,000 training images, 4,000 validation images and 6,000 corrupted images are predicted.
 
@@ -57,21 +57,10 @@ def measure_reference(
       share: Calls its first argument with all positions below its second argument; the processes
         of a run may share the positions.
       seed: Seed of the samples and of the corruptions.
+
+    Returns:
+      The arguments of `trust.fit_reference` by name.
     """
-    samples = measure_samples(predictor, loader, splits, labels, track, share, seed)
-    return fit_reference(**samples)
-
-
-def measure_samples(
-    predictor: BundlePredictor,
-    loader: Loader,
-    splits: Mapping[str, Int[np.ndarray, " _n"]],
-    labels: Int[np.ndarray, " n"],
-    track: Track = no_track,
-    share: Share = lambda predict, count: predict(np.arange(count)),
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Returns the arguments of `trust.fit_reference` by name; see `measure_reference`."""
 
     def draw(split: str, size: int) -> Int[np.ndarray, " m"]:
         indices = splits[split]

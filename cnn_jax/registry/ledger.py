@@ -65,8 +65,8 @@ class BundleFacts:
     size: int  # The total size of the files in bytes.
     classes: int  # The number of classes.
     image_size: tuple[int, int]  # (height, width) of the network's input.
-    metrics: dict[str, dict[str, float]]  # By split and name; only finite numbers.
-    fingerprint: str  # Of the training data and its splits; "" if unknown.
+    metrics: dict[str, dict[str, float]]  # Finite metrics, by split and name.
+    fingerprint: str  # Identifies the training data and its splits; "" if unknown.
 
     def test_metric(self, metric: str) -> float | None:
         """Returns a metric of the test split, or None if it is unknown."""

@@ -256,8 +256,9 @@ def _new_run(
 def _requirements(bundle: pathlib.Path) -> list[str]:
     """Returns the packages that a bundle needs, in the form of pip.
 
-    The versions are those of this machine. For a package that this machine lacks, such as
-    onnxruntime beside onnxruntime-gpu, the requirement is that of this package's metadata.
+    The requirement of a package is the version that is installed on this machine. If the package is
+    not installed (such as onnxruntime, if onnxruntime-gpu is installed), the requirement is copied
+    from the metadata of cnn_jax.
     """
     is_export = "export" in _read_json(bundle / "bundle.json")
     names = (*(("onnxruntime",) if is_export else ("jax", "flax")), "numpy", "pandas")

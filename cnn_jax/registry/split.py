@@ -16,7 +16,7 @@ class Split:
 
     Attributes:
       name: The name, which no other experiment of the model has.
-      salt: A random text. With another salt the units are assigned anew.
+      salt: A random text. A different salt assigns the units differently.
       fraction: The probability that a unit is assigned to the challenger, above 0 and below 1.
       outcome: One of `OUTCOMES`.
       window: Seconds after the first image of a unit, in which its images and feedback count.

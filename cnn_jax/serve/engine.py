@@ -2,8 +2,8 @@
 
 A single thread computes all batches. Images that arrive during a computation wait in a queue. When
 the thread is free, it makes a batch of the oldest image and of other waiting images that need the
-same program, in turn from each client. If images wait for a different program than that of the last
-batch, they come first, so that programs alternate. An image that arrives while the engine is idle
+same program, in turn from each client. Images for a program other than the program of the last
+batch come first, so that programs alternate. An image that arrives while the engine is idle
 is computed at once. Under load the batches grow. An image of a cancelled or timed-out request is
 not computed.
 """

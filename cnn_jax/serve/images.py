@@ -38,7 +38,7 @@ class Part:
 def read_images(body: bytes, content_type: str, limits: Limits) -> list[Part]:
     """Returns the image files in a request's body.
 
-    Unless the Content-Type header is that of a form, the whole body is a single image file.
+    If the Content-Type header does not name a form, the whole body is a single image file.
 
     Raises:
       Refused: The body has no image or too many images, or the form is damaged.
@@ -132,7 +132,7 @@ def parse_pixels(values: object) -> np.ndarray:
     """Converts nested lists of pixel values to uint8 [height, width, 3] or [height, width].
 
     Raises:
-      Refused: The shape is not that of an image, a number is not an integer from 0 to 255, or
+      Refused: The shape is not the shape of an image, a number is not an integer from 0 to 255, or
         the largest number is 1.
     """
     array = parse_grey_levels(values)

@@ -51,7 +51,7 @@ class Version:
     preprocessing: Preprocessing  # Has the server's limit on the pixels of an image.
     predict_program: Program  # Returns an `Output` without a map for each image.
     explain_program: Program | None  # Returns maps; None for an exported model.
-    metrics: Mapping[str, Mapping[str, float]]  # By split.
+    metrics: Mapping[str, Mapping[str, float]]  # The metrics by split, as in the bundle.
     digest: str  # The bundle's digest.
     sizes: tuple[int, ...]  # The batch sizes that the programs may have.
     load_time: float  # In seconds since the epoch.

@@ -52,7 +52,7 @@ from cnn_jax.training.step import TrainState
 
 # The number of training images from which BatchNorm's statistics are estimated after each
 # epoch. Eight times as many images give the same accuracy (experiments/RESULTS.md).
-_STATISTICS_IMAGES = 1024
+STATISTICS_IMAGES = 1024
 
 
 def train_and_evaluate(
@@ -760,7 +760,7 @@ def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
     programs = run.programs
     if not programs.updates_statistics:
         return state
-    count = min(math.ceil(_STATISTICS_IMAGES / programs.layout.batch_size), run.steps_per_epoch)
+    count = min(math.ceil(STATISTICS_IMAGES / programs.layout.batch_size), run.steps_per_epoch)
     statistics = programs.empty_statistics()
     # Worker processes would take longer to start than these few batches take to load.
     loader = dataclasses.replace(run.dataset.loader, workers=0)

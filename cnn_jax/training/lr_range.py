@@ -30,7 +30,7 @@ from cnn_jax.training.programs import Programs, make_train_step
 
 # Losses are averaged over this fraction of the steps, half of them before a step.
 _WINDOW = 0.1
-# The test ends when the mean loss of a window is this many times that of the first window.
+# The test ends when the mean loss of a window is this many times the mean loss of the first one.
 _DIVERGENCE = 1.5
 # The suggestion is the learning rate of divergence, divided by this number.
 _SAFETY = 10.0

@@ -20,7 +20,8 @@ from cnn_jax.inference.calibration import fit_temperature
 from cnn_jax.inference.evaluation import bundle_metrics, predict_split, score
 from cnn_jax.inference.predictor import BundlePredictor, Predictor
 from cnn_jax.quality.reference import Predictions
-from cnn_jax.quality.reference_fit import measure_reference
+from cnn_jax.quality.reference_fit import measure_samples
+from cnn_jax.quality.trust import fit_reference
 from cnn_jax.training import run_directory, sharding
 
 
@@ -96,7 +97,7 @@ def write_results(
     run_directory.write_metrics(workdir, report)
     reference = None
     if config.report.reference and _has_opencv():
-        reference = measure_reference(
+        samples = measure_samples(
             BundlePredictor(bundle),
             loader,
             dataset.splits,
@@ -104,6 +105,7 @@ def write_results(
             track,
             _share_predictions,
         )
+        reference = fit_reference(**samples)
     if sharding.is_primary():
         write_bundle(
             dataclasses.replace(bundle, metrics=bundle_metrics(report)),

@@ -26,12 +26,9 @@ from cnn_jax.system.console import Console
 from cnn_jax.system.errors import ConfigError, DataError
 from cnn_jax.training import results, run_directory
 from cnn_jax.training.checkpoint import monitored_score
-from cnn_jax.training.loop import open_dataset, train_and_evaluate
+from cnn_jax.training.loop import STATISTICS_IMAGES, open_dataset, train_and_evaluate
 from cnn_jax.training.run_directory import INDIFFERENT_KEYS
 from cnn_jax.training.step import Statistics, update_statistics
-
-# The number of training images from which BatchNorm's statistics are estimated, as in a run.
-_STATISTICS_IMAGES = 1024
 
 
 def make_soup(
@@ -174,7 +171,7 @@ def _check_output(workdir: pathlib.Path, run: pathlib.Path) -> None:
 
 
 def _check_data(run: pathlib.Path, original: Bundle, fingerprint: str) -> None:
-    """Raises DataError if a fingerprint is not that of the data and the splits of the run."""
+    """Raises DataError if a fingerprint does not fit the data and the splits of the run."""
     if fingerprint != original.data["fingerprint"]:
         raise DataError(
             f"{run}: the data or its splits have changed since the run, so the continuations may "
@@ -213,7 +210,7 @@ def _with_new_statistics(bundle: Bundle, dataset: Dataset, track: Track) -> Bund
         return bundle
     indices = dataset.splits["train"]
     # All batches must have the same size, which is smaller only if there are fewer images.
-    count = min(len(indices), _STATISTICS_IMAGES)
+    count = min(len(indices), STATISTICS_IMAGES)
     count -= count % BATCH_SIZE if count > BATCH_SIZE else 0
     chosen = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
     add = jax.jit(

@@ -314,7 +314,7 @@ def pool_all(
 
     Returns:
       The pooled test accuracy of each variant with its 95 % interval, as text. With several seeds,
-      it is the mean accuracy, and the interval is that of a single seed.
+      it is the mean accuracy, and the interval is for a single seed.
 
     Raises:
       UserError: An image was tested several times or never.

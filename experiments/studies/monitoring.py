@@ -3,7 +3,7 @@
     python experiments/studies/monitoring.py --bundle=RUN [--images=500] [--clean=shapes:16000]
         [--repeats=200]
 
-The reference statistics are computed anew from the training and the validation split, and the
+The reference statistics are computed again from the training and the validation split, and the
 windows consist of other images: `--images` test images under each corruption, and the clean images
 of `--clean` that are not in the training data, or the test split. The program prints three Markdown
 tables: false alarms, power under the 23 corruptions, and errors of the estimated accuracy. The
@@ -67,7 +67,7 @@ def unseen_images(predictor: BundlePredictor, dataset: Dataset, name: str | None
 
 
 def detects(reference: Reference, distances: Distances, window: Predictions) -> list[bool]:
-    """Returns whether the window differs, and whether each test alone is significant."""
+    """Returns whether the window differs, and for each test whether it is significant."""
     counts = np.bincount(window.classes, minlength=len(reference.class_counts))
     values = statistics(distances, window)
     p_values = window_p_values(reference.statistics, reference.class_counts, values, counts)

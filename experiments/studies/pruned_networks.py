@@ -4,7 +4,7 @@
     python experiments/studies/pruned_networks.py --bundle=runs/first --workdir=runs/compression
         [--keep=0.3] [--epochs=8] [--variants taylor random ...]
 
-Each variant is `cnn_jax.compress.compressor.compress` with one change, in a run of its own, and
+Each variant is `cnn_jax.compress.compressor.compress` with one change, in a separate run, and
 prints the accuracies after pruning and after training. The same command continues.
 
     taylor        no change: the channels are ranked by their effect on the loss, to first order
@@ -13,7 +13,7 @@ prints the accuracies after pruning and after training. The same command continu
     distillation  half of the loss is the divergence from the original network's predictions, with
                   temperature 2 (Hinton et al. 2015)
     dropout       the dropout of the original network
-    fast          the learning rate 3e-3, three times that of the default recipe
+    fast          the learning rate 3e-3, three times the rate of the default recipe
 """
 
 import argparse

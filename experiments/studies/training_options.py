@@ -3,7 +3,7 @@
     python experiments/studies/training_options.py --workdir=DIR [--seeds=3] [--options NAME ...]
         [--config=FILE] [--config.KEY=VALUE ...]
 
-The configuration is the recipe. Each option changes a part of it, in a run of its own for each
+The configuration is the recipe. Each option changes a part of it, in a separate run for each
 seed. The seed determines the weights, the order of the images and, unless data.split_seed is set,
 the splits; so the differences between an option and the recipe are paired. The program prints a
 table: the test accuracy, its difference from the recipe in percentage points with a 95 % interval

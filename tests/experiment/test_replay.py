@@ -1,20 +1,16 @@
 """Tests of the comparison of two versions by logged images."""
 
-import io
 import json
 import time
 
 import numpy as np
 import pytest
-from bundles import make_bundle
+from bundles import encode_png, make_bundle, make_registry
 from logs import DAY, START, Log, experiment
-from PIL import Image
 
 from cnn_jax import compare
 from cnn_jax.experiment.replay import replay
-from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.predictor import BundlePredictor
-from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import ConfigError, DataError
 
 # Seconds from `START` until after the versions are added. Other tests may run for hours between the
@@ -22,21 +18,9 @@ from cnn_jax.system.errors import ConfigError, DataError
 SOON = time.time() - START + DAY
 
 
-def png(image):
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("registry")
-    registry = Registry(folder / "registry")
-    for seed in (0, 1):
-        write_bundle(make_bundle(seed), folder / str(seed))
-        registry.add("flowers", folder / str(seed))
-    registry.promote("flowers", 1)
-    return registry
+    return make_registry(tmp_path_factory.mktemp("registry"), "flowers")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +35,9 @@ def log(tmp_path, images):
     predictor = BundlePredictor(make_bundle(1))
     labels = predictor(np.stack(images)).argmax(axis=1)
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
-        request = log.request(None, SOON + number, image=png(image), arm="champion", version=1)
+        request = log.request(
+            None, SOON + number, image=encode_png(image), arm="champion", version=1
+        )
         log.feedback(request, SOON + 500 + number, label=predictor.class_names[label])
     return log
 
@@ -72,7 +58,7 @@ def test_both_versions_predict_the_same_images(registry, log, images):
 
 
 def test_images_before_the_newer_version_are_left_out(registry, log, images):
-    request = log.request(None, 0, image=png(images[0] // 2), arm="champion", version=1)
+    request = log.request(None, 0, image=encode_png(images[0] // 2), arm="champion", version=1)
     log.feedback(request, SOON + 999, label="red")
     assert run(registry, log.write())["images"] == 70
     assert run(registry, log, since=START - 1)["images"] == 71
@@ -80,14 +66,16 @@ def test_images_before_the_newer_version_are_left_out(registry, log, images):
 
 def test_copies_of_an_image_count_once(registry, log, images):
     for _ in range(3):
-        request = log.request(None, SOON + 300, image=png(images[0]), arm="champion", version=1)
+        request = log.request(
+            None, SOON + 300, image=encode_png(images[0]), arm="champion", version=1
+        )
         log.feedback(request, SOON + 999, label="red")
     result = run(registry, log.write())
     assert (result["images"], result["copies"]) == (70, 3)
 
 
 def test_new_class_is_wrong_for_both_versions(registry, log, images):
-    request = log.request(None, SOON, image=png(255 - images[0]), arm="champion", version=1)
+    request = log.request(None, SOON, image=encode_png(255 - images[0]), arm="champion", version=1)
     log.feedback(request, SOON + 999, label="violet")
     result = run(registry, log.write())
     assert (result["images"], result["correct"]["challenger"]) == (71, 70)
@@ -95,7 +83,7 @@ def test_new_class_is_wrong_for_both_versions(registry, log, images):
 
 def test_images_of_another_size_are_resized_with_a_warning(registry, log, images, caplog):
     large = np.repeat(np.repeat(images[0] // 3, 2, axis=0), 2, axis=1)
-    request = log.request(None, SOON, image=png(large), arm="champion", version=1)
+    request = log.request(None, SOON, image=encode_png(large), arm="champion", version=1)
     log.feedback(request, SOON + 999, label="red")
     assert run(registry, log.write())["images"] == 71
     assert "flowers/2 reads images of 16 x 16 pixels" in caplog.text
@@ -109,7 +97,7 @@ def test_log_without_labels_or_images_is_one_error(
     registry, tmp_path, images, has_label, has_image, advice
 ):
     log = Log(tmp_path / "log", experiment())
-    request = log.request(None, SOON, image=png(images[0]) if has_image else None)
+    request = log.request(None, SOON, image=encode_png(images[0]) if has_image else None)
     if has_label:
         log.feedback(request, SOON + 1, label="red")
     with pytest.raises(DataError, match=advice):

@@ -104,8 +104,8 @@ def test_processes_that_share_the_work_get_the_same_statistics(run):
             arrays.append(rows)
         return reference_fit.Predictions(*arrays)
 
-    alone = reference_fit.measure_reference(*arguments).arrays()
-    shared = reference_fit.measure_reference(*arguments, share=share).arrays()
+    alone = trust.fit_reference(**reference_fit.measure_samples(*arguments)).arrays()
+    shared = trust.fit_reference(**reference_fit.measure_samples(*arguments, share=share)).arrays()
     for name, array in alone.items():
         np.testing.assert_allclose(shared[name], array, rtol=1e-3, atol=1e-3)
 

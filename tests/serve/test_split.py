@@ -1,38 +1,26 @@
 """Tests of experiments with real servers: two replicas, one registry and one request log."""
 
 import contextlib
-import io
 import json
 import time
 
 import numpy as np
 import pytest
-from bundles import make_bundle
-from PIL import Image
+from bundles import encode_png, make_registry
 from servers import Served
 
 from cnn_jax.data.request_log import read_requests
 from cnn_jax.experiment import __main__ as command
-from cnn_jax.inference.bundle import write_bundle
-from cnn_jax.registry.registry import Registry
 
 
 def picture(seed):
     pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encode_png(pixels)
 
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("split")
-    registry = Registry(folder / "registry")
-    for seed in (0, 1):
-        write_bundle(make_bundle(seed), folder / str(seed))
-        registry.add("shapes", folder / str(seed))
-    registry.promote("shapes", 1)
-    return registry
+    return make_registry(tmp_path_factory.mktemp("split"), "shapes")
 
 
 @pytest.fixture(scope="module")

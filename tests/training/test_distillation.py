@@ -78,7 +78,7 @@ def test_the_loss_is_the_divergence_from_the_mean_prediction():
 
 
 def test_the_labels_have_the_rest_of_the_weight():
-    """The gradient is 0.3 times that of the labels plus the gradient of the teachers' term."""
+    """The gradient is 0.3 times the labels' gradient plus the gradient of the teachers' term."""
     term = Distillation(TEACHERS, PREPROCESSING, temperature=3.0, weight=0.7)
     step = _train_step(MODEL.clone(dropout=0.0), extra_loss=term, label_weight=0.3)
     state, batch, variables = step.init_state(), _batch(), _variables()
