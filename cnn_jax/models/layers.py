@@ -8,6 +8,7 @@ written by hand, for reverse mode only: `jax.jvp` of these layers fails.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
@@ -75,26 +76,39 @@ def convolve(
     x: Float[Array, "batch height width channel"],
     kernel: Float[Array, "3 3 channel features"],
 ) -> Float[Array, "batch height width features"]:
-    """Convolves images with a kernel, with stride 1 and padding "SAME".
+    """Convolves images with a kernel, with stride 1 and padding "SAME", in the dtype of x.
 
-    As usual for networks, this is a cross-correlation: the kernel is not reversed.
+    As usual for networks, this is a cross-correlation: the kernel is not reversed. The gradient of
+    the kernel has the kernel's dtype. On a TPU, a float32 gradient of bfloat16 images is not
+    rounded to bfloat16 before it is summed over the devices.
     """
-    return _convolve(x, kernel)
+    return _convolve(x, kernel.astype(x.dtype))
 
 
 def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve(x, kernel), (x, kernel)
+    return _convolve(x, kernel.astype(x.dtype)), (x, kernel)
 
 
 def _convolve_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = residuals
+    own_kernel = kernel.astype(x.dtype)
     input_gradient = lax.platform_dependent(
-        x, gradient, kernel, cpu=_input_gradient_on_cpu, default=_input_gradient
+        x, gradient, own_kernel, cpu=_input_gradient_on_cpu, default=_input_gradient
     )
     kernel_gradient = lax.platform_dependent(
-        x, gradient, kernel, cpu=_kernel_gradient_on_cpu, default=_kernel_gradient
+        x,
+        gradient,
+        own_kernel,
+        cpu=_as(kernel.dtype, _kernel_gradient_on_cpu),
+        tpu=_as(kernel.dtype, _kernel_gradient_in_float32),
+        default=_as(kernel.dtype, _kernel_gradient),
     )
     return cast(Array, input_gradient), cast(Array, kernel_gradient)
+
+
+def _as(dtype: jnp.dtype, function: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns a function that converts the result of `function` to a dtype."""
+    return lambda *args: function(*args).astype(dtype)
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -116,6 +130,18 @@ def _input_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
 
 def _kernel_gradient(x: Array, gradient: Array, kernel: Array) -> Array:
     return jax.linear_transpose(lambda kernel: _convolve(x, kernel), kernel)(gradient)[0]
+
+
+def _kernel_gradient_in_float32(x: Array, gradient: Array, kernel: Array) -> Array:
+    """Computes `_kernel_gradient` without rounding the sums over the pixels to the dtype of x."""
+    return lax.conv_general_dilated(
+        x,
+        gradient,
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _kernel_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
@@ -140,12 +166,15 @@ def _kernel_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
 def add_bias(
     x: Float[Array, "batch height width channel"], bias: Float[Array, " channel"]
 ) -> Float[Array, "batch height width channel"]:
-    """Adds a bias to each channel; the gradient of the bias is computed by `channel_sums`."""
-    return x + _per_channel(bias)
+    """Adds a bias to each channel, in the dtype of x.
+
+    The gradient of the bias is computed by `channel_sums`, and has the dtype of the bias.
+    """
+    return x + _per_channel(bias.astype(x.dtype))
 
 
 def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
-    return x + _per_channel(bias), bias
+    return x + _per_channel(bias.astype(x.dtype)), bias
 
 
 def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
@@ -190,22 +219,31 @@ def _max_pool_forward(x: Array) -> tuple[Array, Array]:
     the index and does not compare pixels with the maximum: XLA may compute pixels twice, with
     different rounding, so that no pixel equals the maximum.
     """
+    pooled, index = lax.platform_dependent(x, cpu=_largest_by_reduction, default=_largest)
+    return lax.optimization_barrier((pooled, index))
+
+
+def _largest(x: Array) -> tuple[Array, Array]:
+    """Returns the maximum of each window, and the index of the maximum, int8.
+
+    On a GPU, XLA fuses these comparisons into one kernel. A reduction would be three kernels.
+    """
+    windows = _windows(x)
+    largest, index = windows[0], jnp.zeros(windows[0].shape, jnp.int8)
+    for position, pixels in enumerate(windows[1:], start=1):
+        is_larger = (pixels > largest) | jnp.isnan(pixels)
+        largest = jnp.where(is_larger, pixels, largest)
+        index = jnp.where(is_larger, jnp.int8(position), index)
+    return largest, index
+
+
+def _largest_by_reduction(x: Array) -> tuple[Array, Array]:
+    """Returns the same as `_largest`, by one reduction over pairs (value, index)."""
     windows = jnp.stack(_windows(x))
-    pooled, index = lax.platform_dependent(windows, cpu=_largest_in_one_pass, default=_largest)
-    return lax.optimization_barrier((pooled, index.astype(jnp.int8)))
-
-
-def _largest(windows: Array) -> tuple[Array, Array]:
-    """Returns the maximum along the first axis, and the index of the maximum."""
-    return jnp.max(windows, axis=0), jnp.argmax(windows, axis=0).astype(jnp.int32)
-
-
-def _largest_in_one_pass(windows: Array) -> tuple[Array, Array]:
-    """Returns the same as `_largest`, but in one reduction over pairs (value, index)."""
     indices = lax.broadcasted_iota(jnp.int32, windows.shape, 0)
     init = jnp.asarray(-jnp.inf, windows.dtype), jnp.int32(0)
     pooled, index = lax.reduce((windows, indices), init, _larger, (0,))
-    return pooled, index
+    return pooled, index.astype(jnp.int8)
 
 
 def _larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -364,8 +402,7 @@ class Conv(nn.Module):
             "kernel", nn.initializers.he_normal(), (3, 3, x.shape[-1], self.features)
         )
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        x = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
-        return add_bias(x, bias.astype(self.dtype))
+        return add_bias(convolve(x.astype(self.dtype), kernel), bias)
 
 
 class BatchNorm(nn.Module):

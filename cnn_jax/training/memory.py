@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from cnn_jax.training import sharding
 from cnn_jax.training.programs import Programs
 from cnn_jax.training.step import TrainState
 
-# A suggested batch size is rounded down to a multiple of this number.
+# The number of images on a device is rounded down to a multiple of this number in a suggestion.
 _ROUND_BATCH = 8
 
 
@@ -26,6 +27,8 @@ class MemoryEstimate:
       batch_size: The number of examples in a global batch.
       data_devices: The number of devices that share a batch.
       parts: The number of parts of a batch that are computed one after the other.
+      multiple: The suggested number of examples on a device is a multiple of this number, unless
+        it is small.
     """
 
     fixed: float
@@ -33,6 +36,7 @@ class MemoryEstimate:
     batch_size: int
     data_devices: int
     parts: int
+    multiple: int = _ROUND_BATCH
 
     @property
     def total(self) -> float:
@@ -42,8 +46,8 @@ class MemoryEstimate:
     def largest_batch(self, available: float) -> int:
         """Returns the largest global batch size that fits into `available` bytes, or 0."""
         examples = max(0, int((available - self.fixed) / self.per_example))
-        if examples >= 2 * _ROUND_BATCH:
-            examples -= examples % _ROUND_BATCH
+        if examples >= 2 * self.multiple:
+            examples -= examples % self.multiple
         return examples * self.data_devices * self.parts
 
     def fewest_parts(self, available: float) -> int | None:
@@ -123,6 +127,7 @@ class Memory:
             batch_size=layout.batch_size,
             data_devices=layout.data_devices,
             parts=parts,
+            multiple=max(_ROUND_BATCH, layout.batch_multiple // layout.data_devices),
         )
         available = sharding.device_bytes()
         if available and self._estimate.total > available:
@@ -141,10 +146,26 @@ class Memory:
         except jax.errors.JaxRuntimeError as error:
             if lost := sharding.lost_process(error):
                 raise lost from error
-            if self._estimate is None or "RESOURCE_EXHAUSTED" not in str(error):
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+            if self._estimate is None:  # XLA refuses to compile a program that is too large for a TPU.
+                raise self._not_compiled(str(error)) from error
             available = sharding.free_device_bytes() + self._estimate.fixed
             raise self._estimate.error(available, "now has") from error
+
+    def _not_compiled(self, message: str) -> TrainingError:
+        """Returns an out-of-memory error for a program that XLA refuses to compile.
+
+        Args:
+          message: The error message of XLA.
+        """
+        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+        needed = f"{used[1]} of the {used[2]} of each device" if used else "more than a device has"
+        return TrainingError(
+            "out of memory: a training step with "
+            f"train.batch_size={self._programs.layout.batch_size} needs {needed}; use a smaller "
+            f"train.batch_size, or train.accumulation_steps={2 * self._programs.accumulation_steps}"
+        )
 
 
 def _size(num_bytes: float) -> str:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnn_jax.models import layers
 from cnn_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -89,6 +90,39 @@ def test_conv_equals_flax(shape):
         _value_and_gradients(ours, variables, x, weights),
         _value_and_gradients(plain, variables, x, weights),
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_forms_of_the_kernel_gradient_are_equal(shape):
+    x, gradient = _random(*shape), _random(*shape[:3], 6, seed=1)
+    kernel = jnp.zeros((3, 3, shape[-1], 6))
+    expected = layers._kernel_gradient(x, gradient, kernel)
+    for form in (layers._kernel_gradient_on_cpu, layers._kernel_gradient_in_float32):
+        _assert_close(form(x, gradient, kernel), expected)
+
+
+def test_a_kernel_gradient_for_tpus_is_not_rounded():
+    x, gradient = (_random(2, 8, 8, 4, seed=seed, dtype=jnp.bfloat16) for seed in (0, 1))
+    kernel = jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
+    actual = layers._kernel_gradient_in_float32(x, gradient, kernel)
+    exact = layers._kernel_gradient(*(a.astype(jnp.float32) for a in (x, gradient, kernel)))
+    assert actual.dtype == jnp.float32
+    _assert_close(actual, exact, 1e-5)
+
+
+def test_the_gradients_of_a_convolution_in_bfloat16_are_float32():
+    x = _random(2, 8, 8, 4, dtype=jnp.bfloat16)
+    conv = Conv(5, jnp.dtype("bfloat16"))
+    variables = conv.init(jax.random.key(0), x)
+
+    def total(variables):
+        out = conv.apply(variables, x)
+        assert out.dtype == jnp.bfloat16
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradients = jax.grad(total)(variables)["params"]
+    np.testing.assert_array_equal(gradients["bias"], 128)
+    assert gradients["kernel"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -179,6 +213,21 @@ def test_max_pool_and_its_gradient_equal_flax(shape, ties):
     )
     np.testing.assert_allclose(value, flax_value, rtol=1e-6)
     np.testing.assert_array_equal(gradient, flax_gradient)
+
+
+@pytest.mark.parametrize("form", [layers._largest, layers._largest_by_reduction])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_forms_of_max_pool_equal_flax_with_equal_pixels(form, dtype):
+    """Tests the forms of all platforms, of which a platform compiles only one."""
+    x = jnp.round(_random(2, 6, 8, 3) / 2).astype(dtype)
+    pooled, pull_back = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2)), x)
+    largest, index = form(x)
+    np.testing.assert_array_equal(largest, pooled)
+    assert index.dtype == jnp.int8
+    weights = _random(*pooled.shape, seed=1, dtype=dtype)
+    np.testing.assert_array_equal(
+        layers._max_pool_backward(index, weights)[0], pull_back(weights)[0]
+    )
 
 
 @pytest.mark.parametrize("pixel", range(4))
