@@ -66,9 +66,10 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains a network and writes checkpoints, a log, metrics and a bundle to `workdir`.
 
-    The same call with the same folder resumes from the latest checkpoint. The result is
-    bitwise the same as without an interruption. If `sharding.start_processes` has connected
-    several processes, all of them must make this call, with a folder that they share.
+    The same call with the same folder resumes from the latest checkpoint. On a CPU, the result is
+    bitwise the same as without an interruption; for other devices, see docs/runs.md. If
+    `sharding.start_processes` has connected several processes, all of them must make this call,
+    with a folder that they share.
 
     Args:
       config: A configuration, for example the result of `get_config()` of a file in `configs/`.

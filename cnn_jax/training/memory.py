@@ -148,7 +148,9 @@ class Memory:
                 raise lost from error
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            if self._estimate is None:  # XLA refuses to compile a program that is too large for a TPU.
+            if (
+                self._estimate is None
+            ):  # XLA refuses to compile a program that is too large for a TPU.
                 raise self._not_compiled(str(error)) from error
             available = sharding.free_device_bytes() + self._estimate.fixed
             raise self._estimate.error(available, "now has") from error

@@ -29,7 +29,6 @@ from cnn_jax.training.optimizer import (
 )
 from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, update_statistics
 
-
 # The number of columns of an array of packed images.
 _COLUMNS = 128
 

@@ -25,9 +25,6 @@ On a GPU, XLA normally measures several implementations of each convolution and 
 fastest. Without a GPU it takes a default, so the kernels may differ from those of a run.
 """
 
-import argparse
-import collections
-import contextlib
 import dataclasses
 import functools
 import json
@@ -36,14 +33,14 @@ import pathlib
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 
-from cnn_jax.config import files
+from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data import augment
@@ -52,6 +49,8 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.predictor import jit_prediction
 from cnn_jax.models.network import make_model
+from cnn_jax.system import cli
+from cnn_jax.system.errors import UserError
 from cnn_jax.training.optimizer import make_schedule
 from cnn_jax.training.programs import Programs, default_execution_length, make_train_step, pack
 
@@ -89,15 +88,10 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
       topology: "h100", "h100:N" for N GPUs of one host, or a name of libtpu such as "v5e:2x2".
 
     Raises:
-      RuntimeError: The plug-in of the platform is not installed, or does not know the topology.
+      UserError: The plug-in of the platform is not installed, or does not know the topology.
     """
-    jax.config.update("jax_platforms", "cpu")
     name, _, count = topology.partition(":")
-    if name == "h100":
-        shape = f"1x1x{count or 1}"
-        return topologies.get_topology_desc(
-            "", "cuda", target_config=_H100, topology=shape
-        ).devices
+    is_gpu = name == "h100"
     # Without these variables, libtpu looks for the TPU of this machine, and only one process may
     # use libtpu.
     for variable, value in {
@@ -106,7 +100,18 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(variable, value)
-    return topologies.get_topology_desc(topology, "tpu").devices
+    try:
+        if is_gpu:
+            shape = f"1x1x{count or 1}"
+            return topologies.get_topology_desc(
+                "", "cuda", target_config=_H100, topology=shape
+            ).devices
+        return topologies.get_topology_desc(topology, "tpu").devices
+    except Exception as error:  # JAX and the plug-ins raise errors of many types.
+        packages = "jax-cuda13-plugin jax-cuda13-pjrt" if is_gpu else "'cnn_jax[tpu]'"
+        raise UserError(
+            f"--topology={topology}: {str(error).partition(chr(10))[0]} (pip install {packages})"
+        ) from error
 
 
 def abstract_programs(
@@ -128,9 +133,7 @@ def abstract_programs(
     platform = devices[0].platform
     config = resolve(config, platform=platform)
     preprocessing = Preprocessing.from_config(config.data)
-    model = make_model(
-        config.model.to_dict(), classes, config.precision, config.train.from_stage
-    )
+    model = make_model(config.model.to_dict(), classes, config.precision, config.train.from_stage)
     step = make_train_step(
         config,
         model,
@@ -169,7 +172,10 @@ def abstract_programs(
     on_first = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     variables = jax.tree.map(lambda leaf: on_first(leaf.shape, leaf.dtype), state.variables)
     return {
-        "train_step": (programs.train_step, (state, shapes(batch | draws, batch_size), pixels, None)),
+        "train_step": (
+            programs.train_step,
+            (state, shapes(batch | draws, batch_size), pixels, None),
+        ),
         "train_steps": (
             programs.train_steps,
             (state, shapes(batch | draws, length, batch_size), pixels, None),
@@ -188,7 +194,7 @@ def abstract_programs(
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """An operation of an optimized program that reads and writes memory.
+    """An operation of an optimized program that is not a part of a fusion.
 
     Attributes:
       name: The name of the operation.
@@ -207,6 +213,11 @@ class Kernel:
     calls: int
     bytes: int
     cycles: int | None
+
+    @property
+    def is_collective(self) -> bool:
+        """Whether the kernel exchanges data between devices."""
+        return self.opcode.startswith(_COLLECTIVES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +240,7 @@ class Analysis:
 
     @property
     def bytes(self) -> int:
-        """The bytes that all kernels read and write."""
+        """The bytes that all kernels read and write in main memory."""
         return sum(kernel.calls * kernel.bytes for kernel in self.kernels)
 
     @property
@@ -242,7 +253,7 @@ def analyse(compiled: jax.stages.Compiled) -> Analysis:
     """Returns the contents of a compiled program."""
     memory = compiled.memory_analysis()
     costs = compiled.cost_analysis() or {}
-    module = _Module(compiled.as_text())
+    module = Module(compiled.as_text())
     kernels = list(module.kernels())
     return Analysis(
         memory={
@@ -252,7 +263,7 @@ def analyse(compiled: jax.stages.Compiled) -> Analysis:
         },
         flops=costs.get("flops"),
         kernels=kernels,
-        collectives=[kernel for kernel in kernels if kernel.opcode.startswith(_COLLECTIVES)],
+        collectives=[kernel for kernel in kernels if kernel.is_collective],
         copies=[kernel for kernel in kernels if module.changes_layout(kernel.name)],
     )
 
@@ -290,7 +301,7 @@ class _Instruction:
         return found and found[1]
 
 
-class _Module:
+class Module:
     """The computations of an optimized HLO module, parsed from its text."""
 
     def __init__(self, text: str):
@@ -306,9 +317,7 @@ class _Module:
                 name, result, opcode, rest = found.groups()
                 end = _closing(rest)
                 is_root = line.lstrip().startswith("ROOT")
-                current[name] = _Instruction(
-                    name, result, opcode, rest[:end], rest[end:], is_root
-                )
+                current[name] = _Instruction(name, result, opcode, rest[:end], rest[end:], is_root)
         self._by_name = {
             name: instruction
             for computation in self.computations.values()
@@ -408,33 +417,31 @@ def _size(type_text: str) -> int:
     return total
 
 
-def report(name: str, analysis: Analysis, top: int) -> str:
-    """Describes a program in a few lines, with its `top` largest kernels."""
+def report(analysis: Analysis, top: int) -> str:
+    """Describes a program in a few lines, with its largest kernels.
+
+    Args:
+      analysis: The contents of the program.
+      top: The number of kernels with the most bytes, and the number of kernels with the most
+        cycles, that are listed in the order of the program.
+    """
     memory = ", ".join(f"{key} {size / 1e6:,.1f} MB" for key, size in analysis.memory.items())
-    flops = "unknown" if analysis.flops is None else f"{analysis.flops / 1e9:,.1f} G"
-    unestimated = sum(kernel.cycles is None for kernel in analysis.kernels)
+    flops = "unknown" if analysis.flops is None else f"{analysis.flops / 1e9:,.1f} GFLOP"
     lines = [
-        f"{name}",
-        f"  memory      {memory}",
-        f"  operations  {flops}",
-        f"  kernels     {len(analysis.kernels)}, {analysis.bytes / 1e9:,.2f} GB",
+        f"  memory       {memory}",
+        f"  operations   {flops}",
+        f"  kernels      {_total(analysis.kernels)}",
+        f"  collectives  {_total(analysis.collectives)}",
+        f"  new layouts  {_total(analysis.copies)}",
     ]
     if analysis.cycles:
+        unknown = [kernel for kernel in analysis.kernels if kernel.cycles is None]
         lines.append(
-            f"  cycles      {analysis.cycles / 1e6:,.1f} M; {unestimated} kernels are not estimated"
+            f"  cycles       {analysis.cycles / 1e6:,.1f} M; not estimated: {_total(unknown)}"
         )
-    for title, kernels in (
-        ("collectives", analysis.collectives),
-        ("new layouts", analysis.copies),
-    ):
-        total = sum(kernel.calls * kernel.bytes for kernel in kernels)
-        lines.append(f"  {title} {len(kernels)}, {total / 1e6:,.1f} MB")
-    lines.append(f"  {'calls':>5} {'MB':>9} {'kcycles':>9}  kernel")
-
-    def weight(kernel: Kernel) -> tuple[int, int]:
-        return kernel.calls * (kernel.cycles or 0), kernel.calls * kernel.bytes
-
-    for kernel in _largest(analysis, top):
+    if top:
+        lines.append(f"  {'calls':>5} {'MB':>9} {'kcycles':>9}  kernel")
+    for kernel in _largest(analysis.kernels, top):
         cycles = "" if kernel.cycles is None else f"{kernel.cycles / 1e3:,.0f}"
         lines.append(
             f"  {kernel.calls:>5} {kernel.bytes / 1e6:>9,.1f} {cycles:>9}  "
@@ -443,45 +450,62 @@ def report(name: str, analysis: Analysis, top: int) -> str:
     return "\n".join(lines)
 
 
-def _largest(analysis: Analysis, top: int) -> list[Kernel]:
+def _total(kernels: Sequence[Kernel]) -> str:
+    size = sum(kernel.calls * kernel.bytes for kernel in kernels)
+    return f"{len(kernels):,}, {size / 1e9:,.3f} GB"
+
+
+def _largest(kernels: Sequence[Kernel], top: int) -> list[Kernel]:
     """Returns the kernels with the most bytes, and those with the most cycles, in their order."""
-    by_bytes = sorted(analysis.kernels, key=lambda kernel: -kernel.calls * kernel.bytes)
-    by_cycles = sorted(analysis.kernels, key=lambda kernel: -kernel.calls * (kernel.cycles or 0))
-    chosen = {kernel.name for kernel in (*by_bytes[:top], *by_cycles[:top])}
-    return [kernel for kernel in analysis.kernels if kernel.name in chosen]
+
+    def names(weight: Callable[[Kernel], int]) -> set[str]:
+        return {kernel.name for kernel in sorted(kernels, key=weight)[:top]}
+
+    by_bytes = names(lambda kernel: -kernel.calls * kernel.bytes)
+    by_cycles = names(lambda kernel: -kernel.calls * (kernel.cycles or 0))
+    chosen = by_bytes | by_cycles
+    return [kernel for kernel in kernels if kernel.name in chosen]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(allow_abbrev=False)
+def main(argv: Sequence[str]) -> None:
+    parser = files.ConfigParser(prog="aot.py", description=__doc__)
     parser.add_argument("--topology", required=True, help="such as v5e:2x2, h100 or h100:8")
-    parser.add_argument("--config", default="configs/default.py")
-    parser.add_argument("--batch_per_device", type=int, default=128)
-    parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--classes", type=int, default=10)
-    parser.add_argument("--programs", default=",".join(PROGRAMS))
-    parser.add_argument("--top", type=int, default=10, help="number of kernels to print")
+    parser.add_argument(
+        "--batch_per_device", type=cli.positive, default=128, help="number of images"
+    )
+    parser.add_argument("--images", type=cli.positive, default=10_000, help="in the data set")
+    parser.add_argument("--classes", type=cli.positive, default=10)
+    parser.add_argument("--programs", default=",".join(PROGRAMS), help="separated by commas")
+    parser.add_argument("--top", type=cli.natural, default=10, help="number of kernels to print")
     parser.add_argument("--json", type=pathlib.Path, help="write the analyses to this file, too")
-    parser.add_argument("--hlo", type=pathlib.Path, help="write the optimized programs here, too")
-    flags, overrides = parser.parse_known_args()
-    devices = topology_devices(flags.topology)
+    parser.add_argument("--hlo", type=pathlib.Path, help="write the programs to this folder, too")
+    flags, overrides = parser.parse_with_overrides(argv)
+    jax.config.update("jax_platforms", "cpu")
     config = files.load(flags.config, overrides)
+    devices = topology_devices(flags.topology)
     config.train.batch_size = flags.batch_per_device * len(devices) // config.mesh.model
+    schema.validate(config, len(devices))
     programs = abstract_programs(config, devices, images=flags.images, classes=flags.classes)
-    print(f"JAX {jax.__version__}, {len(devices)} x {devices[0].device_kind}, {flags.batch_per_device} images each\n")
+    print(
+        f"JAX {jax.__version__}, {len(devices)} x {devices[0].device_kind}, "
+        f"{flags.batch_per_device} images each"
+    )
     results = {}
     for name in flags.programs.split(","):
         function, arguments = programs[name]
         start = time.perf_counter()
         compiled = function.lower(*arguments).compile()
+        seconds = time.perf_counter() - start
+        results[name] = analyse(compiled)
+        print(f"\n{name}, compiled in {seconds:.0f} s")
+        print(report(results[name], flags.top), flush=True)
         if flags.hlo:
             flags.hlo.mkdir(parents=True, exist_ok=True)
             (flags.hlo / f"{name}.txt").write_text(compiled.as_text())
-        results[name] = analyse(compiled)
-        print(report(name, results[name], flags.top))
-        print(f"  compiled in {time.perf_counter() - start:.0f} s\n", flush=True)
     if flags.json:
-        flags.json.write_text(json.dumps({name: dataclasses.asdict(a) for name, a in results.items()}, indent=1) + "\n")
+        values = {name: dataclasses.asdict(result) for name, result in results.items()}
+        flags.json.write_text(json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)

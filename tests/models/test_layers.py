@@ -145,6 +145,43 @@ def test_batch_norm_in_training_equals_flax(shape, is_jitted):
     _assert_close(compute(ours, variables, x, weights), compute(plain, variables, x, weights), 1e-5)
 
 
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "default"])
+@pytest.mark.parametrize("uses_maps", [False, True])
+@pytest.mark.parametrize("shape", [(4, 16, 16, 8), (3, 7, 5, 4)])
+def test_batch_norm_with_max_pool_equals_flax(monkeypatch, shape, uses_maps, platform):
+    """The scales are positive, negative and zero, so that some windows have equal pixels."""
+    monkeypatch.setattr(
+        layers.lax,
+        "platform_dependent",
+        lambda *operands, **branches: branches.get(platform, branches["default"])(*operands),
+    )
+    x = jnp.round(nn.relu(_random(*shape)))
+    scale = _random(shape[-1], seed=2).at[0].set(0)
+    bias = _random(shape[-1], seed=3)
+    pool_weights = _random(shape[0], shape[1] // 2, shape[2] // 2, shape[3], seed=4)
+    map_weights = _random(*shape, seed=5) * uses_maps
+
+    def weighted(maps, pooled):
+        total = jnp.sum(pool_weights * pooled)
+        return total + jnp.sum(map_weights * maps) if uses_maps else total
+
+    def ours(x, scale, bias):
+        maps, pooled, *_ = layers.normalize_batch_and_pool(x, scale, bias, 1e-3)
+        return weighted(maps, pooled)
+
+    def plain(x, scale, bias):
+        module = nn.BatchNorm(use_running_average=False, momentum=0, epsilon=1e-3)
+        variables = {"params": {"scale": scale, "bias": bias}}
+        maps, _ = module.apply(variables, x, mutable=["batch_stats"])
+        return weighted(maps, nn.max_pool(maps, (2, 2), (2, 2)))
+
+    actual, expected = (
+        jax.jit(jax.value_and_grad(function, (0, 1, 2)))(x, scale, bias)
+        for function in (ours, plain)
+    )
+    _assert_close(actual, expected, 2e-5)
+
+
 def test_batch_norm_in_inference_equals_flax():
     options = {"use_running_average": True, "epsilon": 1e-3}
     x = _random(2, 5, 6, 4)
@@ -225,9 +262,8 @@ def test_the_forms_of_max_pool_equal_flax_with_equal_pixels(form, dtype):
     np.testing.assert_array_equal(largest, pooled)
     assert index.dtype == jnp.int8
     weights = _random(*pooled.shape, seed=1, dtype=dtype)
-    np.testing.assert_array_equal(
-        layers._max_pool_backward(index, weights)[0], pull_back(weights)[0]
-    )
+    for route in (layers._route_by_index, layers._select_and_scatter):
+        np.testing.assert_array_equal(route(index, x, weights), pull_back(weights)[0])
 
 
 @pytest.mark.parametrize("pixel", range(4))
