@@ -148,9 +148,8 @@ class Memory:
                 raise lost from error
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            if (
-                self._estimate is None
-            ):  # XLA refuses to compile a program that is too large for a TPU.
+            if self._estimate is None:
+                # XLA does not compile a program that needs more memory than a TPU has.
                 raise self._not_compiled(str(error)) from error
             available = sharding.free_device_bytes() + self._estimate.fixed
             raise self._estimate.error(available, "now has") from error

@@ -81,7 +81,8 @@ def show_plan(
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
             **({"weights": _weights(config, pretrained)} if pretrained else {}),
             "training": f"{count(config.train.epochs, 'epoch')}, batch size "
-            f"{config.train.batch_size}{_batch_advice(config, devices)}, seed {config.seed}{_split_seed(config)}; "
+            f"{config.train.batch_size}{_batch_advice(config, devices)}, "
+            f"seed {config.seed}{_split_seed(config)}; "
             f"best epoch by {config.train.monitor}"
             + _options(config)
             + _mixing(config)

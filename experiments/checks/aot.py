@@ -167,18 +167,15 @@ def abstract_programs(
             for name, (shape, dtype) in arrays.items()
         }
 
-    evaluated = shapes(batch, batch_size)
+    trained, evaluated = batch | draws, shapes(batch, batch_size)
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     on_first = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
     variables = jax.tree.map(lambda leaf: on_first(leaf.shape, leaf.dtype), state.variables)
     return {
-        "train_step": (
-            programs.train_step,
-            (state, shapes(batch | draws, batch_size), pixels, None),
-        ),
+        "train_step": (programs.train_step, (state, shapes(trained, batch_size), pixels, None)),
         "train_steps": (
             programs.train_steps,
-            (state, shapes(batch | draws, length, batch_size), pixels, None),
+            (state, shapes(trained, length, batch_size), pixels, None),
         ),
         "update_statistics": (
             programs.update_statistics,
