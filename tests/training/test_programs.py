@@ -4,9 +4,11 @@ import collections
 import dataclasses
 import json
 import math
+import types
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import require_cpu
@@ -15,7 +17,8 @@ from cnn_jax.data import augment
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
-from cnn_jax.training import loop, sharding
+from cnn_jax.system.errors import TrainingError
+from cnn_jax.training import loop, memory, programs, sharding
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
 from cnn_jax.training.step import TrainStep
@@ -96,6 +99,52 @@ def test_an_option_that_xla_lacks_is_left_out(monkeypatch):
     assert set(known) == set(runtime._CPU_OPTIONS)
     monkeypatch.setattr(runtime, "_CPU_OPTIONS", {"xla_cpu_removed": True, **known})
     assert runtime.compiler_options.__wrapped__() == known
+
+
+@pytest.mark.parametrize("image_size", [(8, 16), (5, 7)])
+def test_images_are_unpacked_unchanged(image_size):
+    """An image of 8 x 16 pixels fills three rows exactly; an image of 5 x 7 pixels is padded."""
+    images = np.random.default_rng(0).integers(0, 256, (6, *image_size, 3), np.uint8)
+    packed = programs.pack(images)
+    assert packed.shape == (6, math.ceil(images[0].size / 128), 128)
+    rows = np.array([4, 0, 4])
+    batch = programs._with_images({"row": jnp.asarray(rows)}, jnp.asarray(packed), image_size)
+    np.testing.assert_array_equal(batch["image"], images[rows])
+
+
+def test_packing_copies_no_images_of_the_usual_sizes():
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    assert np.shares_memory(programs.pack(images), images)
+
+
+def _memory(message):
+    """Raises the error of XLA for a program that is too large for a TPU."""
+    layout = sharding.Layout(sharding.make_mesh(), 64)
+    stand_in = types.SimpleNamespace(layout=layout, accumulation_steps=2)
+    with memory.Memory(stand_in).explained():
+        raise jax.errors.JaxRuntimeError(message)
+
+
+def test_a_program_too_large_for_a_tpu_is_a_one_line_error():
+    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.51G of 15.75G hbm."
+    with pytest.raises(TrainingError) as error:
+        _memory(text)
+    assert str(error.value) == (
+        "out of memory: a training step with train.batch_size=64 needs 20.51G of the 15.75G of "
+        "each device; use a smaller train.batch_size, or train.accumulation_steps=4"
+    )
+    with pytest.raises(TrainingError, match="needs more than a device has; use"):
+        _memory("RESOURCE_EXHAUSTED: other words")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        _memory("INTERNAL: something else")
+
+
+def test_suggested_batches_are_multiples_of_the_images_of_a_tpu_group():
+    estimate = memory.MemoryEstimate(
+        fixed=10.0, per_example=1.0, batch_size=2048, data_devices=2, parts=1, multiple=128
+    )
+    assert estimate.largest_batch(available=10 + 1000) == 2 * 896
+    assert estimate.largest_batch(available=10 + 100) == 2 * 100
 
 
 @pytest.mark.parametrize("place", ["host", "device"])
