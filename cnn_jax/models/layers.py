@@ -1,9 +1,11 @@
-"""Layers with the same results as layers of Flax Linen and JAX, but faster on CPUs.
+"""Layers with the same results as layers of Flax Linen and JAX, in forms that XLA compiles well.
 
 Each layer has the parameters, values and gradients of the standard layer that its docstring
 names (`tests/models/test_layers.py` compares the two layers), and can be replaced by the
-standard layer. The measured gain in speed is in `experiments/RESULTS.md`. The gradients are
-written by hand, for reverse mode only: `jax.jvp` of these layers fails.
+standard layer. Where the platforms need different forms, `lax.platform_dependent` selects one.
+The measured gain in speed on CPUs is in `experiments/RESULTS.md`, with the bytes and cycles that
+XLA counts for a GPU and a TPU. The gradients are written by hand, for reverse mode only: `jax.jvp`
+of these layers fails.
 """
 
 import functools
@@ -466,12 +468,15 @@ def _normalize_batch_and_pool_forward(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     (normalized, mean, variance), residuals = _normalize_batch_forward(x, scale, bias, epsilon)
-    windows, x_windows = _whole_windows(normalized), _whole_windows(x)
+    windows = _whole_windows(normalized)
     pooled, index, pooled_x = lax.platform_dependent(
-        windows, x_windows, cpu=_pool_on_cpu, default=_pool_without_index
+        windows,
+        _whole_windows(x),
+        cpu=_pool_on_cpu,
+        tpu=_pool_without_index,
+        default=lambda normalized, x: lax.optimization_barrier(_largest(normalized, x)),
     )
-    pool_residuals = index, windows, x_windows, pooled_x
-    return (normalized, pooled, mean, variance), (*residuals, *pool_residuals)
+    return (normalized, pooled, mean, variance), (*residuals, index, windows, pooled_x)
 
 
 def _pool_on_cpu(normalized: Array, x: Array) -> tuple[Array, ...]:
@@ -489,21 +494,11 @@ def _pool_without_index(normalized: Array, x: Array) -> tuple[Array, ...]:
 def _normalize_batch_and_pool_backward(
     epsilon: float, residuals: tuple[Array, ...], gradients: tuple[Any, ...]
 ) -> tuple[Array, Array, Array]:
-    x, mean, inverse, scale, index, windows, x_windows, pooled_x = residuals
-    residuals = x, mean, inverse, scale
+    *norm_residuals, index, windows, pooled_x = residuals
+    residuals = tuple(norm_residuals)
+    x, mean, _, _ = residuals
     pooled_gradient = _instantiate(gradients[1])
-    routed = lax.platform_dependent(
-        index,
-        windows,
-        x_windows,
-        pooled_x,
-        pooled_gradient,
-        cpu=lambda index, windows, x, pooled_x, gradient: _route_by_index(index, windows, gradient),
-        tpu=lambda index, windows, x, pooled_x, gradient: _select_and_scatter(
-            index, windows, gradient
-        ),
-        default=_route_by_value,
-    )
+    (routed,) = _max_pool_backward((index, windows), pooled_gradient)
     # An odd last row or column is in no window.
     routed = jnp.pad(routed, [(0, n - m) for n, m in zip(x.shape, routed.shape, strict=True)])
     if not isinstance(gradients[0], SymbolicZero):  # The normalised batch is used elsewhere, too.
@@ -524,20 +519,6 @@ def _normalize_batch_and_pool_backward(
         default=lambda gradient, x, *pooled: sums(*pooled),
     )
     return _normalization_gradients(residuals, gradient, totals)
-
-
-def _route_by_value(
-    index: Array, windows: Array, x: Array, pooled_x: Array, gradient: Array
-) -> Array:
-    """Routes the gradient of each window to the first pixel of x that equals the pooled pixel.
-
-    This is the pixel that was pooled: a pixel with the same value has the same normalised value.
-    Without the index, the backward pass reads less, and the forward pass stores less.
-    """
-    index = jnp.full(pooled_x.shape, 3, jnp.int8)
-    for position in (2, 1, 0):
-        index = jnp.where(_windows(x)[position] == pooled_x, jnp.int8(position), index)
-    return _route_by_index(index, windows, gradient)
 
 
 def _instantiate(gradient: Array | SymbolicZero) -> Array:

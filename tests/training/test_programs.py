@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import math
-import types
 
 import jax
 import jax.monitoring
@@ -114,29 +113,33 @@ def test_images_are_unpacked_unchanged(image_size):
 
 def test_packing_copies_no_images_of_the_usual_sizes():
     images = np.zeros((2, 32, 32, 3), np.uint8)
-    assert np.shares_memory(programs.pack(images), images)
+    assert np.shares_explain(programs.pack(images), images)
 
 
-def _memory(message):
-    """Raises the error of XLA for a program that is too large for a TPU."""
-    layout = sharding.Layout(sharding.make_mesh(), 64)
-    stand_in = types.SimpleNamespace(layout=layout, accumulation_steps=2)
-    with memory.Memory(stand_in).explained():
+def _explain(message):
+    """Raises the error of the memory check for an error message of XLA."""
+    step = TrainStep(
+        model=CNN(num_classes=2, features=(4,)),
+        optimizer=make_optimizer(make_schedule(1e-3, 1e-4, total_steps=10), l2=0.0),
+        preprocessing=Preprocessing(image_size=(8, 8)),
+        accumulation_steps=2,
+    )
+    with memory.Memory(programs.Programs(step, 64)).explained():
         raise jax.errors.JaxRuntimeError(message)
 
 
 def test_a_program_too_large_for_a_tpu_is_a_one_line_error():
     text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.51G of 15.75G hbm."
     with pytest.raises(TrainingError) as error:
-        _memory(text)
+        _explain(text)
     assert str(error.value) == (
         "out of memory: a training step with train.batch_size=64 needs 20.51G of the 15.75G of "
         "each device; use a smaller train.batch_size, or train.accumulation_steps=4"
     )
     with pytest.raises(TrainingError, match="needs more than a device has; use"):
-        _memory("RESOURCE_EXHAUSTED: other words")
+        _explain("RESOURCE_EXHAUSTED: other words")
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
-        _memory("INTERNAL: something else")
+        _explain("INTERNAL: something else")
 
 
 def test_suggested_batches_are_multiples_of_the_images_of_a_tpu_group():
