@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -23,31 +24,44 @@ class MemoryEstimate:
 
     Attributes:
       fixed: The memory of the state, and of the pixels if they are on the device.
-      per_example: The memory for each example of the batch part that is being computed.
+      temporary: The memory for the examples of the batch part that is being computed.
       batch_size: The number of examples in a global batch.
       data_devices: The number of devices that share a batch.
       parts: The number of parts of a batch that are computed one after the other.
-      multiple: The suggested number of examples on a device is a multiple of this number, unless
-        it is small.
+      group: The number of examples that a device computes together. An incomplete group needs
+        about as much memory as a complete one.
     """
 
     fixed: float
-    per_example: float
+    temporary: float
     batch_size: int
     data_devices: int
     parts: int
-    multiple: int = _ROUND_BATCH
+    group: int = 1
 
     @property
     def total(self) -> float:
         """The total memory that a training step needs on one device, in bytes."""
-        return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
+        return self.fixed + self.temporary
+
+    @property
+    def _unit(self) -> int:
+        """The number of examples in whose multiples memory is counted."""
+        # A batch of less than a group uses another layout, whose memory grows with the batch.
+        examples = self.batch_size / (self.data_devices * self.parts)
+        return self.group if examples > self.group else 1
+
+    @property
+    def _per_unit(self) -> float:
+        """The memory for `_unit` examples, in bytes."""
+        examples = self.batch_size / (self.data_devices * self.parts)
+        return self.temporary / math.ceil(examples / self._unit)
 
     def largest_batch(self, available: float) -> int:
         """Returns the largest global batch size that fits into `available` bytes, or 0."""
-        examples = max(0, int((available - self.fixed) / self.per_example))
-        if examples >= 2 * self.multiple:
-            examples -= examples % self.multiple
+        examples = max(0, int((available - self.fixed) / self._per_unit)) * self._unit
+        if examples >= 2 * _ROUND_BATCH:
+            examples -= examples % _ROUND_BATCH
         return examples * self.data_devices * self.parts
 
     def fewest_parts(self, available: float) -> int | None:
@@ -58,7 +72,7 @@ class MemoryEstimate:
         """
         examples = self.batch_size // self.data_devices
         for parts in range(1, examples + 1):
-            needed = self.fixed + self.per_example * examples / parts
+            needed = self.fixed + self._per_unit * math.ceil(examples / parts / self._unit)
             if examples % parts == 0 and needed <= available:
                 return parts
         return None
@@ -120,14 +134,13 @@ class Memory:
             return
         layout, parts = programs.layout, programs.accumulation_steps
         batch_bytes = sum(array.nbytes for array in batch.values()) / layout.data_devices
-        examples = layout.batch_size / (layout.data_devices * parts)
         self._estimate = MemoryEstimate(
             fixed=max(analysis.argument_size_in_bytes - batch_bytes, 0.0),
-            per_example=(analysis.temp_size_in_bytes + batch_bytes) / examples,
+            temporary=analysis.temp_size_in_bytes + batch_bytes,
             batch_size=layout.batch_size,
             data_devices=layout.data_devices,
             parts=parts,
-            multiple=max(_ROUND_BATCH, layout.batch_multiple // layout.data_devices),
+            group=layout.batch_multiple // layout.data_devices or 1,
         )
         available = sharding.device_bytes()
         if available and self._estimate.total > available:

@@ -479,6 +479,10 @@ def main(argv: Sequence[str]) -> None:
     flags, overrides = parser.parse_with_overrides(argv)
     jax.config.update("jax_platforms", "cpu")
     config = files.load(flags.config, overrides)
+    names = flags.programs.split(",")
+    for name in names:
+        if name not in PROGRAMS:
+            raise UserError(f"--programs: must be among {', '.join(PROGRAMS)}, got {name!r}")
     devices = topology_devices(flags.topology)
     config.train.batch_size = flags.batch_per_device * len(devices) // config.mesh.model
     schema.validate(config, len(devices))
@@ -488,7 +492,7 @@ def main(argv: Sequence[str]) -> None:
         f"{flags.batch_per_device} images each"
     )
     results = {}
-    for name in flags.programs.split(","):
+    for name in names:
         function, arguments = programs[name]
         start = time.perf_counter()
         compiled = function.lower(*arguments).compile()

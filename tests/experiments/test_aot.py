@@ -123,7 +123,7 @@ def test_the_tpu_step_does_not_copy_the_data_set(tpu_step):
     data_set = 10_000 * 224 * 224 * 3
     assert tpu_step.memory["arguments"] < 1.02 * data_set
     assert max(kernel.bytes for kernel in tpu_step.kernels) < data_set
-    assert sum(kernel.bytes for kernel in tpu_step.copies) < 0.4e9
+    assert sum(kernel.bytes for kernel in tpu_step.copies) < 0.5e9
 
 
 def test_the_tpu_step_sums_the_gradients_of_kernels_in_float32(tpu_step):
@@ -146,9 +146,9 @@ def test_the_tpu_step_stays_within_its_budget(tpu_step):
 def test_the_gpu_step_stays_within_its_budget(gpu_step):
     """An earlier form of the step moved 17.1 GB in 111 kernels."""
     work = roofline.training_work(CNN(num_classes=10), 224, 256, activation_bytes=2)
-    assert work.bytes < gpu_step.bytes < 13.0e9
+    assert work.bytes < gpu_step.bytes < 13.4e9
     assert len(gpu_step.kernels) < 110
-    assert gpu_step.memory["temporary"] < 2.4e9
+    assert gpu_step.memory["temporary"] < 2.6e9
     assert not gpu_step.collectives
 
 

@@ -142,12 +142,23 @@ def test_a_program_too_large_for_a_tpu_is_a_one_line_error():
         _explain("INTERNAL: something else")
 
 
-def test_suggested_batches_are_multiples_of_the_images_of_a_tpu_group():
-    estimate = memory.MemoryEstimate(
-        fixed=10.0, per_example=1.0, batch_size=2048, data_devices=2, parts=1, multiple=128
-    )
-    assert estimate.largest_batch(available=10 + 1000) == 2 * 896
-    assert estimate.largest_batch(available=10 + 100) == 2 * 100
+@pytest.mark.parametrize("group", [1, 128])
+def test_suggested_batches_fit_and_larger_ones_do_not(group):
+    """A device has 512 of 1,024 images, and needs 4 bytes for each image of a complete group."""
+    estimate = memory.MemoryEstimate(10.0, 4.0 * 512, 1024, data_devices=2, parts=1, group=group)
+    assert estimate.total == 10 + 4 * 512
+    available = 10 + 4 * 300
+    assert estimate.largest_batch(available) == 2 * (296 if group == 1 else 256)
+    assert estimate.fewest_parts(available) == 2
+    # An eighth of the batch, 64 images, needs as much as 128 images if they are a group.
+    assert estimate.fewest_parts(10 + 4 * 64) == (8 if group == 1 else None)
+    assert estimate.largest_batch(9) == 0
+
+
+def test_less_than_a_group_of_images_needs_memory_for_each_image():
+    estimate = memory.MemoryEstimate(0.0, 320.0, 64, data_devices=2, parts=1, group=128)
+    assert estimate.largest_batch(160) == 2 * 16
+    assert estimate.fewest_parts(160) == 2
 
 
 @pytest.mark.parametrize("place", ["host", "device"])
