@@ -173,7 +173,7 @@ class Memory:
         Args:
           message: The error message of XLA.
         """
-        used = re.search(r"Used ([\d.]+\w) of ([\d.]+\w) hbm", message)
+        used = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message)
         needed = f"{used[1]} of the {used[2]} of each device" if used else "more than a device has"
         return TrainingError(
             "out of memory: a training step with "

@@ -129,7 +129,11 @@ def _explain(message):
 
 
 def test_a_program_too_large_for_a_tpu_is_a_one_line_error():
-    text = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.51G of 15.75G hbm."
+    # This is the message of libtpu 0.0.50.
+    text = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (20.51G) exceeds available HBM (15.75G). HLO module: jit_f."
+    )
     with pytest.raises(TrainingError) as error:
         _explain(text)
     assert str(error.value) == (
