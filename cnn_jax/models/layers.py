@@ -461,7 +461,10 @@ def normalize_batch_and_pool(
     Returns:
       The normalised batch, the pooled batch, and the mean and the variance of x.
     """
-    return _normalize_batch_and_pool_forward(x, scale, bias, epsilon)[0]
+    normalized, pooled, mean, variance = _normalize_batch_and_pool_forward(x, scale, bias, epsilon)[
+        0
+    ]
+    return normalized, pooled, mean, variance
 
 
 def _normalize_batch_and_pool_forward(
@@ -521,10 +524,10 @@ def _normalize_batch_and_pool_backward(
     return _normalization_gradients(residuals, gradient, totals)
 
 
-def _instantiate(gradient: Array | SymbolicZero) -> Array:
-    """Returns an array of zeros if a gradient is known to be zero, else the gradient."""
+def _instantiate(gradient: Any) -> Array:
+    """Returns an array of zeros if a gradient is a `SymbolicZero`, else the gradient."""
     if isinstance(gradient, SymbolicZero):
-        return jnp.zeros(gradient.shape, gradient.dtype)
+        return jnp.zeros(gradient.shape, cast(Any, gradient.dtype))
     return gradient
 
 
@@ -609,7 +612,7 @@ class BatchNorm(nn.Module):
         normalized, pooled = self._normalize(normalize_batch_and_pool, x)
         return normalized, pooled
 
-    def _normalize(self, function: Callable[..., tuple[Array, ...]], x: Array) -> list[Array]:
+    def _normalize(self, function: Callable[..., Any], x: Array) -> list[Array]:
         """Normalises with the statistics of the batch, and stores them.
 
         Args:

@@ -132,7 +132,7 @@ class Programs:
         train_step: TrainStep,
         batch_size: int,
         model_devices: int = 1,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ):
         """Creates the jitted functions, without compiling them.
 

@@ -99,7 +99,7 @@ def show_plan(
     console.print()
 
 
-def _batch_advice(config: Config, devices: Sequence[jax.Device]) -> str:
+def _batch_advice(config: Config, devices: Sequence[Any]) -> str:
     """Advises a better batch size if the devices are TPUs; returns "" if there is none."""
     layout = Layout(make_mesh(config.mesh.model, devices), config.train.batch_size)
     if layout.batch_size % layout.batch_multiple == 0:

@@ -81,7 +81,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
 
-def topology_devices(topology: str) -> Sequence[jax.Device]:
+def topology_devices(topology: str) -> Sequence[Any]:
     """Returns the devices of a topology, for which programs can be compiled but not run.
 
     Args:
@@ -116,7 +116,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
 
 def abstract_programs(
     config: Config,
-    devices: Sequence[jax.Device],
+    devices: Sequence[Any],
     *,
     images: int = 10_000,
     classes: int = 10,
@@ -248,9 +248,11 @@ class Analysis:
 
 def analyse(compiled: jax.stages.Compiled) -> Analysis:
     """Returns the contents of a compiled program."""
-    memory = compiled.memory_analysis()
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text is not None
     costs = compiled.cost_analysis() or {}
-    module = Module(compiled.as_text())
+    module = Module(text)
     kernels = list(module.kernels())
     return Analysis(
         memory={
@@ -502,7 +504,7 @@ def main(argv: Sequence[str]) -> None:
         print(report(results[name], flags.top), flush=True)
         if flags.hlo:
             flags.hlo.mkdir(parents=True, exist_ok=True)
-            (flags.hlo / f"{name}.txt").write_text(compiled.as_text())
+            (flags.hlo / f"{name}.txt").write_text(str(compiled.as_text()))
     if flags.json:
         values = {name: dataclasses.asdict(result) for name, result in results.items()}
         flags.json.write_text(json.dumps(values, indent=1) + "\n")
