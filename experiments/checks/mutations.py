@@ -227,6 +227,8 @@ MUTATIONS = [
     ("training/step.py", "losses *= example_weights(jnp.array(self.class_weights, jnp.float32), targets)", "pass", "training/test_step.py"),
     ("training/loss.py", "return class_weights[targets]", "return class_weights[0 * targets]", "training/test_loss.py"),
     ("training/loss.py", "return jnp.matmul(targets, class_weights, precision=jax.lax.Precision.HIGHEST)", "return class_weights[jnp.argmax(targets, axis=1)]", "training/test_loss.py"),
+    ("training/memory.py", "self.group if examples > self.group else 1", "self.group", "training/test_programs.py"),
+    ("training/memory.py", "math.ceil(examples / parts / self._unit)", "examples / parts / self._unit", "training/test_programs.py"),
     ("training/programs.py", "pixels[batch[\"row\"]]", "pixels[: len(batch[\"row\"])]", "training/test_programs.py"),
     ("training/loop.py", "if is_sampled else None", "if False else None", "training/test_loop.py"),
     ("training/loop.py", "balanced=config.train.balance == \"sampling\"", "balanced=False", "training/test_loop.py"),
