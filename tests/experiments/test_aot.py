@@ -110,13 +110,13 @@ def _compile(name, devices, config):
 @pytest.fixture(scope="module")
 def tpu_step():
     """The analysis of the training step on four TPUs v5e with 128 images each."""
-    return _compile("train_step", _require("libtpu", "TPUs"), _config(4 * 128))
+    return _compile("train_step", _require("libtpu", "v5e:2x2"), _config(4 * 128))
 
 
 @pytest.fixture(scope="module")
 def gpu_step():
     """The analysis of the training step on an H100 with 256 images."""
-    return _compile("train_step", _require("jax_cuda13_plugin", "GPUs"), _config(256))
+    return _compile("train_step", _require("jax_cuda13_plugin", "h100"), _config(256))
 
 
 def test_the_tpu_step_does_not_copy_the_data_set(tpu_step):
@@ -154,13 +154,13 @@ def test_the_gpu_step_stays_within_its_budget(gpu_step):
 
 @pytest.mark.parametrize("name", ["train_steps", "eval_step", "prediction"])
 def test_the_other_programs_compile_for_a_gpu(name):
-    devices = _require("jax_cuda13_plugin", "GPUs")
+    devices = _require("jax_cuda13_plugin", "h100")
     analysis = _compile(name, devices, _config(8, image_size=32))
     assert analysis.kernels
 
 
 def test_a_pretrained_network_compiles_for_a_gpu():
-    devices = _require("jax_cuda13_plugin", "GPUs")
+    devices = _require("jax_cuda13_plugin", "h100")
     analysis = _compile("train_step", devices, _config(8, image_size=64, network="resnet18"))
     convolutions = [kernel for kernel in analysis.kernels if "conv" in kernel.opcode]
     assert len(convolutions) >= 20
