@@ -23,7 +23,9 @@ from cnn_jax.models.pretrained import check_network, open_weights
 from cnn_jax.system.errors import ConfigError, MissingBundleError
 
 
-def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config:
+def resolve(
+    config: Config, previous: Mapping[str, Any] | None = None, platform: str | None = None
+) -> Config:
     """Returns a copy of a configuration; the copy has the same meaning on every machine.
 
     `precision` and `augment.place` are not "auto", `optimizer.decay_epochs` is not 0, and
@@ -35,16 +37,18 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
       config: A configuration.
       previous: The values of the configuration of a run that resumes, by key, such as
         "train.epochs"; None for a new run. Automatic values are taken from it.
+      platform: The platform of the devices, such as "tpu"; None for JAX's default backend.
 
     Raises:
       ConfigError: Keys contradict each other.
       WeightsError: The pretrained weights cannot be downloaded now, or are damaged.
     """
     previous = previous or {}
+    platform = platform or jax.default_backend()
     resolved = config.copy_and_resolve_references()
     with resolved.ignore_type():
         if config.precision == "auto":
-            resolved.precision = previous.get("precision", compute_dtype("auto").name)
+            resolved.precision = previous.get("precision", compute_dtype("auto", platform).name)
         if not config.optimizer.decay_epochs:
             previous_epochs = previous.get("optimizer.decay_epochs", 0)
             resolved.optimizer.decay_epochs = previous_epochs or config.train.epochs
@@ -67,8 +71,7 @@ def resolve(config: Config, previous: Mapping[str, Any] | None = None) -> Config
         if config.augment.place == "auto":
             # If the device is a CPU, OpenCV augments images in parallel with the training step. XLA
             # would augment images within the step, which would be slower.
-            on_cpu = jax.default_backend() == "cpu"
-            default = "host" if on_cpu else "device"
+            default = "host" if platform == "cpu" else "device"
             resolved.augment.place = previous.get("augment.place", default)
         if resolved.augment.place == "host" and config.data.cache == "device":
             raise ConfigError(

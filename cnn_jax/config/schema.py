@@ -72,7 +72,9 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         ),
         "precision": choice(
             "auto",
-            "The dtype of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU.",
+            "The dtype of the computation; auto: bfloat16 on GPU and TPU, float32 on CPU. With "
+            "float32, GPUs multiply in TF32 and TPUs in bfloat16 unless the environment has "
+            "JAX_DEFAULT_MATMUL_PRECISION=highest.",
             ("auto", "float32", "bfloat16"),
         ),
     },

@@ -79,7 +79,7 @@ class BundlePredictor(TrainedPredictor):
 
     def dispatch(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Array:
         """Starts the computation of the class probabilities; does not wait for the result."""
-        run = _compiled(self.model, self.preprocessing)
+        run = jit_prediction(self.model, self.preprocessing)
         return run(self.variables, np.float32(self.temperature), images)
 
     def predict_with_embeddings(
@@ -99,17 +99,24 @@ class BundlePredictor(TrainedPredictor):
 
 
 @functools.lru_cache(64)
-def _compiled(model: Network, preprocessing: Preprocessing) -> Callable[..., Array]:
-    """Returns the compiled prediction function of a network with a given preprocessing.
+def jit_prediction(
+    model: Network, preprocessing: Preprocessing, platform: str | None = None
+) -> Callable[..., Array]:
+    """Returns the jitted function (variables, temperature, images) -> class probabilities.
 
     The weights are arguments of the function, so bundles with the same network and preprocessing
     share it.
+
+    Args:
+      model: The network.
+      preprocessing: The mean and the standard deviation of the normalisation.
+      platform: The platform of the device, such as "tpu"; None for JAX's default backend.
     """
 
     def probabilities(variables: PyTree, temperature: Array, images: Array) -> Array:
         return jax.nn.softmax(forward(model, variables, images, preprocessing) / temperature)
 
-    return jax.jit(probabilities, compiler_options=runtime.compiler_options())
+    return jax.jit(probabilities, compiler_options=runtime.compiler_options(platform))
 
 
 @functools.lru_cache(64)

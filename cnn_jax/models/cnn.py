@@ -54,17 +54,22 @@ class CNN(Network):
         x = x.astype(self.dtype)
         for i, features in enumerate(self.features, start=1):
             x = Conv(features, dtype=self.dtype, name=f"conv{i}")(x)
-            x = nn.relu(x)
+            maps, pooled = nn.relu(x), None
             if self.batch_norm:
-                x = BatchNorm(
+                normalization = BatchNorm(
                     use_running_average=not self.is_training(f"conv{i}", train),
                     epsilon=1e-3,  # Keras uses this epsilon by default.
                     dtype=self.dtype,
                     name=f"norm{i}",
-                )(x)
-            x = stages.add(f"conv{i}", x)
+                )
+                if i < len(self.features):
+                    maps, pooled = normalization.with_max_pool(maps)
+                else:
+                    maps = normalization(maps)
+            x = stages.add(f"conv{i}", maps)
             if i < len(self.features):
-                x = max_pool_2x2(x)
+                # An explanation may have added an offset to the maps.
+                x = max_pool_2x2(x) if pooled is None or x is not maps else pooled
         x = jnp.mean(x, axis=(1, 2))
         if self.dense:
             x = nn.Dense(

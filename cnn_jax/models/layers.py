@@ -1,19 +1,23 @@
-"""Layers with the same results as layers of Flax Linen and JAX, but faster on CPUs.
+"""Layers with the same results as layers of Flax Linen and JAX, in forms that XLA compiles well.
 
 Each layer has the parameters, values and gradients of the standard layer that its docstring
 names (`tests/models/test_layers.py` compares the two layers), and can be replaced by the
-standard layer. The measured gain in speed is in `experiments/RESULTS.md`. The gradients are
-written by hand, for reverse mode only: `jax.jvp` of these layers fails.
+standard layer. Where the platforms need different forms, `lax.platform_dependent` selects one.
+The measured gain in speed on CPUs is in `experiments/RESULTS.md`, with the bytes and cycles that
+XLA counts for a GPU and a TPU. The gradients are written by hand, for reverse mode only: `jax.jvp`
+of these layers fails.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float
 
 # The largest number of rows of a block in which `_blockwise_sums` adds values. With more rows, XLA
@@ -75,26 +79,39 @@ def convolve(
     x: Float[Array, "batch height width channel"],
     kernel: Float[Array, "3 3 channel features"],
 ) -> Float[Array, "batch height width features"]:
-    """Convolves images with a kernel, with stride 1 and padding "SAME".
+    """Convolves images with a kernel, with stride 1 and padding "SAME", in the dtype of x.
 
-    As usual for networks, this is a cross-correlation: the kernel is not reversed.
+    As usual for networks, this is a cross-correlation: the kernel is not reversed. The gradient of
+    the kernel has the kernel's dtype. On a TPU, a float32 gradient of bfloat16 images is not
+    rounded to bfloat16 before it is summed over the devices.
     """
-    return _convolve(x, kernel)
+    return _convolve(x, kernel.astype(x.dtype))
 
 
 def _convolve_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _convolve(x, kernel), (x, kernel)
+    return _convolve(x, kernel.astype(x.dtype)), (x, kernel)
 
 
 def _convolve_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, kernel = residuals
+    own_kernel = kernel.astype(x.dtype)
     input_gradient = lax.platform_dependent(
-        x, gradient, kernel, cpu=_input_gradient_on_cpu, default=_input_gradient
+        x, gradient, own_kernel, cpu=_input_gradient_on_cpu, default=_input_gradient
     )
     kernel_gradient = lax.platform_dependent(
-        x, gradient, kernel, cpu=_kernel_gradient_on_cpu, default=_kernel_gradient
+        x,
+        gradient,
+        own_kernel,
+        cpu=_as(kernel.dtype, _kernel_gradient_on_cpu),
+        tpu=_as(kernel.dtype, _kernel_gradient_in_float32),
+        default=_as(kernel.dtype, _kernel_gradient),
     )
     return cast(Array, input_gradient), cast(Array, kernel_gradient)
+
+
+def _as(dtype: jnp.dtype, function: Callable[..., Array]) -> Callable[..., Array]:
+    """Returns a function that converts the result of `function` to a dtype."""
+    return lambda *args: function(*args).astype(dtype)
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -116,6 +133,18 @@ def _input_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
 
 def _kernel_gradient(x: Array, gradient: Array, kernel: Array) -> Array:
     return jax.linear_transpose(lambda kernel: _convolve(x, kernel), kernel)(gradient)[0]
+
+
+def _kernel_gradient_in_float32(x: Array, gradient: Array, kernel: Array) -> Array:
+    """Computes `_kernel_gradient` without rounding the sums over the pixels to the dtype of x."""
+    return lax.conv_general_dilated(
+        x,
+        gradient,
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def _kernel_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
@@ -140,12 +169,15 @@ def _kernel_gradient_on_cpu(x: Array, gradient: Array, kernel: Array) -> Array:
 def add_bias(
     x: Float[Array, "batch height width channel"], bias: Float[Array, " channel"]
 ) -> Float[Array, "batch height width channel"]:
-    """Adds a bias to each channel; the gradient of the bias is computed by `channel_sums`."""
-    return x + _per_channel(bias)
+    """Adds a bias to each channel, in the dtype of x.
+
+    The gradient of the bias is computed by `channel_sums`, and has the dtype of the bias.
+    """
+    return x + _per_channel(bias.astype(x.dtype))
 
 
 def _add_bias_forward(x: Array, bias: Array) -> tuple[Array, Array]:
-    return x + _per_channel(bias), bias
+    return x + _per_channel(bias.astype(x.dtype)), bias
 
 
 def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
@@ -165,7 +197,12 @@ def max_pool_2x2(
     maximum, the first of these pixels gets the gradient. (A window with several NaN pixels is an
     exception: the gradient may go to another pixel of the window than with `nn.max_pool`.)
     """
-    return _max_pool(x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2])
+    return _max_pool(_whole_windows(x))
+
+
+def _whole_windows(x: Array) -> Array:
+    """Removes the last row and the last column if their number is odd."""
+    return x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
 
 
 @jax.custom_vjp
@@ -183,29 +220,54 @@ def _standard_max_pool(x: Array) -> Array:
     return nn.max_pool(x, (2, 2), (2, 2))
 
 
-def _max_pool_forward(x: Array) -> tuple[Array, Array]:
-    """Returns the pooled images, and the index of the largest pixel of each window.
+def _max_pool_forward(x: Array) -> tuple[Array, tuple[Array, Array]]:
+    """Returns the pooled images, and the index of the largest pixel of each window with x.
 
     The pixels of a window have the indices 0 to 3, in row-major order. The backward pass uses
     the index and does not compare pixels with the maximum: XLA may compute pixels twice, with
     different rounding, so that no pixel equals the maximum.
     """
+    pooled, index = lax.platform_dependent(
+        x,
+        cpu=lambda x: lax.optimization_barrier(_largest_by_reduction(x)),
+        tpu=lambda x: _without_index(_standard_max_pool(x)),
+        default=lambda x: lax.optimization_barrier(_largest(x)),
+    )
+    return pooled, (index, x)
+
+
+def _without_index(pooled: Array, *others: Array) -> tuple[Array, ...]:
+    """Returns pooled images with indices of zero: on TPUs, the backward pass does not use them."""
+    return pooled, jnp.zeros(pooled.shape, jnp.int8), *others
+
+
+def _largest(x: Array, *others: Array) -> tuple[Array, ...]:
+    """Returns the maximum of each window of x, and the index of the maximum, int8.
+
+    On a GPU, XLA fuses these comparisons into one kernel. A reduction would be three kernels.
+
+    Args:
+      x: The images.
+      *others: Arrays with the shape of x, whose pixels at the same positions are returned too.
+    """
+    windows = [_windows(array) for array in (x, *others)]
+    first = [pixels[0] for pixels in windows]
+    largest, index = first, jnp.zeros(first[0].shape, jnp.int8)
+    for position in range(1, 4):
+        candidates = [pixels[position] for pixels in windows]
+        is_larger = (candidates[0] > largest[0]) | jnp.isnan(candidates[0])
+        largest = [jnp.where(is_larger, *pair) for pair in zip(candidates, largest, strict=True)]
+        index = jnp.where(is_larger, jnp.int8(position), index)
+    return largest[0], index, *largest[1:]
+
+
+def _largest_by_reduction(x: Array) -> tuple[Array, Array]:
+    """Returns the same as `_largest`, by one reduction over pairs (value, index)."""
     windows = jnp.stack(_windows(x))
-    pooled, index = lax.platform_dependent(windows, cpu=_largest_in_one_pass, default=_largest)
-    return lax.optimization_barrier((pooled, index.astype(jnp.int8)))
-
-
-def _largest(windows: Array) -> tuple[Array, Array]:
-    """Returns the maximum along the first axis, and the index of the maximum."""
-    return jnp.max(windows, axis=0), jnp.argmax(windows, axis=0).astype(jnp.int32)
-
-
-def _largest_in_one_pass(windows: Array) -> tuple[Array, Array]:
-    """Returns the same as `_largest`, but in one reduction over pairs (value, index)."""
     indices = lax.broadcasted_iota(jnp.int32, windows.shape, 0)
     init = jnp.asarray(-jnp.inf, windows.dtype), jnp.int32(0)
     pooled, index = lax.reduce((windows, indices), init, _larger, (0,))
-    return pooled, index
+    return pooled, index.astype(jnp.int8)
 
 
 def _larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -214,8 +276,25 @@ def _larger(a: tuple[Array, Array], b: tuple[Array, Array]) -> tuple[Array, Arra
     return jnp.where(is_b, b[0], a[0]), jnp.where(is_b, b[1], a[1])
 
 
-def _max_pool_backward(index: Array, gradient: Array) -> tuple[Array]:
-    """Computes the backward pass of `max_pool_2x2`: the gradient with respect to the images.
+def _max_pool_backward(residuals: tuple[Array, Array], gradient: Array) -> tuple[Array]:
+    """Computes the backward pass of `max_pool_2x2`: the gradient with respect to the images."""
+    index, x = residuals
+    routed = lax.platform_dependent(
+        index, x, gradient, tpu=_select_and_scatter, default=_route_by_index
+    )
+    return (routed,)
+
+
+def _select_and_scatter(index: Array, x: Array, gradient: Array) -> Array:
+    """Routes the gradient of each window to the first of its largest pixels, for TPUs.
+
+    In `_route_by_index`, XLA would write the broadcast arrays to memory.
+    """
+    return jax.vjp(_standard_max_pool, x)[1](gradient)[0]
+
+
+def _route_by_index(index: Array, x: Array, gradient: Array) -> Array:
+    """Routes the gradient of each window to the pixel that the index names.
 
     The computation uses only comparisons, which XLA fuses into the loops that need the gradient.
     """
@@ -223,7 +302,7 @@ def _max_pool_backward(index: Array, gradient: Array) -> tuple[Array]:
     pixel = jnp.arange(4, dtype=index.dtype).reshape(1, 1, 2, 1, 2, 1)
     is_largest = index[:, :, None, :, None] == pixel
     routed = jnp.where(is_largest, gradient[:, :, None, :, None], 0)
-    return (routed.reshape(batch, 2 * height, 2 * width, channels),)
+    return routed.reshape(batch, 2 * height, 2 * width, channels)
 
 
 _max_pool.defvjp(_max_pool_forward, _max_pool_backward)
@@ -321,13 +400,29 @@ def _normalize_batch_forward(
 
 
 def _normalize_batch_backward(
-    epsilon: float, residuals: tuple[Array, ...], gradients: tuple[Array, Array, Array]
+    epsilon: float, residuals: tuple[Array, ...], gradients: tuple[Any, ...]
 ) -> tuple[Array, Array, Array]:
     del epsilon
-    x, mean, inverse, scale = residuals
+    x, mean, _, _ = residuals
     gradient = gradients[0].astype(jnp.float32)
     centred = x.astype(jnp.float32) - _per_channel(mean)
-    bias_gradient, scale_gradient = channel_sums(gradient, gradient * centred)
+    sums = channel_sums(gradient, gradient * centred)
+    return _normalization_gradients(residuals, gradient, sums)
+
+
+def _normalization_gradients(
+    residuals: tuple[Array, ...], gradient: Array, sums: tuple[Array, ...]
+) -> tuple[Array, Array, Array]:
+    """Returns the gradients of x, the scale and the bias in `normalize_batch`.
+
+    Args:
+      residuals: The arrays of the forward pass.
+      gradient: The gradient of the normalised batch, float32.
+      sums: For each channel the sum of the gradient, and of the gradient times (x - mean).
+    """
+    x, mean, inverse, scale = residuals
+    centred = x.astype(jnp.float32) - _per_channel(mean)
+    bias_gradient, scale_gradient = sums
     scale_gradient *= inverse
     # Let g be `gradient`. The gradient with respect to x is scale / deviation * (g - mean(g) -
     # projection of g on the normalised x). The code computes this product as a sum of three
@@ -343,6 +438,106 @@ def _normalize_batch_backward(
 
 
 normalize_batch.defvjp(_normalize_batch_forward, _normalize_batch_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize_batch_and_pool(
+    x: Float[Array, "batch height width channel"],
+    scale: Float[Array, " channel"],
+    bias: Float[Array, " channel"],
+    epsilon: float,
+) -> tuple[
+    Float[Array, "batch height width channel"],
+    Float[Array, "batch height//2 width//2 channel"],
+    Float[Array, " channel"],
+    Float[Array, " channel"],
+]:
+    """Applies `normalize_batch`, and `max_pool_2x2` to the normalised batch.
+
+    On GPUs and TPUs, the backward pass computes the sums for the gradients of the scale and the
+    bias from the pooled pixels, because the gradient of all other pixels is zero. It therefore
+    reads x once less than the two functions would.
+
+    Returns:
+      The normalised batch, the pooled batch, and the mean and the variance of x.
+    """
+    normalized, pooled, mean, variance = _normalize_batch_and_pool_forward(x, scale, bias, epsilon)[
+        0
+    ]
+    return normalized, pooled, mean, variance
+
+
+def _normalize_batch_and_pool_forward(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    (normalized, mean, variance), residuals = _normalize_batch_forward(x, scale, bias, epsilon)
+    windows = _whole_windows(normalized)
+    pooled, index, pooled_x = lax.platform_dependent(
+        windows,
+        _whole_windows(x),
+        cpu=_pool_on_cpu,
+        tpu=_pool_without_index,
+        default=lambda normalized, x: lax.optimization_barrier(_largest(normalized, x)),
+    )
+    return (normalized, pooled, mean, variance), (*residuals, index, windows, pooled_x)
+
+
+def _pool_on_cpu(normalized: Array, x: Array) -> tuple[Array, ...]:
+    """Returns the pooled batch, the indices, and zeros in place of the pixels of x."""
+    pooled, index = lax.optimization_barrier(_largest_by_reduction(normalized))
+    return pooled, index, jnp.zeros_like(pooled)
+
+
+def _pool_without_index(normalized: Array, x: Array) -> tuple[Array, ...]:
+    """Returns the pooled batch, indices of zero, and the pixels of x that are pooled."""
+    pooled, _, pooled_x = _largest(normalized, x)
+    return _without_index(*lax.optimization_barrier((pooled, pooled_x)))
+
+
+def _normalize_batch_and_pool_backward(
+    epsilon: float, residuals: tuple[Array, ...], gradients: tuple[Any, ...]
+) -> tuple[Array, Array, Array]:
+    *norm_residuals, index, windows, pooled_x = residuals
+    residuals = tuple(norm_residuals)
+    x, mean, _, _ = residuals
+    pooled_gradient = _instantiate(gradients[1])
+    (routed,) = _max_pool_backward((index, windows), pooled_gradient)
+    # An odd last row or column is in no window.
+    routed = jnp.pad(routed, [(0, n - m) for n, m in zip(x.shape, routed.shape, strict=True)])
+    if not isinstance(gradients[0], SymbolicZero):  # The normalised batch is used elsewhere, too.
+        total = (routed + gradients[0], *gradients[2:])
+        return _normalize_batch_backward(epsilon, residuals, total)
+    gradient = routed.astype(jnp.float32)
+
+    def sums(gradient: Array, x: Array) -> tuple[Array, ...]:
+        gradient, x = gradient.astype(jnp.float32), x.astype(jnp.float32)
+        return channel_sums(gradient, gradient * (x - _per_channel(mean)))
+
+    totals = lax.platform_dependent(
+        gradient,
+        x,
+        pooled_gradient,
+        pooled_x,
+        cpu=lambda gradient, x, *_: sums(gradient, x),
+        default=lambda gradient, x, *pooled: sums(*pooled),
+    )
+    return _normalization_gradients(residuals, gradient, totals)
+
+
+def _instantiate(gradient: Any) -> Array:
+    """Returns an array of zeros if a gradient is a `SymbolicZero`, else the gradient."""
+    if isinstance(gradient, SymbolicZero):
+        return jnp.zeros(gradient.shape, cast(Any, gradient.dtype))
+    return gradient
+
+
+normalize_batch_and_pool.defvjp(
+    lambda x, scale, bias, epsilon: _normalize_batch_and_pool_forward(
+        x.value, scale.value, bias.value, epsilon
+    ),
+    _normalize_batch_and_pool_backward,
+    symbolic_zeros=True,
+)
 
 
 class Conv(nn.Module):
@@ -364,8 +559,7 @@ class Conv(nn.Module):
             "kernel", nn.initializers.he_normal(), (3, 3, x.shape[-1], self.features)
         )
         bias = self.param("bias", nn.initializers.zeros_init(), (self.features,))
-        x = convolve(x.astype(self.dtype), kernel.astype(self.dtype))
-        return add_bias(x, bias.astype(self.dtype))
+        return add_bias(convolve(x.astype(self.dtype), kernel), bias)
 
 
 class BatchNorm(nn.Module):
@@ -397,18 +591,42 @@ class BatchNorm(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channel"]
     ) -> Float[Array, "batch height width channel"]:
-        scale, bias, stored_mean, stored_variance = self._variables(x.shape[-1])
         if self.use_running_average:
-            factor = lax.rsqrt(stored_variance.value + self.epsilon) * scale
-            centred = x - _per_channel(stored_mean.value)
+            scale, bias, mean, variance = self._variables(x.shape[-1])
+            factor = lax.rsqrt(variance.value + self.epsilon) * scale
+            centred = x - _per_channel(mean.value)
             return (centred * _per_channel(factor) + _per_channel(bias)).astype(self.dtype)
-        normalized, mean, variance = cast(
-            tuple[Array, Array, Array],
-            normalize_batch(x.astype(self.dtype), scale, bias, self.epsilon),
-        )
+        (normalized,) = self._normalize(normalize_batch, x)
+        return normalized
+
+    def with_max_pool(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> tuple[
+        Float[Array, "batch height width channel"],
+        Float[Array, "batch height//2 width//2 channel"],
+    ]:
+        """Returns the normalised images, and the result of `max_pool_2x2` of them."""
+        if self.use_running_average:
+            normalized = self(x)
+            return normalized, max_pool_2x2(normalized)
+        normalized, pooled = self._normalize(normalize_batch_and_pool, x)
+        return normalized, pooled
+
+    def _normalize(self, function: Callable[..., Any], x: Array) -> list[Array]:
+        """Normalises with the statistics of the batch, and stores them.
+
+        Args:
+          function: `normalize_batch` or `normalize_batch_and_pool`.
+          x: The images.
+
+        Returns:
+          The results of the function without the mean and the variance.
+        """
+        scale, bias, stored_mean, stored_variance = self._variables(x.shape[-1])
+        *results, mean, variance = function(x.astype(self.dtype), scale, bias, self.epsilon)
         if not self.is_initializing():
             stored_mean.value, stored_variance.value = mean, variance
-        return normalized
+        return results
 
     def affine(self, channels: int) -> tuple[Float[Array, " channel"], Float[Array, " channel"]]:
         """Returns the factor and the shift of each channel, from the stored statistics."""

@@ -208,15 +208,16 @@ def _moments(
     return jnp.mean(maps, axis=(1, 2)), jnp.sqrt(variance + 1e-6)
 
 
-def compute_dtype(precision: str) -> jnp.dtype:
+def compute_dtype(precision: str, platform: str | None = None) -> jnp.dtype:
     """Converts a value of the configuration key `precision` to the dtype of the computation.
 
     Args:
-      precision: "float32", "bfloat16" or "auto". The last one means float32 if JAX's default
-        backend is a CPU, else bfloat16.
+      precision: "float32", "bfloat16" or "auto". The last one means float32 on a CPU, else
+        bfloat16.
+      platform: The platform of the devices, such as "tpu"; None for JAX's default backend.
     """
     if precision == "auto":
-        precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+        precision = "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
     return jnp.dtype(precision)
 
 

@@ -24,27 +24,33 @@ _CPU_OPTIONS = {
 
 
 @functools.cache
-def compiler_options() -> dict[str, str | bool]:
-    """Returns the compiler options for `jax.jit` on the default backend; they change no result.
+def compiler_options(platform: str | None = None) -> dict[str, str | bool]:
+    """Returns the compiler options for `jax.jit`; they change no result.
 
     Options that this version of JAX does not know are left out.
+
+    Args:
+      platform: The platform of the devices, such as "tpu"; None for JAX's default backend.
     """
     import jax
 
-    if jax.default_backend() != "cpu":
+    if (platform or jax.default_backend()) != "cpu":
         return {}
     return {name: value for name, value in _CPU_OPTIONS.items() if _is_known(name, value)}
 
 
 @functools.cache
-def quick_compiler_options() -> dict[str, str | bool]:
-    """Returns the compiler options for a program that runs only once on the default backend.
+def quick_compiler_options(platform: str | None = None) -> dict[str, str | bool]:
+    """Returns the compiler options for a program that runs only once.
 
     Without optimisation, XLA compiles it in a sixth of the time. Rounding errors differ.
+
+    Args:
+      platform: See `compiler_options`.
     """
     import jax
 
-    if jax.default_backend() != "cpu":
+    if (platform or jax.default_backend()) != "cpu":
         return {}
     options = {"xla_backend_optimization_level": "0"}
     return {name: value for name, value in options.items() if _is_known(name, value)}

@@ -46,7 +46,7 @@ from cnn_jax.training.memory import Memory
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_schedule
 from cnn_jax.training.profiling import Trace
-from cnn_jax.training.programs import Programs, make_train_step
+from cnn_jax.training.programs import Programs, default_execution_length, make_train_step
 from cnn_jax.training.run_directory import Heartbeat
 from cnn_jax.training.step import TrainState
 
@@ -67,9 +67,10 @@ def train_and_evaluate(
 ) -> dict[str, Any]:
     """Trains a network and writes checkpoints, a log, metrics and a bundle to `workdir`.
 
-    The same call with the same folder resumes from the latest checkpoint. The result is
-    bitwise the same as without an interruption. If `sharding.start_processes` has connected
-    several processes, all of them must make this call, with a folder that they share.
+    The same call with the same folder resumes from the latest checkpoint. On a CPU, the result is
+    bitwise the same as without an interruption; for other devices, see docs/runs.md. If
+    `sharding.start_processes` has connected several processes, all of them must make this call,
+    with a folder that they share.
 
     Args:
       config: A configuration, for example the result of `get_config()` of a file in `configs/`.
@@ -122,7 +123,9 @@ def train_and_evaluate(
             )
             dataset = open_dataset(config, stopping)
         if not config.train.steps_per_execution:
-            config.train.steps_per_execution = _default_execution_length(dataset.loader.on_device)
+            config.train.steps_per_execution = default_execution_length(
+                dataset.loader.on_device, jax.default_backend()
+            )
         # All processes must compile the same programs, so their configuration and data must be
         # equal.
         sharding.check_equal("another configuration", schema.digest(config))
@@ -268,14 +271,20 @@ def _make_run(
         if not checkpoints.steps():
             raise
         teacher_error = error
-    step = make_train_step(config, model, schedule, dataset, distillation)
+    step = make_train_step(
+        config,
+        model,
+        schedule,
+        dataset.loader.preprocessing,
+        dataset.findings.counts["train"],
+        distillation,
+    )
     programs = Programs(step, config.train.batch_size, config.mesh.model)
-    pixels = dataset.loader.pixels if dataset.loader.on_device else None
     return _Run(
         config=config,
         workdir=workdir,
         dataset=dataset,
-        pixels=None if pixels is None else programs.layout.to_all_devices(pixels),
+        pixels=programs.send_pixels(dataset.loader),
         teachers=jax.tree.map(programs.layout.to_all_devices, teachers),
         teacher_error=teacher_error,
         programs=programs,
@@ -286,15 +295,6 @@ def _make_run(
         console=console,
         heartbeat=heartbeat,
     )
-
-
-def _default_execution_length(on_device: bool) -> int:
-    """Returns the number of steps to dispatch together if train.steps_per_execution is 0.
-
-    If the images are on an accelerator, a step may take less time than its dispatch. On a CPU
-    a step takes longer than its dispatch.
-    """
-    return 8 if on_device and jax.default_backend() != "cpu" else 1
 
 
 @dataclasses.dataclass

@@ -146,15 +146,20 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
     rates = np.geomspace(low, high, steps)
     schedule = optax.exponential_decay(low, steps - 1, high / low)
     distillation, teachers = open_teachers(config, dataset) or (None, None)
-    step = make_train_step(config, model, schedule, dataset, distillation)
+    step = make_train_step(
+        config,
+        model,
+        schedule,
+        dataset.loader.preprocessing,
+        dataset.findings.counts["train"],
+        distillation,
+    )
     programs = Programs(step, config.train.batch_size, config.mesh.model)
     state = programs.init_state()
     if weights is not None:
         state, _ = initial_weights.start_from(weights, config, state, class_names)
-    to_devices = programs.layout.to_all_devices
-    teachers = jax.tree.map(to_devices, teachers)
-    pixels = dataset.loader.pixels if dataset.loader.on_device else None
-    pixels = None if pixels is None else to_devices(pixels)
+    teachers = jax.tree.map(programs.layout.to_all_devices, teachers)
+    pixels = programs.send_pixels(dataset.loader)
     stream = pipeline.training_batches(
         dataset.loader,
         dataset.splits["train"],

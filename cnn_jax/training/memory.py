@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,7 +14,7 @@ from cnn_jax.training import sharding
 from cnn_jax.training.programs import Programs
 from cnn_jax.training.step import TrainState
 
-# A suggested batch size is rounded down to a multiple of this number.
+# The number of images on a device is rounded down to a multiple of this number in a suggestion.
 _ROUND_BATCH = 8
 
 
@@ -22,26 +24,42 @@ class MemoryEstimate:
 
     Attributes:
       fixed: The memory of the state, and of the pixels if they are on the device.
-      per_example: The memory for each example of the batch part that is being computed.
+      temporary: The memory for the examples of the batch part that is being computed.
       batch_size: The number of examples in a global batch.
       data_devices: The number of devices that share a batch.
       parts: The number of parts of a batch that are computed one after the other.
+      group: The number of examples that a device computes together. An incomplete group needs
+        about as much memory as a complete one.
     """
 
     fixed: float
-    per_example: float
+    temporary: float
     batch_size: int
     data_devices: int
     parts: int
+    group: int = 1
 
     @property
     def total(self) -> float:
         """The total memory that a training step needs on one device, in bytes."""
-        return self.fixed + self.per_example * self.batch_size / (self.data_devices * self.parts)
+        return self.fixed + self.temporary
+
+    @property
+    def _unit(self) -> int:
+        """The number of examples in whose multiples memory is counted."""
+        # A batch of less than a group uses another layout, whose memory grows with the batch.
+        examples = self.batch_size / (self.data_devices * self.parts)
+        return self.group if examples > self.group else 1
+
+    @property
+    def _per_unit(self) -> float:
+        """The memory for `_unit` examples, in bytes."""
+        examples = self.batch_size / (self.data_devices * self.parts)
+        return self.temporary / math.ceil(examples / self._unit)
 
     def largest_batch(self, available: float) -> int:
         """Returns the largest global batch size that fits into `available` bytes, or 0."""
-        examples = max(0, int((available - self.fixed) / self.per_example))
+        examples = max(0, int((available - self.fixed) / self._per_unit)) * self._unit
         if examples >= 2 * _ROUND_BATCH:
             examples -= examples % _ROUND_BATCH
         return examples * self.data_devices * self.parts
@@ -54,7 +72,7 @@ class MemoryEstimate:
         """
         examples = self.batch_size // self.data_devices
         for parts in range(1, examples + 1):
-            needed = self.fixed + self.per_example * examples / parts
+            needed = self.fixed + self._per_unit * math.ceil(examples / parts / self._unit)
             if examples % parts == 0 and needed <= available:
                 return parts
         return None
@@ -116,13 +134,13 @@ class Memory:
             return
         layout, parts = programs.layout, programs.accumulation_steps
         batch_bytes = sum(array.nbytes for array in batch.values()) / layout.data_devices
-        examples = layout.batch_size / (layout.data_devices * parts)
         self._estimate = MemoryEstimate(
             fixed=max(analysis.argument_size_in_bytes - batch_bytes, 0.0),
-            per_example=(analysis.temp_size_in_bytes + batch_bytes) / examples,
+            temporary=analysis.temp_size_in_bytes + batch_bytes,
             batch_size=layout.batch_size,
             data_devices=layout.data_devices,
             parts=parts,
+            group=layout.batch_multiple // layout.data_devices or 1,
         )
         available = sharding.device_bytes()
         if available and self._estimate.total > available:
@@ -141,10 +159,27 @@ class Memory:
         except jax.errors.JaxRuntimeError as error:
             if lost := sharding.lost_process(error):
                 raise lost from error
-            if self._estimate is None or "RESOURCE_EXHAUSTED" not in str(error):
+            if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
+            if self._estimate is None:
+                # XLA does not compile a program that needs more memory than a TPU has.
+                raise self._not_compiled(str(error)) from error
             available = sharding.free_device_bytes() + self._estimate.fixed
             raise self._estimate.error(available, "now has") from error
+
+    def _not_compiled(self, message: str) -> TrainingError:
+        """Returns an out-of-memory error for a program that XLA refuses to compile.
+
+        Args:
+          message: The error message of XLA.
+        """
+        used = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message)
+        needed = f"{used[1]} of the {used[2]} of each device" if used else "more than a device has"
+        return TrainingError(
+            "out of memory: a training step with "
+            f"train.batch_size={self._programs.layout.batch_size} needs {needed}; use a smaller "
+            f"train.batch_size, or train.accumulation_steps={2 * self._programs.accumulation_steps}"
+        )
 
 
 def _size(num_bytes: float) -> str:

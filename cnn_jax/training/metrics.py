@@ -1,5 +1,6 @@
 """Classification metrics, computed from sums and counts over all examples."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -62,7 +63,12 @@ class Metrics:
         predictions = jnp.argmax(logits, axis=-1)
         confusion = jnp.zeros((num_classes, num_classes), jnp.int32)
         confusion = confusion.at[labels, predictions].add(mask.astype(jnp.int32))
-        loss_sum = jnp.zeros(num_classes, jnp.float32).at[labels].add(losses)
+        loss_sum = jax.lax.platform_dependent(
+            losses,
+            labels,
+            cpu=functools.partial(_scatter_by_class, num_classes=num_classes),
+            default=functools.partial(_sum_by_class, num_classes=num_classes),
+        )
         return cls(loss_sum=loss_sum, confusion=confusion)
 
     def merge(self, other: "Metrics") -> "Metrics":
@@ -82,6 +88,20 @@ class Metrics:
             return summarize(host.confusion, float(host.loss_sum.sum()))
         weights = _divide(class_counts, host.confusion.sum(axis=1))
         return summarize(host.confusion * weights[:, None], float(host.loss_sum @ weights))
+
+
+def _scatter_by_class(values: Array, labels: Array, num_classes: int) -> Array:
+    """Returns the sum of the values of each class."""
+    return jnp.zeros(num_classes, values.dtype).at[labels].add(values)
+
+
+def _sum_by_class(values: Array, labels: Array, num_classes: int) -> Array:
+    """Returns the same as `_scatter_by_class`, in an order of additions that never changes.
+
+    On a GPU, a scatter adds values in any order, so that the rounding differs between runs.
+    """
+    is_class = labels[:, None] == jnp.arange(num_classes)[None]
+    return jnp.sum(jnp.where(is_class, values[:, None], 0), axis=0)
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The jitted functions of a run."""
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Int, PyTree, UInt8
 
 from cnn_jax.config.schema import Config
-from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.mix import Mixing
+from cnn_jax.data.pipeline import Loader
+from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models.network import Backbone, Network, updates_statistics
 from cnn_jax.system import runtime
 from cnn_jax.training import sharding
@@ -27,12 +29,16 @@ from cnn_jax.training.optimizer import (
 )
 from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, update_statistics
 
+# The number of columns of an array of packed images.
+_COLUMNS = 128
+
 
 def make_train_step(
     config: Config,
     model: Network,
     schedule: optax.Schedule,
-    dataset: Dataset,
+    preprocessing: Preprocessing,
+    class_counts: Int[np.ndarray, " classes"],
     distillation: Distillation | None = None,
 ) -> TrainStep:
     """Returns the training step of a run.
@@ -41,13 +47,14 @@ def make_train_step(
       config: The resolved configuration.
       model: The network.
       schedule: The learning rate by step.
-      dataset: The data set of the run.
+      preprocessing: The preprocessing of the images.
+      class_counts: The number of training images of each class.
       distillation: The additional term of the loss, or None.
     """
     train, optimizer = config.train, config.optimizer
     class_weights = None
     if train.balance == "loss":
-        class_weights = tuple(balanced_weights(dataset.findings.counts["train"]).tolist())
+        class_weights = tuple(balanced_weights(class_counts).tolist())
     head_factor = (optimizer.head_learning_rate or optimizer.learning_rate) / (
         optimizer.learning_rate
     )
@@ -74,7 +81,7 @@ def make_train_step(
             ),
         ),
         is_trainable=model.is_trained_parameter if train.from_stage else None,
-        preprocessing=dataset.loader.preprocessing,
+        preprocessing=preprocessing,
         seed=config.seed,
         label_smoothing=train.label_smoothing,
         class_weights=class_weights,
@@ -86,11 +93,20 @@ def make_train_step(
     )
 
 
+def default_execution_length(on_device: bool, platform: str) -> int:
+    """Returns the number of steps to dispatch together if train.steps_per_execution is 0.
+
+    If the images are on an accelerator, a step may take less time than its dispatch. On a CPU
+    a step takes longer than its dispatch.
+    """
+    return 8 if on_device and platform != "cpu" else 1
+
+
 class Programs:
     """The jitted functions of a run, with the shardings of their arguments and results.
 
-    Each function is compiled at its first call. The argument `pixels` is an array of all
-    images of the data set if they are on the devices, else None.
+    Each function is compiled at its first call. The argument `pixels` is the result of
+    `send_pixels`: all images of the data set if they are on the devices, else None.
 
     Attributes:
       layout: The division of batches among the devices.
@@ -111,20 +127,32 @@ class Programs:
       model: The network.
     """
 
-    def __init__(self, train_step: TrainStep, batch_size: int, model_devices: int = 1):
+    def __init__(
+        self,
+        train_step: TrainStep,
+        batch_size: int,
+        model_devices: int = 1,
+        devices: Sequence[Any] | None = None,
+    ):
         """Creates the jitted functions, without compiling them.
 
         Args:
           train_step: The training step.
           batch_size: The number of examples in a global batch.
           model_devices: The number of devices that share the large parameters (`mesh.model`).
+          devices: The devices; by default all devices of all processes.
         """
         num_classes = train_step.model.num_classes
-        jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options())
+        with_images = functools.partial(
+            _with_images, image_size=train_step.preprocessing.image_size
+        )
+        mesh = sharding.make_mesh(model_devices, devices)
+        platform = mesh.devices.flat[0].platform
+        jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options(platform))
         self.model = train_step.model
         self.accumulation_steps = train_step.accumulation_steps
         self._image_size = train_step.preprocessing.image_size
-        self.layout = layout = sharding.Layout(sharding.make_mesh(model_devices), batch_size)
+        self.layout = layout = sharding.Layout(mesh, batch_size)
         abstract_state = jax.eval_shape(train_step.init_state)
         state_sharding = sharding.split_large(layout.mesh, abstract_state)
         statistics_sharding = Statistics(layout.replicated, state_sharding.batch_stats)
@@ -132,7 +160,7 @@ class Programs:
         def training(
             state: TrainState, batch: Mapping[str, Array], pixels: Array | None, extra: PyTree
         ) -> tuple[TrainState, Metrics]:
-            return train_step(state, _with_images(batch, pixels), extra)
+            return train_step(state, with_images(batch, pixels), extra)
 
         def several(
             state: TrainState, batches: Mapping[str, Array], pixels: Array | None, extra: PyTree
@@ -155,7 +183,7 @@ class Programs:
             return update_statistics(
                 statistics,
                 variables,
-                _with_images(batch, pixels),
+                with_images(batch, pixels),
                 model=train_step.model,
                 preprocessing=train_step.preprocessing,
             )
@@ -165,7 +193,7 @@ class Programs:
         ) -> Metrics:
             return eval_step(
                 variables,
-                _with_images(batch, pixels),
+                with_images(batch, pixels),
                 model=train_step.model,
                 preprocessing=train_step.preprocessing,
             )
@@ -181,7 +209,7 @@ class Programs:
         self.init_state = jax.jit(
             train_step.init_state,
             out_shardings=state_sharding,
-            compiler_options=runtime.quick_compiler_options() if is_backbone else None,
+            compiler_options=runtime.quick_compiler_options(platform) if is_backbone else None,
         )
         self.empty_metrics = jax.jit(
             functools.partial(Metrics.empty, num_classes), out_shardings=replicated
@@ -221,6 +249,16 @@ class Programs:
         """Whether training changes BatchNorm's statistics."""
         return updates_statistics(self.model, self._image_size)
 
+    def send_pixels(self, loader: Loader) -> jax.Array | None:
+        """Copies the images of the whole data set to all devices, for the argument `pixels`.
+
+        Returns:
+          The images in the form of `pack`; None if the pixels are not kept on the devices.
+        """
+        if not loader.on_device or loader.pixels is None:
+            return None
+        return self.layout.to_all_devices(pack(loader.pixels))
+
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
         """Copies batches to the devices; selects the training function for one or several batches.
 
@@ -236,9 +274,34 @@ class Programs:
         return self.train_steps, self.layout.to_devices(stacked, is_stacked=True)
 
 
-def _with_images(batch: Mapping[str, Array], pixels: Array | None) -> Mapping[str, Array]:
-    """Adds images from `pixels` to a batch; returns the batch unchanged if `pixels` is None."""
-    return batch if pixels is None else {**batch, "image": pixels[batch["row"]]}
+def pack(pixels: UInt8[np.ndarray, "n height width 3"]) -> UInt8[np.ndarray, "n rows 128"]:
+    """Reshapes images to rows of 128 bytes, padded with zeros at the end of each image.
+
+    A TPU stores arrays in tiles of 128 columns. If the last dimension of the data set were the
+    three colours, each execution of the training program would copy the whole data set.
+    """
+    flat = pixels.reshape(len(pixels), -1)
+    if padding := -flat.shape[1] % _COLUMNS:
+        flat = np.pad(flat, ((0, 0), (0, padding)))
+    return flat.reshape(len(pixels), -1, _COLUMNS)
+
+
+def _with_images(
+    batch: Mapping[str, Array], pixels: Array | None, image_size: tuple[int, int]
+) -> Mapping[str, Array]:
+    """Adds images from `pixels` to a batch; returns the batch unchanged if `pixels` is None.
+
+    Args:
+      batch: A batch with "row", the positions of its images in `pixels`.
+      pixels: All images in the form of `pack`, or None.
+      image_size: The height and the width of the images.
+    """
+    if pixels is None:
+        return batch
+    packed = pixels[batch["row"]]
+    shape = (len(packed), *image_size, 3)
+    flat = packed.reshape(len(packed), -1)[:, : math.prod(shape[1:])]
+    return {**batch, "image": flat.reshape(shape)}
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:

@@ -22,6 +22,9 @@ from cnn_jax.system.errors import ConfigError, TrainingError, UserError
 # JAX ends all processes of a run if one process sends no heartbeat for this time. With JAX's
 # default, 100 s, the remaining processes would only wait longer.
 _HEARTBEAT_SECONDS = 30
+# XLA divides the images of a batch into groups of this number on a TPU, because a register of a TPU
+# has this number of columns. An incomplete group takes as long as a complete one.
+TPU_IMAGES = 128
 # Parameters with fewer elements than this number are copied to each device, not divided.
 _LEAST_DIVIDED = 2**14
 # Words in the error messages of Gloo, NCCL and JAX that mean that another process has ended.
@@ -194,6 +197,12 @@ class Layout:
     def data_devices(self) -> int:
         """The number of devices that share a batch."""
         return self.mesh.shape["data"]
+
+    @property
+    def batch_multiple(self) -> int:
+        """The global batch size should be a multiple of this number; 1 if all sizes are as good."""
+        is_tpu = self.mesh.devices.flat[0].platform == "tpu"
+        return TPU_IMAGES * self.data_devices if is_tpu else 1
 
     @functools.cached_property
     def rows(self) -> Int[np.ndarray, " rows"]:

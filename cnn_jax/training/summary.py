@@ -23,6 +23,7 @@ from cnn_jax.system.errors import printable
 from cnn_jax.system.text import FACT_INDENT, shorten, table, wrap
 from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width, wilson_interval
+from cnn_jax.training.sharding import Layout, make_mesh
 
 _MAX_CLASSES_SHOWN = 12
 
@@ -80,7 +81,8 @@ def show_plan(
             f"{forward_flops(model, image_size) / 1e6:,.1f} MFLOP an image",
             **({"weights": _weights(config, pretrained)} if pretrained else {}),
             "training": f"{count(config.train.epochs, 'epoch')}, batch size "
-            f"{config.train.batch_size}, seed {config.seed}{_split_seed(config)}; "
+            f"{config.train.batch_size}{_batch_advice(config, devices)}, "
+            f"seed {config.seed}{_split_seed(config)}; "
             f"best epoch by {config.train.monitor}"
             + _options(config)
             + _mixing(config)
@@ -95,6 +97,14 @@ def show_plan(
     for warning in dataset.findings.warnings():
         console.warn(warning)
     console.print()
+
+
+def _batch_advice(config: Config, devices: Sequence[Any]) -> str:
+    """Advises a better batch size if the devices are TPUs; returns "" if there is none."""
+    layout = Layout(make_mesh(config.mesh.model, devices), config.train.batch_size)
+    if layout.batch_size % layout.batch_multiple == 0:
+        return ""
+    return f" (TPUs are the fastest with multiples of {layout.batch_multiple:,})"
 
 
 def _split_seed(config: Config) -> str:

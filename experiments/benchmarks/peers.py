@@ -229,14 +229,20 @@ class Variant(Ours):
 
         from cnn_jax.models import cnn
 
-        layers = {
-            "Conv": functools.partial(nn.Conv, kernel_size=(3, 3)),
-            "BatchNorm": nn.BatchNorm,
-            "max_pool_2x2": functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2)),
-        }
-        for name in self.linen:
-            # This changes the module `cnn` for all networks, but a process has only one network.
-            setattr(cnn, name, layers[name])
+        # These lines change the module `cnn` for all networks, but a process has only one network.
+        if "Conv" in self.linen:
+            cnn.Conv = functools.partial(nn.Conv, kernel_size=(3, 3))
+        if "max_pool_2x2" in self.linen:
+            cnn.max_pool_2x2 = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
+        if {"BatchNorm", "max_pool_2x2"} & set(self.linen):
+            # This class replaces the method that computes both layers together.
+            base = nn.BatchNorm if "BatchNorm" in self.linen else cnn.BatchNorm
+
+            def with_max_pool(layer: Any, x: Any) -> tuple[Any, Any]:
+                maps = layer(x)
+                return maps, cnn.max_pool_2x2(maps)
+
+            cnn.BatchNorm = type("BatchNorm", (base,), {"with_max_pool": with_max_pool})
         return super()._model(precision, dropout)
 
 

@@ -19,7 +19,7 @@ from cnn_jax.explain.features import embeddings
 from cnn_jax.inference import images as image_kinds
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.images import list_images, preprocess_for_inference
-from cnn_jax.inference.predictor import BATCH_SIZE, BundlePredictor, _compiled, predict_batch
+from cnn_jax.inference.predictor import BATCH_SIZE, BundlePredictor, jit_prediction, predict_batch
 from cnn_jax.models.network import make_model
 from cnn_jax.predict import write_predictions
 from cnn_jax.serve.engine import Program
@@ -367,7 +367,7 @@ def test_programs_are_few_and_shared_between_weights():
     for predictor in (BundlePredictor(bundle), BundlePredictor(other)):
         for count in range(1, 20):
             predict_batch(predictor, [_pixels(i, (18, 18)) for i in range(count)])
-        program = _compiled(predictor.model, predictor.preprocessing)
+        program = jit_prediction(predictor.model, predictor.preprocessing)
         # The six programs are for the batch sizes 1, 2, 4, 8, 16 and 32.
         assert program._cache_size() == 6
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cnn_jax.models import layers
 from cnn_jax.models.layers import (
     BatchNorm,
     Conv,
@@ -92,6 +93,39 @@ def test_conv_equals_flax(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_the_forms_of_the_kernel_gradient_are_equal(shape):
+    x, gradient = _random(*shape), _random(*shape[:3], 6, seed=1)
+    kernel = jnp.zeros((3, 3, shape[-1], 6))
+    expected = layers._kernel_gradient(x, gradient, kernel)
+    for form in (layers._kernel_gradient_on_cpu, layers._kernel_gradient_in_float32):
+        _assert_close(form(x, gradient, kernel), expected)
+
+
+def test_a_kernel_gradient_for_tpus_is_not_rounded():
+    x, gradient = (_random(2, 8, 8, 4, seed=seed, dtype=jnp.bfloat16) for seed in (0, 1))
+    kernel = jnp.zeros((3, 3, 4, 4), jnp.bfloat16)
+    actual = layers._kernel_gradient_in_float32(x, gradient, kernel)
+    exact = layers._kernel_gradient(*(a.astype(jnp.float32) for a in (x, gradient, kernel)))
+    assert actual.dtype == jnp.float32
+    _assert_close(actual, exact, 1e-5)
+
+
+def test_the_gradients_of_a_convolution_in_bfloat16_are_float32():
+    x = _random(2, 8, 8, 4, dtype=jnp.bfloat16)
+    conv = Conv(5, jnp.dtype("bfloat16"))
+    variables = conv.init(jax.random.key(0), x)
+
+    def total(variables):
+        out = conv.apply(variables, x)
+        assert out.dtype == jnp.bfloat16
+        return jnp.sum(out.astype(jnp.float32))
+
+    gradients = jax.grad(total)(variables)["params"]
+    np.testing.assert_array_equal(gradients["bias"], 128)
+    assert gradients["kernel"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("is_jitted", [False, True])
 def test_batch_norm_in_training_equals_flax(shape, is_jitted):
     options = {"use_running_average": False, "epsilon": 1e-3}
@@ -109,6 +143,43 @@ def test_batch_norm_in_training_equals_flax(shape, is_jitted):
         compute = jax.jit(compute, static_argnums=0)
     weights = _random(*shape, seed=1)
     _assert_close(compute(ours, variables, x, weights), compute(plain, variables, x, weights), 1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "default"])
+@pytest.mark.parametrize("uses_maps", [False, True])
+@pytest.mark.parametrize("shape", [(4, 16, 16, 8), (3, 7, 5, 4)])
+def test_batch_norm_with_max_pool_equals_flax(monkeypatch, shape, uses_maps, platform):
+    """The scales are positive, negative and zero, so that some windows have equal pixels."""
+    monkeypatch.setattr(
+        layers.lax,
+        "platform_dependent",
+        lambda *operands, **branches: branches.get(platform, branches["default"])(*operands),
+    )
+    x = jnp.round(nn.relu(_random(*shape)))
+    scale = _random(shape[-1], seed=2).at[0].set(0)
+    bias = _random(shape[-1], seed=3)
+    pool_weights = _random(shape[0], shape[1] // 2, shape[2] // 2, shape[3], seed=4)
+    map_weights = _random(*shape, seed=5) * uses_maps
+
+    def weighted(maps, pooled):
+        total = jnp.sum(pool_weights * pooled)
+        return total + jnp.sum(map_weights * maps) if uses_maps else total
+
+    def ours(x, scale, bias):
+        maps, pooled, *_ = layers.normalize_batch_and_pool(x, scale, bias, 1e-3)
+        return weighted(maps, pooled)
+
+    def plain(x, scale, bias):
+        module = nn.BatchNorm(use_running_average=False, momentum=0, epsilon=1e-3)
+        variables = {"params": {"scale": scale, "bias": bias}}
+        maps, _ = module.apply(variables, x, mutable=["batch_stats"])
+        return weighted(maps, nn.max_pool(maps, (2, 2), (2, 2)))
+
+    actual, expected = (
+        jax.jit(jax.value_and_grad(function, (0, 1, 2)))(x, scale, bias)
+        for function in (ours, plain)
+    )
+    _assert_close(actual, expected, 2e-5)
 
 
 def test_batch_norm_in_inference_equals_flax():
@@ -179,6 +250,20 @@ def test_max_pool_and_its_gradient_equal_flax(shape, ties):
     )
     np.testing.assert_allclose(value, flax_value, rtol=1e-6)
     np.testing.assert_array_equal(gradient, flax_gradient)
+
+
+@pytest.mark.parametrize("form", [layers._largest, layers._largest_by_reduction])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_forms_of_max_pool_equal_flax_with_equal_pixels(form, dtype):
+    """Tests the forms of all platforms, of which a platform compiles only one."""
+    x = jnp.round(_random(2, 6, 8, 3) / 2).astype(dtype)
+    pooled, pull_back = jax.vjp(lambda x: nn.max_pool(x, (2, 2), (2, 2)), x)
+    largest, index = form(x)
+    np.testing.assert_array_equal(largest, pooled)
+    assert index.dtype == jnp.int8
+    weights = _random(*pooled.shape, seed=1, dtype=dtype)
+    for route in (layers._route_by_index, layers._select_and_scatter):
+        np.testing.assert_array_equal(route(index, x, weights), pull_back(weights)[0])
 
 
 @pytest.mark.parametrize("pixel", range(4))

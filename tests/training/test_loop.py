@@ -32,7 +32,7 @@ from cnn_jax.system import signals
 from cnn_jax.system.errors import ConfigError, DataError, Interrupted, TrainingError
 from cnn_jax.training import loop
 from cnn_jax.training.loop import train_and_evaluate
-from cnn_jax.training.programs import Programs
+from cnn_jax.training.programs import Programs, default_execution_length
 from cnn_jax.training.step import Statistics, TrainStep, update_statistics
 from experiments.checks import chaos
 
@@ -457,12 +457,10 @@ def test_executions_of_several_steps_are_saved_and_resumed(image_folder, tmp_pat
     assert _weights(tmp_path / "parts") == _weights(tmp_path / "whole")
 
 
-def test_several_steps_are_the_default_on_accelerators_only(monkeypatch):
-    # The tests run on a CPU.
-    assert loop._default_execution_length(on_device=True) == 1
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert loop._default_execution_length(on_device=True) == 8
-    assert loop._default_execution_length(on_device=False) == 1
+def test_several_steps_are_the_default_on_accelerators_only():
+    assert default_execution_length(on_device=True, platform="cpu") == 1
+    assert default_execution_length(on_device=True, platform="gpu") == 8
+    assert default_execution_length(on_device=False, platform="gpu") == 1
 
 
 def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import sklearn.metrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cnn_jax.training import metrics
 from cnn_jax.training.metrics import (
     Metrics,
     bootstrap_intervals,
@@ -54,6 +55,15 @@ def test_metrics_equal_scikit_learn_with_absent_classes(case):
         summary["accuracy"], sklearn.metrics.accuracy_score(labels, predictions)
     )
     np.testing.assert_allclose(summary["loss"], 3.0 / len(labels))
+
+
+def test_the_forms_of_a_sum_by_class_are_equal():
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, 100, 50).astype(np.float32)
+    labels = rng.integers(0, 4, 50)
+    expected = [values[labels == label].sum() for label in range(5)]
+    for form in (metrics._scatter_by_class, metrics._sum_by_class):
+        np.testing.assert_array_equal(form(jnp.asarray(values), jnp.asarray(labels), 5), expected)
 
 
 def test_merged_batches_equal_the_whole_without_padding():

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import require_cpu
@@ -15,7 +16,8 @@ from cnn_jax.data import augment
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
-from cnn_jax.training import loop, sharding
+from cnn_jax.system.errors import TrainingError
+from cnn_jax.training import loop, memory, programs, sharding
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
 from cnn_jax.training.step import TrainStep
@@ -96,6 +98,71 @@ def test_an_option_that_xla_lacks_is_left_out(monkeypatch):
     assert set(known) == set(runtime._CPU_OPTIONS)
     monkeypatch.setattr(runtime, "_CPU_OPTIONS", {"xla_cpu_removed": True, **known})
     assert runtime.compiler_options.__wrapped__() == known
+
+
+@pytest.mark.parametrize("image_size", [(8, 16), (5, 7)])
+def test_images_are_unpacked_unchanged(image_size):
+    """An image of 8 x 16 pixels fills three rows exactly; an image of 5 x 7 pixels is padded."""
+    images = np.random.default_rng(0).integers(0, 256, (6, *image_size, 3), np.uint8)
+    packed = programs.pack(images)
+    assert packed.shape == (6, math.ceil(images[0].size / 128), 128)
+    rows = np.array([4, 0, 4])
+    batch = programs._with_images({"row": jnp.asarray(rows)}, jnp.asarray(packed), image_size)
+    np.testing.assert_array_equal(batch["image"], images[rows])
+
+
+def test_packing_copies_no_images_of_the_usual_sizes():
+    images = np.zeros((2, 32, 32, 3), np.uint8)
+    assert np.shares_memory(programs.pack(images), images)
+
+
+def _explain(message):
+    """Raises the error of the memory check for an error message of XLA."""
+    step = TrainStep(
+        model=CNN(num_classes=2, features=(4,)),
+        optimizer=make_optimizer(make_schedule(1e-3, 1e-4, total_steps=10), l2=0.0),
+        preprocessing=Preprocessing(image_size=(8, 8)),
+        accumulation_steps=2,
+    )
+    with memory.Memory(programs.Programs(step, 64)).explained():
+        raise jax.errors.JaxRuntimeError(message)
+
+
+def test_a_program_too_large_for_a_tpu_is_a_one_line_error():
+    # This is the message of libtpu 0.0.50.
+    text = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (20.51G) exceeds available HBM (15.75G). HLO module: jit_f."
+    )
+    with pytest.raises(TrainingError) as error:
+        _explain(text)
+    assert str(error.value) == (
+        "out of memory: a training step with train.batch_size=64 needs 20.51G of the 15.75G of "
+        "each device; use a smaller train.batch_size, or train.accumulation_steps=4"
+    )
+    with pytest.raises(TrainingError, match="needs more than a device has; use"):
+        _explain("RESOURCE_EXHAUSTED: other words")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        _explain("INTERNAL: something else")
+
+
+@pytest.mark.parametrize("group", [1, 128])
+def test_suggested_batches_fit_and_larger_ones_do_not(group):
+    """A device has 512 of 1,024 images, and needs 4 bytes for each image of a complete group."""
+    estimate = memory.MemoryEstimate(10.0, 4.0 * 512, 1024, data_devices=2, parts=1, group=group)
+    assert estimate.total == 10 + 4 * 512
+    available = 10 + 4 * 300
+    assert estimate.largest_batch(available) == 2 * (296 if group == 1 else 256)
+    assert estimate.fewest_parts(available) == 2
+    # An eighth of the batch, 64 images, needs as much as 128 images if they are a group.
+    assert estimate.fewest_parts(10 + 4 * 64) == (8 if group == 1 else None)
+    assert estimate.largest_batch(9) == 0
+
+
+def test_less_than_a_group_of_images_needs_memory_for_each_image():
+    estimate = memory.MemoryEstimate(0.0, 320.0, 64, data_devices=2, parts=1, group=128)
+    assert estimate.largest_batch(160) == 2 * 16
+    assert estimate.fewest_parts(160) == 2
 
 
 @pytest.mark.parametrize("place", ["host", "device"])

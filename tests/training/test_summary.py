@@ -1,8 +1,10 @@
+import jax
 import pytest
 
 from cnn_jax.config import files
 from cnn_jax.models.cnn import CNN
 from cnn_jax.training import summary
+from cnn_jax.training.sharding import Layout
 from configs import default
 
 
@@ -70,3 +72,15 @@ def test_the_plan_names_the_options_of_training():
 def test_the_plan_advises_pretrained_weights_for_few_images(source, images, changes, expected):
     config = files.load("folder", {"data.source": source, **changes})
     assert summary._needs_pretraining(config, images) == expected
+
+
+def test_the_plan_advises_full_groups_of_images_on_tpus(monkeypatch):
+    config = default.get_config()
+    config.train.batch_size = 8 * len(jax.devices())
+    assert summary._batch_advice(config, jax.devices()) == ""
+    monkeypatch.setattr(Layout, "batch_multiple", 1024)
+    assert summary._batch_advice(config, jax.devices()) == (
+        " (TPUs are the fastest with multiples of 1,024)"
+    )
+    config.train.batch_size = 2048
+    assert summary._batch_advice(config, jax.devices()) == ""
