@@ -88,6 +88,11 @@ class MemoryEstimate:
             advice = f"the largest train.batch_size that fits is about {largest}"
             if parts := self.fewest_parts(available):
                 advice += f", and train.accumulation_steps={parts} computes it in {parts} parts"
+        elif self._unit > 1:
+            advice = (
+                f"not even {self._unit} images on each device fit; use a smaller "
+                "train.batch_size, data.image_size or model"
+            )
         else:
             advice = "a batch of one image does not fit; use a smaller data.image_size or model"
         return TrainingError(
@@ -163,22 +168,27 @@ class Memory:
                 raise
             if self._estimate is None:
                 # XLA does not compile a program that needs more memory than a TPU has.
-                raise self._not_compiled(str(error)) from error
+                sizes = re.search(
+                    r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", str(error)
+                )
+                if sizes is None:
+                    raise
+                raise self._not_compiled(*sizes.groups()) from error
             available = sharding.free_device_bytes() + self._estimate.fixed
             raise self._estimate.error(available, "now has") from error
 
-    def _not_compiled(self, message: str) -> TrainingError:
+    def _not_compiled(self, needed: str, available: str) -> TrainingError:
         """Returns an out-of-memory error for a program that XLA refuses to compile.
 
         Args:
-          message: The error message of XLA.
+          needed: The memory that the program needs, as in XLA's message.
+          available: The memory of a device, as in XLA's message.
         """
-        used = re.search(r"\(([\d.]+\w)\) exceeds available HBM \(([\d.]+\w)\)", message)
-        needed = f"{used[1]} of the {used[2]} of each device" if used else "more than a device has"
         return TrainingError(
             "out of memory: a training step with "
-            f"train.batch_size={self._programs.layout.batch_size} needs {needed}; use a smaller "
-            f"train.batch_size, or train.accumulation_steps={2 * self._programs.accumulation_steps}"
+            f"train.batch_size={self._programs.layout.batch_size} needs {needed} of the "
+            f"{available} of each device; use a smaller train.batch_size, or a larger "
+            "train.accumulation_steps"
         )
 
 

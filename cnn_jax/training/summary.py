@@ -102,9 +102,12 @@ def show_plan(
 def _batch_advice(config: Config, devices: Sequence[Any]) -> str:
     """Advises a better batch size if the devices are TPUs; returns "" if there is none."""
     layout = Layout(make_mesh(config.mesh.model, devices), config.train.batch_size)
-    if layout.batch_size % layout.batch_multiple == 0:
+    multiple = layout.batch_multiple
+    if multiple > 1:
+        multiple *= config.train.accumulation_steps
+    if layout.batch_size % multiple == 0:
         return ""
-    return f" (TPUs are the fastest with multiples of {layout.batch_multiple:,})"
+    return f" (TPUs are the fastest with multiples of {multiple:,})"
 
 
 def _split_seed(config: Config) -> str:

@@ -82,5 +82,7 @@ def test_the_plan_advises_full_groups_of_images_on_tpus(monkeypatch):
     assert summary._batch_advice(config, jax.devices()) == (
         " (TPUs are the fastest with multiples of 1,024)"
     )
-    config.train.batch_size = 2048
+    config.train.accumulation_steps = 4
+    assert "multiples of 4,096" in summary._batch_advice(config, jax.devices())
+    config.train.batch_size = 4096
     assert summary._batch_advice(config, jax.devices()) == ""
