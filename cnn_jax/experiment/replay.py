@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 _BATCH = 64
 
 
+class NoLabelsError(DataError):
+    """The log has no labelled image with its pixels in the period."""
+
+
 def replay(
     registry: Registry,
     challenger: Version,
@@ -53,7 +57,8 @@ def replay(
     Raises:
       BundleError: A version is damaged.
       ConfigError: Both versions are the same.
-      DataError: A log cannot be used, has no rows of the model, or has no labelled image.
+      NoLabelsError: The logs have no labelled image in the period.
+      DataError: A log cannot be used, or has no rows of the model.
     """
     if challenger.number == champion.number:
         raise ConfigError(f"both versions are {champion}: name two versions")
@@ -134,7 +139,7 @@ def _read(
             if labelled
             else "send labels with POST /feedback, or choose an earlier --since"
         )
-        raise DataError(
+        raise NoLabelsError(
             f"{name}: of {len(recent):,} images of {model} since {moment}, {len(labelled):,} have "
             f"a label and none of these has the image itself: {advice}"
         )
