@@ -79,7 +79,7 @@ def add_log_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_measure_flags(parser: argparse.ArgumentParser) -> None:
+def add_measure_flags(parser: argparse._ActionsContainer) -> None:
     """Adds the flags of the tests: --window, --last, --level and --max_drop."""
     parser.add_argument(
         "--window", type=_window, default=WINDOW, metavar="N", help=f"images ({WINDOW})"

@@ -87,8 +87,9 @@ def compare_with_history(
     A version that is worse than the present one by less than the margin may pass. Without the
     second comparison, such small losses could add up. The earlier versions are those to which the
     alias has pointed, except versions that a rollback has withdrawn or that were removed. The best
-    is the version with the largest accuracy on the images of its present test split. A version that
-    does not know a class of the data is left out with a warning.
+    is the version with the largest accuracy on the images of its present test split. An earlier
+    version that cannot predict the data, because it has other classes or another image size, is
+    left out with a warning.
 
     The caller guarantees that no version was trained on images of the test split.
 
@@ -110,15 +111,17 @@ def compare_with_history(
     predictor, dataset = _open(registry, candidate, source, "test", track)
     new = _measure(candidate, predictor, dataset, "test", track, warn=False)
     present = registry.resolve(candidate.model, alias)
+    numbers = {*registry.models[candidate.model].aliases[alias]} - {candidate.number}
     earlier = {}
-    for number in sorted({*registry.models[candidate.model].aliases[alias]} - {candidate.number}):
+    for number in sorted(numbers, key=lambda number: number != present.number):
         version = registry.resolve(candidate.model, number)
-        predictor, dataset = _open(registry, version, source, "test", track)
-        unknown = sorted({*dataset.source.class_names} - {*predictor.class_names})
-        if unknown and version != present:
-            logger.warning("%s is not compared: it does not know %s", version, ", ".join(unknown))
-            continue
-        earlier[number] = _measure(version, predictor, dataset, "test", track, warn=False)
+        try:
+            predictor, dataset = _open(registry, version, source, "test", track)
+            earlier[number] = _measure(version, predictor, dataset, "test", track, warn=False)
+        except DataError as error:
+            if version == present:
+                raise
+            logger.warning("%s is not compared: %s", version, error)
     evidence = _compare(new, earlier[present.number], alias, source, margin, "test")
     best = max(earlier.values(), key=lambda one: (one.accuracy, one.version == present))
     if best.version == present:
