@@ -137,11 +137,12 @@ def main(argv: Sequence[str]) -> None:
     except BusyError as error:
         print(f"nothing to do: {error}", file=sys.stderr)
         return
-    if flags.json:
-        values = {"action": outcome.action, "text": outcome.text, "attempt": outcome.attempt}
-        cli.write_json(values, sys.stdout)
-    else:
-        print(cli.fit(outcome.text, sys.stdout))
+    with cli.open_output(None) as file:
+        if flags.json:
+            values = {"action": outcome.action, "text": outcome.text, "attempt": outcome.attempt}
+            cli.write_json(values, file)
+        else:
+            print(cli.fit(outcome.text, file), file=file)
     if outcome.action not in (NOTHING, PROMOTED):
         sys.exit(REFUSED)
 
