@@ -204,7 +204,6 @@ class _Pass:
                 previous,
                 self.settings.logs,
                 datetime.datetime.fromisoformat(promotion.time).timestamp(),
-                self.console.track,
             )
         except (RegistryError, NoLabelsError):  # There is no version to return to, or no label.
             return None

@@ -157,7 +157,7 @@ def test_the_loop_repairs_a_drifted_model(world, capsys):
     assert (code, result["action"]) == (0, "promoted"), result
     bad_version = result["attempt"]["version"]
     world.wait_for(bad_version)
-    disappointed = world.send(200, noise=(1, 1))
+    disappointed = world.send(150, noise=(1, 1))
     assert accuracy(disappointed) < 0.7
     world.label(disappointed)
     code, result = world.retrain(capsys)
