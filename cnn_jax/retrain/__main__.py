@@ -15,6 +15,7 @@ or rolled back.
 
 import argparse
 import functools
+import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -137,12 +138,11 @@ def main(argv: Sequence[str]) -> None:
     except BusyError as error:
         print(f"nothing to do: {error}", file=sys.stderr)
         return
-    with cli.open_output(None) as file:
-        if flags.json:
-            values = {"action": outcome.action, "text": outcome.text, "attempt": outcome.attempt}
-            cli.write_json(values, file)
-        else:
-            print(cli.fit(outcome.text, file), file=file)
+    if flags.json:
+        values = {"action": outcome.action, "text": outcome.text, "attempt": outcome.attempt}
+        print(json.dumps(values, indent=1, ensure_ascii=True, allow_nan=False))
+    else:
+        print(cli.fit(outcome.text, sys.stdout))
     if outcome.action not in (NOTHING, PROMOTED):
         sys.exit(REFUSED)
 

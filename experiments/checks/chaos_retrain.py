@@ -75,8 +75,8 @@ finally:
 def draw(rng: np.random.Generator, label: int, noise: float = 0.0) -> bytes:
     """Returns an image of 16 x 16 pixels, PNG; with noise, all classes look reddish."""
     pixels = rng.integers(0, 120, (16, 16, 3)).astype(float)
-    pixels[..., 2 - label] += 30
-    pixels += noise * rng.normal([70, 0, 0], 50, pixels.shape)
+    pixels[..., 2 - label] += 40
+    pixels += noise * rng.normal([80, 0, 0], 25, pixels.shape)
     file = io.BytesIO()
     Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "PNG")
     return file.getvalue()
@@ -103,7 +103,7 @@ def train(images: pathlib.Path, workdir: pathlib.Path, **keys: Any) -> pathlib.P
         "data.split": (0.6, 0.2, 0.2),
         "model.features": (8, 8),
         "model.dense": 16,
-        "train.batch_size": 16,
+        "train.batch_size": 8,
         "train.epochs": 8,
         "train.monitor": "validation_loss",
         "report.detail": "none",
@@ -211,7 +211,7 @@ def pass_flags(folder: pathlib.Path) -> list[str]:
         "--when=labels",
         "--min_new=100",
         "--margin=0.1",
-        "--config.train.batch_size=16",
+        "--config.train.batch_size=8",
         "--config.checkpoint.every_steps=7",
     ]
 

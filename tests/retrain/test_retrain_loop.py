@@ -77,7 +77,7 @@ class World:
                     f"--state={self.folder / 'state'}",
                     "--margin=0.05",
                     "--window=100",
-                    "--config.train.batch_size=16",
+                    "--config.train.batch_size=8",
                     "--config.report.detail=none",
                     "--json",
                     *flags,
