@@ -192,6 +192,7 @@ def prepare(folder: pathlib.Path) -> None:
     """Writes data, a registry with a champion, and a request log with labels."""
     from cnn_jax.registry.registry import Registry
 
+    folder.mkdir(parents=True, exist_ok=True)
     write_images(folder / "images", per_class=60)
     bundle = train(folder / "images", folder / "run")
     registry = Registry(folder / "registry")

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 from bundles import make_bundle
-from cnn_jax.data.labelled_log import read_snapshot
 
 from cnn_jax.config import files
+from cnn_jax.data.labelled_log import read_snapshot
 from cnn_jax.inference.bundle import (
     Ensemble,
     digest,
@@ -254,7 +254,13 @@ def test_a_version_must_not_be_worse_than_the_best_earlier_one(world, capsys, qu
     assert registry.resolve(MODEL).number == 2
 
 
-def test_a_promoted_version_is_watched_and_rolled_back_once(world, capsys, quick):
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_promoted_version_is_watched_and_rolled_back_once(
+    world, capsys, quick, monkeypatch, is_killed
+):
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
     assert retrain(world, capsys)[1]["action"] == "promoted"
     # The files of version 2 are replaced in the registry, and its record: it is bad now.
     registry = Registry(world / "registry")
@@ -269,15 +275,59 @@ def test_a_promoted_version_is_watched_and_rolled_back_once(world, capsys, quick
     path.write_text(json.dumps(record))
     assert retrain(world, capsys)[1]["action"] == "nothing"  # There are no labels yet.
     write_log(world / "log", world / "run" / "bundle", 80, noise=0, seed=5)
-    code, result = retrain(world, capsys)
-    assert (code, result["action"]) == (3, "rolled_back")
+    if is_killed:
+        with monkeypatch.context() as patch:
+            patch.setattr(attempts.Attempt, "end", kill)
+            with pytest.raises(KeyboardInterrupt):
+                retrain(world, capsys)
+    else:
+        code, result = retrain(world, capsys)
+        assert (code, result["action"]) == (3, "rolled_back")
+        assert result["attempt"]["watch"]["decision"] == "worse"
     registry.refresh()
     assert registry.resolve(MODEL).number == 1
     assert registry.log[-1].note.startswith("retrain: worse than version 1 on 80 labelled images")
-    assert result["attempt"]["watch"]["decision"] == "worse"
     before = actions(world)
     assert retrain(world, capsys)[1]["action"] == "nothing"
     assert actions(world) == before
+    assert json.loads(path.read_text())["status"] == "rolled_back"
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (passes, "write_snapshot"),
+        (attempts.State, "begin"),
+        (passes, "train_and_evaluate"),
+        (Registry, "add"),
+        (Registry, "promote"),
+        (attempts.Attempt, "end"),
+    ],
+)
+@pytest.mark.parametrize("is_before", [True, False])
+def test_a_pass_that_dies_at_a_step_is_completed(
+    world, capsys, quick, monkeypatch, owner, name, is_before
+):
+    """The pass ends directly before or after the step."""
+    with monkeypatch.context() as patch:
+        function = getattr(owner, name)
+
+        def die(*arguments, **options):
+            if not is_before:
+                function(*arguments, **options)
+            raise KeyboardInterrupt
+
+        patch.setattr(owner, name, die)
+        with pytest.raises(KeyboardInterrupt):
+            retrain(world, capsys)
+    code, result = retrain(world, capsys)
+    was_complete = (name, is_before) == ("end", False)
+    assert (code, result["action"]) == (0, "nothing" if was_complete else "promoted")
+    assert actions(world) == ["add", "promote", "add", "promote"]
+    (path,) = (world / "state" / "attempts").glob("*/attempt.json")
+    record = json.loads(path.read_text())
+    assert (record["status"], record["version"]) == ("promoted", 2)
+    assert record["evidence"] == Registry(world / "registry").log[-1].evidence
 
 
 def test_a_good_version_stays_and_its_comparison_is_recorded(world, capsys, quick):
