@@ -152,7 +152,7 @@ def write_log(
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(image))) for image in images])
     probabilities, embeddings = BundlePredictor.load(bundle).predict_with_embeddings(pixels)
     statistics = np.array([image_statistics(one) for one in pixels], np.float32)
-    moments = [round(1e6 * (time.time() - count + number)) for number in range(count)]
+    moments = [round(1e6 * time.time()) + number for number in range(count)]
     ids = [f"{moment // 1000:012x}{rng.bytes(10).hex()}" for moment in moments]
     requests = {
         "time": moments,
