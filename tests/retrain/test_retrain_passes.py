@@ -186,7 +186,11 @@ def test_a_refused_attempt_is_not_repeated_until_it_is_lucky(world, capsys, quic
     for flags in ([], ["--when=always"], ["--when=always", "--margin=0.5"]):
         code, result = retrain(world, capsys, *flags)
         assert (code, result["action"]) == (0, "nothing"), flags
-    # Another configuration is another attempt.
+    # Another champion is no reason to try the same again, and another configuration is.
+    registry = Registry(world / "registry")
+    registry.promote(MODEL, 2)
+    assert retrain(world, capsys, "--when=always")[1]["action"] == "nothing"
+    registry.rollback(MODEL)
     flags = ("--when=always", "--config.train.epochs=1")
     assert retrain(world, capsys, *flags)[1]["action"] == "promoted"
     assert quick["calls"] == 2
