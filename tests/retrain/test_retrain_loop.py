@@ -125,7 +125,7 @@ def test_the_loop_repairs_a_drifted_model(world, capsys):
     assert (code, result["action"]) == (0, "nothing")
     assert "no labelled image" in result["text"]
 
-    noisy = world.send(500, noise=(0.3, 1))
+    noisy = world.send(500, noise=(0.5, 1.5))
     assert accuracy(noisy) < 0.7
     world.label(dict(list(noisy.items())[200:]))
     code, result = world.retrain(capsys, "--when=harm")
@@ -136,7 +136,7 @@ def test_the_loop_repairs_a_drifted_model(world, capsys):
     assert world.registry.log[-1].evidence == result["attempt"]["evidence"]
     world.wait_for(2)
 
-    recovered = world.send(300, noise=(1, 1))
+    recovered = world.send(300, noise=(1.2, 1.2))
     assert accuracy(recovered) > 0.9
 
     # A learning rate that destroys the network: its successor is refused, once.
@@ -151,13 +151,13 @@ def test_the_loop_repairs_a_drifted_model(world, capsys):
     assert len(world.registry.log) == entries
 
     # Wrong labels, also in the test split, let a bad version pass; right labels withdraw it.
-    mislabelled = world.send(500, noise=(1, 1))
+    mislabelled = world.send(500, noise=(1.2, 1.2))
     world.label(mislabelled, shift=1)
     code, result = world.retrain(capsys, "--when=labels", "--config.train.epochs=12")
     assert (code, result["action"]) == (0, "promoted"), result
     bad_version = result["attempt"]["version"]
     world.wait_for(bad_version)
-    disappointed = world.send(150, noise=(1, 1))
+    disappointed = world.send(150, noise=(1.2, 1.2))
     assert accuracy(disappointed) < 0.7
     world.label(disappointed)
     code, result = world.retrain(capsys)
@@ -170,4 +170,4 @@ def test_the_loop_repairs_a_drifted_model(world, capsys):
     actions = [entry.action for entry in world.registry.log]
     assert actions.count("rollback") == 1
     world.wait_for(2)
-    assert accuracy(world.send(100, noise=(1, 1))) > 0.9
+    assert accuracy(world.send(100, noise=(1.2, 1.2))) > 0.9
