@@ -28,7 +28,7 @@ _BATCH = 64
 
 
 class NoLabelsError(DataError):
-    """The log has no labelled image with its pixels in the period."""
+    """The logs have no labelled image of the model, with its pixels, in the period."""
 
 
 def replay(
@@ -57,8 +57,8 @@ def replay(
     Raises:
       BundleError: A version is damaged.
       ConfigError: Both versions are the same.
-      NoLabelsError: The logs have no labelled image in the period.
-      DataError: A log cannot be used, or has no rows of the model.
+      NoLabelsError: The logs have no labelled image of the model in the period.
+      DataError: A log cannot be used.
     """
     if challenger.number == champion.number:
         raise ConfigError(f"both versions are {champion}: name two versions")
@@ -121,7 +121,7 @@ def _read(
     models = sorted(rows["model"].unique().to_pylist())
     if model not in models:
         found = printable(", ".join(models)) or "(none)"
-        raise DataError(f"{name} has no images of the model {model}; it has: {found}")
+        raise NoLabelsError(f"{name} has no images of the model {model}; it has: {found}")
     own = [row for row in rows.to_pylist() if row["model"] == model and row["shadow_of"] is None]
     check_unique(own, folders)
     recent = [row for row in own if row["time"].timestamp() >= since]

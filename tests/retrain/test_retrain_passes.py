@@ -235,7 +235,7 @@ def test_an_attempt_whose_data_has_changed_is_given_up(world, capsys, quick, cap
 def test_a_version_must_not_be_worse_than_the_best_earlier_one(world, capsys, quick, monkeypatch):
     """Version 2 is a little worse than version 1; version 3 than version 2. Losses add up."""
     registry = Registry(world / "registry")
-    correct = {1: 40, 2: 38, 3: 36}
+    correct = {1: 40, 2: 38, 3: 35}
     measure = evidence._measure
 
     def measure_fewer(version, *arguments, **options):
@@ -385,10 +385,16 @@ def test_other_names_of_the_data_must_not_change_its_splits(world, capsys, quick
         shutil.copyfile(path, copy)
     with pytest.raises(DataError, match="were in another split in the training of colours/1"):
         retrain(world, capsys, f"--source=folder:{world / 'copy'}")
-    (world / "images").rename(world / "moved")
+
+    # The data of this champion is no longer at its place.
+    champion = read_bundle(world / "run" / "bundle")
+    data = champion.data | {"source": f"folder:{world / 'gone'}"}
+    write_bundle(dataclasses.replace(champion, data=data), world / "other")
+    registry = Registry(world / "registry")
+    registry.promote(MODEL, registry.add(MODEL, world / "other").version.number)
     with pytest.raises(DataError, match="it is unknown which images its network has seen"):
         retrain(world, capsys, f"--source=folder:{world / 'copy'}")
-    assert retrain(world, capsys, f"--source=folder:{world / 'moved'}")[0] == 0
+    assert retrain(world, capsys)[0] == 0
 
 
 def test_grown_data_with_exact_splits_is_refused(world, capsys, quick):
