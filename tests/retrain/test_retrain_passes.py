@@ -187,10 +187,11 @@ def test_a_refused_attempt_is_not_repeated_until_it_is_lucky(world, capsys, quic
         code, result = retrain(world, capsys, *flags)
         assert (code, result["action"]) == (0, "nothing"), flags
     # Another champion is no reason to try the same again, and another configuration is.
+    other = dataclasses.replace(read_bundle(world / "run" / "bundle"), temperature=2.0)
+    write_bundle(other, world / "other")
     registry = Registry(world / "registry")
-    registry.promote(MODEL, 2)
+    registry.promote(MODEL, registry.add(MODEL, world / "other").version.number)
     assert retrain(world, capsys, "--when=always")[1]["action"] == "nothing"
-    registry.rollback(MODEL)
     flags = ("--when=always", "--config.train.epochs=1")
     assert retrain(world, capsys, *flags)[1]["action"] == "promoted"
     assert quick["calls"] == 2
