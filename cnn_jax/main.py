@@ -1,5 +1,6 @@
 """Trains and evaluates a classifier, and writes its bundle and its report."""
 
+import functools
 import logging
 import pathlib
 from collections.abc import Sequence
@@ -51,9 +52,11 @@ def main(argv: Sequence[str]) -> None:
     keep_freed_memory()
     start_processes(flags.coordinator, flags.process_id, flags.process_count)
     keep_compiled()
-    report = train_and_evaluate(config, flags.workdir, profile=flags.profile)
-    if is_primary() and "test" in report:
-        summary.show_results(pathlib.Path(flags.workdir), report)
+    workdir = pathlib.Path(flags.workdir)
+    show = functools.partial(summary.show_metrics, workdir) if is_primary() else None
+    train_and_evaluate(config, workdir, profile=flags.profile, on_metrics=show)
+    if is_primary():
+        summary.show_commands(workdir)
     with cli.blocked_interrupts():
         # Matplotlib takes half a second to import, so it is imported after training.
         from cnn_jax.report.run_report import report_after_training

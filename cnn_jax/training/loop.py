@@ -69,6 +69,7 @@ def train_and_evaluate(
     *,
     profile: bool = False,
     on_epoch: Callable[[History], None] | None = None,
+    on_metrics: Callable[[Mapping[str, Any]], None] | None = None,
     deadline: float | None = None,
 ) -> dict[str, Any]:
     """Trains a network and writes checkpoints, a log, metrics and a bundle to `workdir`.
@@ -85,6 +86,8 @@ def train_and_evaluate(
       on_epoch: A function of the records of all finished epochs. It is called before the
         first step, and after each epoch when the epoch is saved. An error that it raises ends
         the run, which the same call can resume.
+      on_metrics: A function of the content of `report/metrics.json`. It is called when this file
+        is written, before the bundle is written.
       deadline: The value of `time.monotonic()`, in seconds, at which the run is saved and
         stopped as after Ctrl-C.
 
@@ -162,7 +165,9 @@ def train_and_evaluate(
             # The layers below the head are unchanged since the probe, so the stored features are
             # used again.
             features = probe.embeddings(model, variables, config, dataset, track)
-        report = results.write_results(config, workdir, dataset, variables, track, features)
+        report = results.write_results(
+            config, workdir, dataset, variables, track, features, on_metrics
+        )
         heartbeat.beat("done")
     return report
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ def write_results(
     variables: PyTree,
     track: Track,
     features: Float[np.ndarray, "examples embedding"] | None = None,
+    on_metrics: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> dict[str, Any]:
     """Calibrates and evaluates the trained network; writes its metrics, predictions and bundle.
 
@@ -45,6 +46,8 @@ def write_results(
       track: Shows the progress of a loop.
       features: The embedding of each example, if it is known; the predictions are then computed
         from the embeddings, and not from the images.
+      on_metrics: A function of the returned value. It is called as soon as the metrics are
+        written, because the reference statistics take longer.
 
     Returns:
       The content of `report/metrics.json`.
@@ -95,6 +98,8 @@ def write_results(
                 workdir, ids, source.labels[indices], probabilities, source.class_names
             )
     run_directory.write_metrics(workdir, report)
+    if on_metrics is not None:
+        on_metrics(report)
     reference = None
     if config.report.reference and _has_opencv():
         samples = measure_samples(

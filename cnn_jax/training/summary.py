@@ -294,23 +294,34 @@ def describe_metrics(metrics: Mapping[str, Any]) -> str:
     return f"{ratios}  loss {metrics['loss']:.4f}"
 
 
-def show_results(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
-    """Prints the test metrics and the commands to run next, on stdout."""
+def show_metrics(workdir: pathlib.Path, report: Mapping[str, Any]) -> None:
+    """Prints the test metrics on stdout, if the test split was measured."""
+    if "test" not in report:
+        return
     test = report["test"]
-    bundle = shlex.quote(str(workdir / "bundle"))
-    width = shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None
     lines = [
         f"test        {describe_metrics(test)}",
         f"            {test['count']:,} images; all metrics are in {workdir / 'report'}",
     ]
+    print()
+    for line in lines:
+        print("\n".join(wrap(line, _stdout_width(), 12)), flush=True)
+
+
+def show_commands(workdir: pathlib.Path) -> None:
+    """Prints the commands that use a finished run, on stdout."""
+    bundle = shlex.quote(str(workdir / "bundle"))
+    width = _stdout_width()
     commands = [
         f"measure     cnn_jax evaluate --bundle={bundle}",
         f"use         cnn_jax predict --bundle={bundle} --input=FILE_OR_FOLDER",
     ]
-    print()
-    for line in lines:
-        print("\n".join(wrap(line, width, 12)))
     for line in commands:
         is_wide = width is not None and cell_len(line) > width
         # A long command is broken before its flags, so that the user can still copy the command.
         print(line.replace(" --", f" \\\n{'':16}--") if is_wide else line)
+
+
+def _stdout_width() -> int | None:
+    """Returns the width of the terminal that shows stdout, in columns; None without a terminal."""
+    return shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None

@@ -104,7 +104,8 @@ def test_wrapped_commands_can_be_copied(monkeypatch, capsys, tmp_path):
     test = dict.fromkeys(("accuracy", "precision", "recall", "f1", "loss"), 0.5) | {"count": 1234}
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(summary.sys.stdout, "isatty", lambda: True, raising=False)
-    summary.show_results(tmp_path / "my run", {"test": test})
+    summary.show_metrics(tmp_path / "my run", {"test": test})
+    summary.show_commands(tmp_path / "my run")
     shown = capsys.readouterr().out
     (command,) = re.findall(r"use +(.+ \\\n +.+ \\\n +.+)", shown)
     expected = f"cnn_jax predict --bundle='{tmp_path}/my run/bundle' --input=FILE_OR_FOL"

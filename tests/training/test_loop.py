@@ -245,7 +245,14 @@ def test_a_second_run_is_bitwise_the_same_for_each_cache(finished, tmp_path, cac
     workdir, config, report = finished
     other = config.copy_and_resolve_references()
     other.data.cache = cache
-    assert train_and_evaluate(other, tmp_path / "run") == report
+    shown = []
+
+    def show(metrics):
+        # The metrics are known before the bundle is written.
+        shown.append((metrics, (tmp_path / "run" / "bundle").exists()))
+
+    assert train_and_evaluate(other, tmp_path / "run", on_metrics=show) == report
+    assert shown == [(report, False)]
     assert _weights(tmp_path / "run") == _weights(workdir)
 
 
