@@ -123,24 +123,23 @@ class State:
             path = folder / _RECORD
             try:
                 record = json.loads(path.read_text(encoding="utf-8"))
-                found.append((record["started"], record["key"], Attempt(folder, record)))
-                _ = record["status"], record["labelled"], record["champion"]
+                found.append((record["started"], record["status"], Attempt(folder, record)))
             except (OSError, KeyError, TypeError, ValueError) as error:
                 raise ConfigError(
                     f"--state: {path} cannot be read: {error!r}; restore the file, or remove its "
                     "folder, so that the attempt may be made again"
                 ) from error
-        return [attempt for *_, attempt in sorted(found, key=lambda item: item[:2])]
+        return [attempt for *_, attempt in sorted(found, key=lambda item: item[0])]
 
     def prepare(self) -> Attempt:
-        """Returns a new attempt with an empty folder; `begin` or the next pass ends it."""
+        """Returns an attempt with a new folder, which the next pass removes without `begin`."""
         folder = self._attempts / _NEW
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         return Attempt(folder, {})
 
     def begin(self, attempt: Attempt, key: str) -> Attempt:
-        """Gives a prepared attempt its key. Everything that a run needs is in its folder."""
+        """Moves a prepared attempt, whose folder is complete, to the folder of its key."""
         folder = self.folder(key)
         attempt.folder.rename(folder)
         return Attempt(folder, attempt.record)
