@@ -116,43 +116,39 @@ def run_pass(
       Interrupted: The run was saved and stopped.
     """
     champion = registry.resolve(settings.model)
-    logged = _logged_digests(settings)
+    _check_logs(settings)
     with (
         open_state(state, settings.model) as opened,
         tempfile.TemporaryDirectory(prefix="cnn_jax-") as downloads,
     ):
         own = _Pass(registry, opened, settings, console, champion, pathlib.Path(downloads))
         own.complete_records()
-        return own.watch() or own.resume() or own.start(logged)
+        return own.watch() or own.resume() or own.start()
 
 
-def _logged_digests(settings: Settings) -> set[str]:
-    """Returns the digests of the bundles whose predictions for the model are in the logs.
-
-    Raises:
-      DataError: A folder is not a request log, or the logs only have other models.
-    """
-    rows = [
-        row
-        for log in settings.logs
-        for row in read_requests(log, ["model", "digest"])
-        .group_by(["model", "digest"])
-        .aggregate([])
-        .to_pylist()
-    ]
-    digests = {row["digest"] for row in rows if row["model"] == settings.model}
-    if rows and not digests:
-        found = printable(", ".join(sorted({row["model"] for row in rows})))
+def _check_logs(settings: Settings) -> None:
+    """Raises DataError if a folder is not a request log, or the logs only have other models."""
+    tables = [read_requests(log, ["model"]) for log in settings.logs]
+    models = {name for table in tables for name in table["model"].unique().to_pylist()}
+    if models and settings.model not in models:
         raise DataError(
             f"--log: {', '.join(settings.logs)} has no images of the model {settings.model}; it "
-            f"has: {found}"
+            f"has: {printable(', '.join(sorted(models)))}"
         )
-    return digests
 
 
 @dataclasses.dataclass
 class _Pass:
-    """The parts of a pass; each returns the outcome if the pass ends with it, else None."""
+    """The parts of a pass; each returns the outcome if the pass ends with it, else None.
+
+    Attributes:
+      registry: The registry of the model.
+      state: The folder of the attempts.
+      settings: The arguments of the pass.
+      console: Shows the progress.
+      champion: The champion at the start of the pass.
+      downloads: A temporary folder for bundles of a remote registry.
+    """
 
     registry: Registry
     state: State
@@ -248,14 +244,10 @@ class _Pass:
         self.console.print(f"continues the attempt {attempt.folder.name}")
         return self._finish(attempt)
 
-    def start(self, logged: set[str]) -> Outcome:
-        """Makes a new attempt if there is a reason for it.
-
-        Args:
-          logged: The digests of the bundles whose predictions are in the logs.
-        """
-        settings, champion = self.settings, self.champion
-        folder = self.registry.fetch(champion, self.downloads)
+    def start(self) -> Outcome:
+        """Makes a new attempt if there is a reason for it."""
+        settings = self.settings
+        folder = self.registry.fetch(self.champion, self.downloads)
         bundle = read_bundle(folder)
         last = next(reversed(self.state.attempts()), None)
         earlier = read_snapshot(last.data) if last else _own_snapshot(bundle)
@@ -263,16 +255,34 @@ class _Pass:
             settings.logs, bundle.class_names, model=settings.model, previous=earlier
         )
         new = examples.count_new(earlier)
-        triggers, facts = self._triggers(folder, logged, last, new)
+        triggers, facts = self._triggers(folder, last, new)
         if not len(examples):
             left_out = "".join(f"; {n:,} {kind}" for kind, n in examples.left_out.items())
             triggers, facts = [], [f"no labelled image in the log{left_out}"]
         if not triggers:
             return Outcome(NOTHING, f"nothing to do: {'; '.join(facts)}")
-
         attempt = self.state.prepare()
         write_snapshot(examples, attempt.data)
-        config = _configure(settings, bundle, attempt.data, folder)
+        attempt.record |= {"triggers": triggers, "labelled": len(examples), "new": new}
+        attempt = self._begin(attempt, bundle, folder)
+        if attempt.status == STARTED:
+            return self._finish(attempt)
+        return Outcome(
+            NOTHING,
+            f"nothing to do: the same data and configuration were {_words(attempt.status)} on "
+            f"{attempt.record['ended']} ({attempt.record['reason']})",
+        )
+
+    def _begin(self, prepared: Attempt, bundle: Bundle, folder: pathlib.Path) -> Attempt:
+        """Begins a prepared attempt, or returns the earlier attempt with the same key.
+
+        Args:
+          prepared: The attempt, with its snapshot and without a key.
+          bundle: The champion.
+          folder: The folder of the champion's bundle.
+        """
+        settings, champion = self.settings, self.champion
+        config = _configure(settings, bundle, prepared.data, folder)
         schema.validate(config, jax.device_count())
         dataset = open_dataset(resolve(config), self.console.track)
         if dataset.source.class_names != bundle.class_names:
@@ -284,38 +294,30 @@ class _Pass:
         _check_splits(bundle, settings.source, dataset, str(champion), self.console.track)
         key = attempt_key(dataset.fingerprint, config)
         final = Attempt(self.state.folder(key), {})
-        if final.folder.exists():
-            tried = next(a for a in self.state.attempts() if a.folder == final.folder)
-            return Outcome(
-                NOTHING,
-                f"nothing to do: the same data and configuration were {_words(tried.status)} on "
-                f"{tried.record['ended']} ({tried.record['reason']})",
-            )
-        self.registry.fetch(champion, attempt.champion, is_copy=True)
+        for attempt in self.state.attempts():
+            if attempt.folder == final.folder:
+                return attempt
+        self.registry.fetch(champion, prepared.champion, is_copy=True)
         config = _configure(settings, bundle, final.data, final.champion / champion.bundle.digest)
         text = json.dumps(json.loads(config.to_json()), indent=1, ensure_ascii=False)
-        write_text(attempt.config, text + "\n")
-        attempt.update(
+        write_text(prepared.config, text + "\n")
+        prepared.update(
             key=key,
             status=STARTED,
             reason="",
             started=now(),
-            triggers=triggers,
-            labelled=len(examples),
-            new=new,
             data=dataset.fingerprint,
             champion=champion.number,
         )
-        return self._finish(self.state.begin(attempt, key))
+        return self.state.begin(prepared, key)
 
     def _triggers(
-        self, folder: pathlib.Path, logged: set[str], last: Attempt | None, new: int
+        self, folder: pathlib.Path, last: Attempt | None, new: int
     ) -> tuple[list[str], list[str]]:
         """Returns the reasons for an attempt, and facts for the message if there is none.
 
         Args:
-          folder: The bundle of the champion.
-          logged: The digests of the bundles whose predictions are in the logs.
+          folder: The folder of the champion's bundle.
           last: The last attempt.
           new: The number of labelled images that the last attempt did not have.
         """
@@ -325,7 +327,7 @@ class _Pass:
         if "labels" in wanted and new >= settings.min_new:
             found.append("labels")
         if "harm" in wanted:
-            state = self._monitor(folder, logged)
+            state = self._monitor(folder)
             facts.append(f"monitor: {state.replace('_', ' ')}")
             # Otherwise each new label would allow another attempt, until one passes by luck.
             has_failed = last is not None and last.status in (REFUSED, ROLLED_BACK)
@@ -333,7 +335,7 @@ class _Pass:
                 found.append("harm")
         return found, facts
 
-    def _monitor(self, folder: pathlib.Path, logged: set[str]) -> str:
+    def _monitor(self, folder: pathlib.Path) -> str:
         """Returns the state of the champion; see `monitor.windows.measure`.
 
         Raises:
@@ -345,9 +347,11 @@ class _Pass:
                 f"{self.champion}: the bundle has no reference statistics, which --when=harm "
                 "needs; use --when=labels"
             )
-        if self.champion.bundle.digest not in logged:
-            return "no_data"
-        rows = read_rows(self.settings.logs, self.champion.bundle.digest)
+        own, logs = self.champion.bundle.digest, self.settings.logs
+        tables = [read_requests(log, ["digest"], with_labelled=False) for log in logs]
+        if not any(own in table["digest"].unique().to_pylist() for table in tables):
+            return "no_data"  # The champion has not answered any request yet.
+        rows = read_rows(logs, own)
         for warning in rows.warnings:
             logger.warning("%s", warning)
         return measure(rows, reference, *self.settings.drift)["state"]
@@ -487,9 +491,9 @@ def _check_splits(
     _, mark, logs = bundle.data["source"].partition(LOG_MARK)
     own = None
     with contextlib.suppress(ConfigError, DataError):
-        own = open_as_trained(predictor, bundle.data["source"], track)
+        own = open_as_trained(predictor, bundle.data["source"], track, residency="none")
     if own is None:  # The data may have been moved.
-        own = open_as_trained(predictor, f"{source}{mark}{logs}", track)
+        own = open_as_trained(predictor, f"{source}{mark}{logs}", track, residency="none")
         is_known = own.fingerprint == bundle.data["fingerprint"]
     else:
         # With the rule "stable", new images change the split of no other image.
