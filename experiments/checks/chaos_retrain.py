@@ -121,9 +121,7 @@ def write_log(
     count: int,
     noise: float = 1.0,
     *,
-    shift: int = 0,
     model: str = MODEL,
-    version: int = 1,
     seed: int = 2,
 ) -> None:
     """Writes a request log of images, with the predictions of a bundle, and their labels.
@@ -133,9 +131,7 @@ def write_log(
       bundle: The bundle of the version that answers.
       count: The number of images.
       noise: The noise of the images.
-      shift: With a shift, each label names a wrong class.
       model: The name of the model.
-      version: The number of the version.
       seed: The seed of the images and of the request ids.
     """
     from cnn_jax.data import request_log
@@ -161,7 +157,7 @@ def write_log(
         "unit": [None] * count,
         "arm": ["champion"] * count,
         "model": [model] * count,
-        "version": [version] * count,
+        "version": [1] * count,
         "digest": [digest(bundle)] * count,
         "class": [CLASSES[best] for best in probabilities.argmax(axis=1)],
         "confidence": probabilities.max(axis=1),
@@ -176,7 +172,7 @@ def write_log(
         "time": moments,
         "request_id": ids,
         "image_index": [0] * count,
-        "label": [CLASSES[(label + shift) % 3] for label in labels],
+        "label": [CLASSES[label] for label in labels],
         "reward": [None] * count,
     }
     for name, schema, rows in (

@@ -49,14 +49,14 @@ class World:
             time.sleep(0.1)
         return answers
 
-    def label(self, answers, shift=0):
-        """Adds labels to the log; with a shift, each label names a wrong class."""
+    def label(self, answers, names=CLASSES):
+        """Adds labels to the log; other names than `CLASSES` are wrong labels."""
         add_labels(
             [self.log],
             [
                 {
                     "key": (request_id, 0),
-                    "label": CLASSES[(label + shift) % 3],
+                    "label": names[label],
                     "new_class": False,
                     "line": 0,
                 }
@@ -152,7 +152,7 @@ def test_the_loop_repairs_a_drifted_model(world, capsys):
 
     # Wrong labels, also in the test split, let a bad version pass; right labels withdraw it.
     mislabelled = world.send(600, noise=(1.2, 1.2))
-    world.label(mislabelled, shift=1)
+    world.label(mislabelled, ("green", "blue", "red"))
     code, result = world.retrain(capsys, "--when=labels", "--config.train.epochs=12")
     assert (code, result["action"]) == (0, "promoted"), result
     bad_version = result["attempt"]["version"]
