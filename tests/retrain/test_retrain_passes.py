@@ -29,7 +29,6 @@ from experiments.checks.chaos_retrain import (
     MODEL,
     pass_flags,
     prepare,
-    train,
     write_log,
 )
 
@@ -393,9 +392,12 @@ def test_other_names_of_the_data_must_not_change_its_splits(world, capsys, quick
 
 
 def test_grown_data_with_exact_splits_is_refused(world, capsys, quick):
-    exact = train(world / "images", world.parent / "exact", **{"data.stratify": "exact"})
+    champion = read_bundle(world / "run" / "bundle")
+    division = champion.data["division"] | {"rule": "exact"}
+    data = champion.data | {"division": division}
+    write_bundle(dataclasses.replace(champion, data=data), world / "exact")
     registry = Registry(world / "registry")
-    registry.promote(MODEL, registry.add(MODEL, exact).version.number)
+    registry.promote(MODEL, registry.add(MODEL, world / "exact").version.number)
     shutil.copyfile(world / "images" / "red" / "000.png", world / "images" / "red" / "new.png")
     with pytest.raises(DataError, match=r"train a new champion with data\.stratify=stable"):
         retrain(world, capsys)
