@@ -153,7 +153,8 @@ def test_the_loop_repairs_a_drifted_model(world, capsys):
     # Wrong labels, also in the test split, let a bad version pass; right labels withdraw it.
     mislabelled = world.send(600, noise=(1.2, 1.2))
     world.label(mislabelled, ("green", "blue", "red"))
-    code, result = world.retrain(capsys, "--when=labels", "--config.train.epochs=12")
+    flags = ("--when=labels", "--config.train.epochs=12", "--config.train.batch_size=16")
+    code, result = world.retrain(capsys, *flags)
     assert (code, result["action"]) == (0, "promoted"), result
     bad_version = result["attempt"]["version"]
     world.wait_for(bad_version)
