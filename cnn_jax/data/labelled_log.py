@@ -115,7 +115,7 @@ def read_examples(
         left out.
       model: Only images that were predicted under this name; by default the images of all models.
       previous: Earlier examples, which stay, in their order, also if the logs lack them now. A
-        later label replaces their label.
+        label in the logs replaces their label.
 
     Raises:
       DataError: A folder is not a request log, or only models with other classes wrote to it.
