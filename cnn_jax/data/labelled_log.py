@@ -38,10 +38,10 @@ _SCHEMA = pa.schema(
 _COLUMNS = ("request_id", "image_index", "model", "digest", "image")
 
 # The kinds of labelled images that are left out.
-NO_IMAGE = "labelled, but stored without an image"
-NO_REQUEST = "labelled, but not in the request log"
-OTHER_MODEL = "labelled, but of models with other classes"
-DAMAGED = "labelled, but damaged"
+NO_IMAGE = "labels of images that were not stored"
+NO_REQUEST = "labels of images that no log has"
+OTHER_MODEL = "labelled images of models with other classes"
+DAMAGED = "damaged labelled images"
 LOGGED_TWICE = "copies of other logged images"
 
 # A request id and the index of an image in the request.
@@ -115,7 +115,7 @@ def read_examples(
         left out.
       model: Only images that were predicted under this name; by default the images of all models.
       previous: Earlier examples, which stay, in their order, also if the logs lack them now. A
-        later label replaces their label.
+        label in the logs replaces their label.
 
     Raises:
       DataError: A folder is not a request log, or only models with other classes wrote to it.

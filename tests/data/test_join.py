@@ -145,6 +145,8 @@ def test_classes_that_the_data_lacks_are_left_out_and_move_nothing(folder, tmp_p
     dataset = _open(source)
     assert [i.split("/")[1] for i in dataset.source.ids[60:]] == [request_id(0), request_id(2)]
     assert dataset.source.ignored == {NEW_CLASS: 1}
+    summary = " ".join(dataset.findings.summary())
+    assert "ignored: 1 logged image of a class that the data lacks" in summary
     before = _splits(dataset)
     write_labels(tmp_path / "log", {0: "pink"}, when=2)
     assert _splits(_open(source)).items() <= before.items()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from request_logs import NAMES, request_id, write_images_to_log, write_labels
 
 from cnn_jax.data import labelled_log
+from cnn_jax.data.files import _IN_WORDS
 from cnn_jax.data.labelled_log import open_log, read_examples, read_snapshot, write_snapshot
 from cnn_jax.system.errors import DataError
 
@@ -45,6 +46,7 @@ def test_labelled_images_are_examples_in_the_order_of_their_labels(log):
 
 def test_the_latest_label_is_used_and_the_first_decides_the_order(log):
     write_labels(log, {3: "blue"}, when=30)
+    write_labels(log, {3: "red"}, when=25)  # An older label that was written later.
     write_labels(log, {0: None}, when=31)  # A reward is no label.
     assert list(_names(read_examples([log], NAMES)).items()) == [
         (3, "blue"),
@@ -78,6 +80,9 @@ def test_images_that_are_no_examples_are_counted(log):
         labelled_log.NO_REQUEST: 1,
     }
     assert _names(examples)[12] == "pink"
+    assert (
+        len(_IN_WORDS.keys() & {v for v in vars(labelled_log).values() if isinstance(v, str)}) == 5
+    )
     assert open_log([log], NAMES).labels[-1] == -1
 
 
