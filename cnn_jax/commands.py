@@ -32,6 +32,7 @@ COMMANDS = {
     "serve": ("serve", "answer requests over HTTP"),
     "monitor": ("monitor", "find drift and lost accuracy while serving"),
     "label": ("label", "label images of the request log"),
+    "retrain": ("retrain", "retrain on labels, and promote by evidence"),
     "cache": ("cache", "show or clear the files kept between runs"),
 }
 

@@ -16,11 +16,12 @@ from collections.abc import Callable, Sequence
 
 from cnn_jax.config.schema import SOURCE_FORMS, SPLIT_RULES, SPLITS
 from cnn_jax.data import Track, no_track
+from cnn_jax.data.duplicates import MAX_DISTANCE, NEAR_DISTANCE
 from cnn_jax.data.files import check_output
 from cnn_jax.data.preprocessing import MAX_PIXELS
 from cnn_jax.data.sources import absolute, listed_folder, open_source
 from cnn_jax.data.splits import Division
-from cnn_jax.data.survey import MAX_DISTANCE, NEAR_DISTANCE, Survey, survey
+from cnn_jax.data.survey import Survey, survey
 from cnn_jax.report.survey_text import summarize
 from cnn_jax.system import cli
 from cnn_jax.system.console import Console

@@ -12,7 +12,8 @@ import numpy as np
 
 from cnn_jax.compress import prune
 from cnn_jax.config import files, schema
-from cnn_jax.config.schema import PREPROCESSING_KEYS, Config, default_config
+from cnn_jax.config.resolve import bundle_values
+from cnn_jax.config.schema import Config, default_config
 from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset, check_trainable
 from cnn_jax.data.sources import absolute
@@ -29,8 +30,6 @@ from cnn_jax.training.loop import train_and_evaluate
 # The number of training images that determine the importance of channels.
 _IMPORTANCE_IMAGES = 1024
 _SPLITS = ("validation", "test")
-# The keys of the preprocessing that pretrained weights do not determine.
-_IMAGE_KEYS = ("max_pixels", "white_level")
 # The only key of the section `model` that the user can set.
 _DROPOUT = "model.dropout"
 # The keys whose automatic values depend on the machine.
@@ -271,23 +270,11 @@ def _fixed_values(bundle: Bundle, source: str, epochs: int) -> dict[str, Any]:
       source: The training data.
       epochs: The number of epochs.
     """
-    division, preprocessing = bundle.data["division"], dataclasses.asdict(bundle.preprocessing)
-    return {
-        # With the same seed and rule, the splits are the same, so no test image is trained on.
-        "seed": division["seed"],
+    return bundle_values(bundle) | {
+        # The splits are those of the bundle, so no test image is trained on.
+        "seed": bundle.data["division"]["seed"],
         "data.split_seed": -1,
-        "data.folds": division.get("folds", 0),
-        "data.fold": division.get("fold", 0),
         "data.source": source,
-        "data.split": tuple(division["fractions"]),
-        "data.stratify": division["rule"],
-        "data.group": division["group"],
-        "data.keep_splits": division["keep_splits"],
-        **{f"data.{key}": preprocessing[key] for key in (*PREPROCESSING_KEYS, *_IMAGE_KEYS)},
-        "data.preprocessing": "config",
-        "data.max_unreadable": bundle.data["max_unreadable"],
-        "data.allow_outside": bundle.data["allow_outside"],
-        **{f"model.{key}": value for key, value in files.flat(bundle.model).items()},
         "checkpoint.restore_step": 0,
         "train.epochs": epochs,
         "train.from_stage": "",

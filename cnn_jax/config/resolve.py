@@ -1,5 +1,6 @@
-"""A function that replaces a configuration's automatic values and makes its paths absolute."""
+"""Functions that replace the automatic values of a configuration, or take values from a bundle."""
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 import jax
 
+from cnn_jax.config.files import flat
 from cnn_jax.config.schema import (
     PREPROCESSING_KEYS,
     Config,
@@ -16,11 +18,14 @@ from cnn_jax.config.schema import (
     weights_preprocessing_keys,
 )
 from cnn_jax.data.sources import absolute
-from cnn_jax.inference.bundle import digest, find_bundle
+from cnn_jax.inference.bundle import Bundle, digest, find_bundle
 from cnn_jax.models import NETWORKS, hub
 from cnn_jax.models.network import compute_dtype
 from cnn_jax.models.pretrained import check_network, open_weights
 from cnn_jax.system.errors import ConfigError, MissingBundleError
+
+# The keys of the preprocessing that pretrained weights do not determine.
+_IMAGE_KEYS = ("max_pixels", "white_level")
 
 
 def resolve(
@@ -79,6 +84,28 @@ def resolve(
                 "set augment.place=device too"
             )
     return resolved
+
+
+def bundle_values(bundle: Bundle) -> dict[str, Any]:
+    """Returns the values of the configuration keys that a bundle determines, by key.
+
+    They are the keys of the images, of the splits and of the network, but not the source.
+    """
+    division, preprocessing = bundle.data["division"], dataclasses.asdict(bundle.preprocessing)
+    return {
+        "data.split_seed": division["seed"],
+        "data.folds": division.get("folds", 0),
+        "data.fold": division.get("fold", 0),
+        "data.split": tuple(division["fractions"]),
+        "data.stratify": division["rule"],
+        "data.group": division["group"],
+        "data.keep_splits": division["keep_splits"],
+        **{f"data.{key}": preprocessing[key] for key in (*PREPROCESSING_KEYS, *_IMAGE_KEYS)},
+        "data.preprocessing": "config",
+        "data.max_unreadable": bundle.data["max_unreadable"],
+        "data.allow_outside": bundle.data["allow_outside"],
+        **{f"model.{key}": value for key, value in flat(bundle.model).items()},
+    }
 
 
 def _absolute_path(text: str) -> pathlib.Path:

@@ -43,9 +43,15 @@ RESIDENCIES = ("none", "disk", "memory", "device")
 PREPROCESSING_KEYS = ("image_size", "mean", "std", "resize", "crop_ratio", "interpolation")
 FLIPS = ("none", "horizontal", "vertical", "horizontal_and_vertical")
 SOURCE_FORMS = (
-    "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT]"
+    "shapes, shapes:N, folder:PATH, classes:PATH, splits:PATH, csv:PATH or tfds:NAME[:SPLIT], "
+    "also with +log:DIR at its end"
 )
-SOURCE_PATTERN = re.compile(r"shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):.+", re.DOTALL)
+# Text in the name of a source before the folder of a request log.
+LOG_MARK = "+log:"
+_PATH = r"((?!\+log:).)+"
+SOURCE_PATTERN = re.compile(
+    rf"(shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):{_PATH})(\+log:{_PATH})*", re.DOTALL
+)
 OPTIMIZERS = ("adam", "adamw", "sgd", "lion")
 SCHEDULES = ("cosine", "one_cycle")
 MONITORS = tuple(f"validation_{name}" for name in ("accuracy", "precision", "recall", "f1", "loss"))

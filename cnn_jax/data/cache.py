@@ -32,6 +32,7 @@ _OWN_FILES = {
     "pixels": _OWN_FILE,
     "scans": _OWN_FILE,
     "features": _OWN_FILE,
+    "looks": _OWN_FILE,
     COMPILED: re.compile(r".+-[0-9a-f]{64}-cache"),
 }
 # The length of a day in seconds.

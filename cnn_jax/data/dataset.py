@@ -22,8 +22,9 @@ from cnn_jax.data.findings import (
     too_unreadable,
     value_ranges,
 )
-from cnn_jax.data.pipeline import Loader, choose_workers
-from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.join import OTHER_SIZE, Joined, Part, join, make_part
+from cnn_jax.data.pipeline import Loader, choose_workers, load_image
+from cnn_jax.data.preprocessing import Preprocessing, unscaled
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source, fingerprint
 from cnn_jax.data.splits import Division
@@ -94,23 +95,86 @@ def open_dataset(
     values = value_ranges(records, preprocessing)
     _check_readable(listing, unreadable, max_unreadable, values)
     records = [records[row] for row in rows]
-    contents = [record.pixels for record in records]
-    splits = division.divide(source, contents)
+    splits = division.divide(source, [record.pixels for record in records])
+    more_pixels = None
+    if listing.log is not None:
+
+        def load(position: int) -> Pixels:
+            if pixels is None:
+                return load_image(source, position, preprocessing)
+            return np.asarray(pixels[rows[position]])
+
+        part = make_part(source, records, preprocessing, load, track)
+        joined, more_pixels = join_log(part, listing.log, splits, division, preprocessing, track)
+        source, records, splits = joined.source, joined.records, joined.splits
+        rows = np.concatenate([rows, len(listing) + joined.rows])
+        if pixels is not None and residency != "disk":
+            pixels, more_pixels = np.concatenate([pixels, more_pixels]), None
     return Dataset(
         loader=Loader(
             source,
             preprocessing,
             pixels=pixels,
+            more_pixels=more_pixels if pixels is not None else None,
             rows=rows if pixels is not None else None,
             on_device=residency == "device",
             workers=choose_workers(workers) if pixels is None else 0,
         ),
         splits=splits,
         fingerprint=fingerprint(source, [record.digest for record in records], splits),
-        contents=contents,
+        contents=[record.pixels for record in records],
         findings=find(source, records, division, splits, unreadable, values),
         residency=residency,
     )
+
+
+def join_log(
+    base: Part,
+    listing: Source,
+    splits: Mapping[str, Int[np.ndarray, " _"]],
+    division: Division,
+    preprocessing: Preprocessing,
+    track: Track = no_track,
+) -> tuple[Joined, UInt8[np.ndarray, "rows height width 3"]]:
+    """Scans the labelled images of request logs, and adds them to the examples of a source.
+
+    Args:
+      base: The examples of the source.
+      listing: The labelled images, from `open_source`.
+      splits: The positions of the examples of the source, by split.
+      division: How the source was divided.
+      preprocessing: How images are resized; logged images are resized already.
+      track: Shows progress.
+
+    Returns:
+      The examples, and the pixels of all logged images.
+
+    Raises:
+      DataError: No image has the size of the network's input.
+    """
+    height, width = preprocessing.image_size
+    preprocessing = unscaled(preprocessing)
+    records: list[Record] = []
+    pixels = np.zeros((0, height, width, 3), np.uint8)
+    if len(listing):
+        records, scanned = _scan(listing, preprocessing, "memory", track)
+        assert scanned is not None
+        pixels = scanned
+    sizes = [(r.header.height, r.header.width) if r.header else None for r in records]
+    rows = np.array([row for row, size in enumerate(sizes) if size == (height, width)], int)
+    if len(listing) and not len(rows):
+        other = next((f"{size[1]} x {size[0]} pixels" for size in sizes if size), "unreadable")
+        raise DataError(
+            f"{listing.name}: the logged images are {other}, and the network's input is {width} x "
+            f"{height} pixels; set data.image_size to the size of the network that was served"
+        )
+    source = listing.select(rows)
+    if left_out := len(listing) - len(rows):
+        source = dataclasses.replace(source, ignored={**source.ignored, OTHER_SIZE: left_out})
+    records = [records[row] for row in rows]
+    log = make_part(source, records, preprocessing, lambda i: pixels[rows[i]], track)
+    joined = join(base, log, splits, division)
+    return dataclasses.replace(joined, rows=rows[joined.rows]), pixels
 
 
 def choose_residency(
@@ -143,7 +207,8 @@ def choose_residency(
 
 
 def _decoded_bytes(listing: Source, preprocessing: Preprocessing) -> int:
-    return len(listing) * math.prod(preprocessing.image_size) * 3
+    images = len(listing) + (len(listing.log) if listing.log is not None else 0)
+    return images * math.prod(preprocessing.image_size) * 3
 
 
 def memory_bytes() -> int:

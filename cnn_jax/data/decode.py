@@ -16,6 +16,7 @@ the user must set it (`data.white_level`).
 
 import contextlib
 import dataclasses
+import hashlib
 import io
 import math
 import re
@@ -325,6 +326,13 @@ def load(encoded: bytes, preprocessing: Preprocessing) -> Pixels:
     """
     pixels = decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
     return resize(pixels, preprocessing)
+
+
+def pixel_digest(pixels: Pixels) -> str:
+    """Returns the sha256 of decoded pixels and their shape, hexadecimal, 32 digits."""
+    digest = hashlib.sha256(np.ascontiguousarray(pixels).data)
+    digest.update(f"{pixels.shape[0]}x{pixels.shape[1]}".encode())
+    return digest.hexdigest()[:32]
 
 
 def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, white_level: float = 0) -> Pixels:

@@ -81,6 +81,36 @@ _IN_WORDS = {
     # The module `tfds` uses the following kinds.
     "without a label": ("example without a label", "examples without a label"),
     "in other splits": ("example in another split", "examples in other splits"),
+    # The modules `labelled_log` and `join` use the following kinds.
+    "labels of images that were not stored": (
+        "label of an image that was not stored",
+        "labels of images that were not stored",
+    ),
+    "labels of images that no log has": (
+        "label of an image that no log has",
+        "labels of images that no log has",
+    ),
+    "labelled images of models with other classes": (
+        "labelled image of a model with other classes",
+        "labelled images of models with other classes",
+    ),
+    "damaged labelled images": ("damaged labelled image", "damaged labelled images"),
+    "copies of other logged images": (
+        "copy of another logged image",
+        "copies of other logged images",
+    ),
+    "copies of images of the data": (
+        "copy of an image of the data",
+        "copies of images of the data",
+    ),
+    "logged images of a class that the data lacks": (
+        "logged image of a class that the data lacks",
+        "logged images of classes that the data lacks",
+    ),
+    "logged images of another size": (
+        "logged image of another size",
+        "logged images of other sizes",
+    ),
 }
 
 

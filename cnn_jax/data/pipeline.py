@@ -27,7 +27,7 @@ from jaxtyping import Int, UInt8
 from cnn_jax.data import augment, scan
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.decode import load
-from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.preprocessing import Preprocessing, unscaled
 from cnn_jax.data.source import Source
 from cnn_jax.system.errors import DataError
 
@@ -52,6 +52,7 @@ class Loader:
       on_device: Whether the pixels are on the device. A batch then contains row numbers
         instead of images.
       workers: The number of worker processes that decode; 0: threads of this process.
+      more_pixels: The pixels of further images, whose rows follow those of `pixels`.
     """
 
     source: Source
@@ -60,6 +61,7 @@ class Loader:
     rows: Int[np.ndarray, " n"] | None = None
     on_device: bool = False
     workers: int = 0
+    more_pixels: UInt8[np.ndarray, "more height width 3"] | None = None
 
     def load(self, indices: Int[np.ndarray, " batch"]) -> NumpyBatch:
         """Loads the examples at these positions in the source, and returns them as a batch.
@@ -76,7 +78,13 @@ class Loader:
             rows = self.rows[indices]
             if self.on_device:
                 return {"row": rows.astype(np.int32), "label": labels}
-            images = np.asarray(self.pixels[rows])
+            if self.more_pixels is None:
+                images = np.asarray(self.pixels[rows])
+            else:
+                last = len(self.pixels) - 1
+                images = np.asarray(self.pixels[np.minimum(rows, last)])
+                is_more = rows > last
+                images[is_more] = self.more_pixels[rows[is_more] - last - 1]
         else:
             images = np.empty((len(indices), *self.preprocessing.image_size, 3), np.uint8)
             for row, index in enumerate(indices.tolist()):
@@ -92,6 +100,8 @@ def load_image(
     Raises:
       DataError: The image cannot be read or decoded; the message names the image.
     """
+    if source.logged is not None and source.logged[index]:
+        preprocessing = unscaled(preprocessing)
     try:
         with scan.one_large_file_at_a_time(source, index):
             encoded = scan.read_example(source, index, preprocessing.max_pixels)

@@ -52,6 +52,11 @@ class Preprocessing:
         return cls(**(values | tuples))
 
 
+def unscaled(preprocessing: Preprocessing) -> Preprocessing:
+    """Returns the preprocessing of images that already have the size of the network's input."""
+    return dataclasses.replace(preprocessing, resize="stretch", crop_ratio=1.0)
+
+
 # The default preprocessing: 224 x 224 pixels, and inputs in [-1, 1].
 SPECIFICATION = Preprocessing()
 

@@ -292,6 +292,7 @@ def read_requests(
     since: float = 0.0,
     *,
     with_labelled: bool = True,
+    ids: pa.ChunkedArray | None = None,
 ) -> pa.Table:
     """Returns the recorded images of all servers, while the servers may be writing.
 
@@ -300,6 +301,7 @@ def read_requests(
       columns: The columns of `REQUESTS` to read; by default all columns.
       since: In seconds since the epoch; files without later rows are not read.
       with_labelled: Whether to read also the rows of deleted files to which there is feedback.
+      ids: The request ids of the rows to read, at least one; by default all rows.
 
     Raises:
       DataError: The folder is not a request log, or a file cannot be read.
@@ -307,7 +309,7 @@ def read_requests(
     # A deleted file's rows that have feedback move from the first folder to the second, so this
     # order misses none of them.
     names = ("requests", "labelled") if with_labelled else ("requests",)
-    return _read_folders(folder, names, REQUESTS, columns, since)
+    return _read_folders(folder, names, REQUESTS, columns, since, ids)
 
 
 def read_feedback(folder: str | os.PathLike[str]) -> pa.Table:
@@ -494,6 +496,16 @@ def class_names(folder: str | os.PathLike[str], digest: str) -> list[str]:
         return json.loads(path.read_text("utf-8"))["class_names"]
     except (OSError, ValueError, KeyError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
+
+
+def model_classes(folder: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Returns the class names of all bundles that have predicted images of a log, by digest.
+
+    Raises:
+      DataError: A file cannot be read.
+    """
+    paths = (pathlib.Path(folder) / "models").glob("[!.]*.json")
+    return {path.stem: class_names(folder, path.stem) for path in sorted(paths)}
 
 
 def write_class_names(folder: pathlib.Path, digest: str, names: Sequence[str]) -> None:

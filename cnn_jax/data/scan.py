@@ -91,11 +91,10 @@ def examine(encoded: bytes, preprocessing: Preprocessing) -> tuple[Record, Pixel
         return Record(digest, "", None, str(error), None, error.format), None
     except DataError as error:
         return Record(digest, "", None, str(error)), None
-    shape = f"{pixels.shape[0]}x{pixels.shape[1]}"
-    return Record(digest, _digest(pixels.data, shape.encode()), header, None, values), pixels
+    return Record(digest, decode.pixel_digest(pixels), header, None, values), pixels
 
 
-def _digest(*parts: bytes | memoryview) -> str:
+def _digest(*parts: bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 # The usual names of splits in data sets, and the split that each name means.
 SPLIT_NAMES = {
@@ -40,6 +40,10 @@ class Source:
       remarks: Warnings about the data, one sentence each.
       split_folders: The split of each folder that contains the classes of a split, such as
         {"train": "train", "seg_test/seg_test": "test"}.
+      log: The labelled images of request logs that belong to the source and are not yet among
+        its examples; `join.join` adds them.
+      logged: Whether each example is an image of a request log, which already has the size of
+        the network's input; None if no example is.
     """
 
     name: str
@@ -54,6 +58,8 @@ class Source:
     ignored: dict[str, int] = dataclasses.field(default_factory=dict)
     remarks: list[str] = dataclasses.field(default_factory=list)
     split_folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    log: "Source | None" = None
+    logged: Bool[np.ndarray, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -89,6 +95,7 @@ class Source:
             sizes=pick(self.sizes),
             versions=pick(self.versions),
             own_splits=pick(self.own_splits),
+            logged=None if self.logged is None else self.logged[indices],
         )
 
     def without_empty_classes(self) -> "Source":

@@ -6,13 +6,16 @@ classes:PATH        a folder in which each sub-folder is a class, even if it is 
 splits:PATH         a folder in which each sub-folder is a split
 csv:PATH            a table with the columns path, label and optionally split
 tfds:NAME[:SPLIT]   a data set of TensorFlow Datasets
+SOURCE+log:DIR      one of these, and the labelled images of a request log or of a snapshot of it
 """
 
+import dataclasses
 import pathlib
 
-from cnn_jax.config.schema import SOURCE_FORMS, SOURCE_PATTERN, source_hint
+from cnn_jax.config.schema import LOG_MARK, SOURCE_FORMS, SOURCE_PATTERN, source_hint
 from cnn_jax.data import Track, no_track, shapes
 from cnn_jax.data.files import open_csv, open_folder
+from cnn_jax.data.labelled_log import open_log
 from cnn_jax.data.source import Source
 from cnn_jax.data.tfds import open_tfds
 from cnn_jax.system.errors import ConfigError
@@ -21,16 +24,21 @@ _FOLDERS = ("folder", "classes", "splits")
 
 
 def absolute(name: str) -> str:
-    """Makes the path in a source's name absolute, so that it is valid in any working directory."""
-    kind, _, path = name.partition(":")
-    if kind not in (*_FOLDERS, "csv") or not path:
-        return name
-    return f"{kind}:{pathlib.Path(path).expanduser().absolute()}"
+    """Makes the paths in a source's name absolute, so that any working directory can be used."""
+    base, *logs = name.split(LOG_MARK)
+    kind, _, path = base.partition(":")
+    if kind in (*_FOLDERS, "csv") and path:
+        base = f"{kind}:{_absolute_path(path)}"
+    return LOG_MARK.join([base, *(log and str(_absolute_path(log)) for log in logs)])
+
+
+def _absolute_path(path: str) -> pathlib.Path:
+    return pathlib.Path(path).expanduser().absolute()
 
 
 def listed_folder(name: str) -> pathlib.Path | None:
     """Returns the folder from which a source lists images; None if the source is not a folder."""
-    kind, _, path = name.partition(":")
+    kind, _, path = name.partition(LOG_MARK)[0].partition(":")
     return pathlib.Path(path).expanduser() if kind in _FOLDERS and path else None
 
 
@@ -38,7 +46,7 @@ def open_source(name: str, track: Track = no_track, allow_outside: bool = False)
     """Opens a source by the name given in `data.source` or `--source`.
 
     Args:
-      name: One of `SOURCE_FORMS`.
+      name: One of `SOURCE_FORMS`, and `+log:DIR` for each request log.
       track: Shows progress.
       allow_outside: Whether links in a folder, and paths in a table, may lead to files outside
         the folder.
@@ -49,6 +57,16 @@ def open_source(name: str, track: Track = no_track, allow_outside: bool = False)
     """
     if not SOURCE_PATTERN.fullmatch(name):
         raise ConfigError(f"a source must be {SOURCE_FORMS}, got {name!r}{source_hint(name)}")
+    base, *logs = name.split(LOG_MARK)
+    source = _open_base(base, track, allow_outside)
+    if not logs:
+        return source
+    folders = [pathlib.Path(log).expanduser() for log in logs]
+    return dataclasses.replace(source, log=open_log(folders, source.class_names))
+
+
+def _open_base(name: str, track: Track, allow_outside: bool) -> Source:
+    """Opens a source without request logs."""
     kind, _, rest = name.partition(":")
     if kind in _FOLDERS:
         return open_folder(rest, name, allow_outside)

@@ -90,7 +90,15 @@ class Division:
         Raises:
           DataError: A path does not match the pattern.
         """
-        return group_names(source.paths, self.group, source.name) if self.group else None
+        if not self.group:
+            return None
+        if source.logged is None:
+            return group_names(source.paths, self.group, source.name)
+        # The pattern describes the paths of files; each image of a request log is a group.
+        files = np.flatnonzero(~source.logged)
+        groups = np.array(source.ids, object)
+        groups[files] = group_names([source.paths[i] for i in files], self.group, source.name)
+        return groups.tolist()
 
     def divide(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
         """Divides the examples of a source into splits; returns the positions of each split.
@@ -114,7 +122,7 @@ class Division:
             )
             # The distance of each example's fold from the fold of the test split.
             distances = (folds - self.fold) % self.folds
-            example_splits = np.array([2, 1, *[0] * (self.folds - 2)])[distances]
+            example_splits = self._splits_by_distance[distances]
             return {name: np.flatnonzero(example_splits == i) for i, name in enumerate(SPLITS)}
         return divide(
             source.ids,
@@ -126,6 +134,25 @@ class Division:
             contents=contents,
             own_splits=source.own_splits if self.keep_splits else None,
         )
+
+    @property
+    def _splits_by_distance(self) -> Int[np.ndarray, " folds"]:
+        """The split of each fold, by the distance of the fold from the fold of the test split."""
+        return np.array([2, 1, *[0] * (self.folds - 2)])
+
+    def assign(self, contents: Sequence[str]) -> Int[np.ndarray, " n"]:
+        """Returns the position in `SPLITS` of each image, as a function of its content only.
+
+        No class and no other image has an influence, so an image never changes its split.
+
+        Args:
+          contents: A text for each image that is the same for equal images.
+        """
+        numbers = np.array([_number(content, self.seed) for content in contents])
+        if self.folds:
+            distances = (np.floor(numbers * self.folds).astype(int) - self.fold) % self.folds
+            return self._splits_by_distance[distances]
+        return np.searchsorted(np.cumsum(self.fractions)[:-1], numbers, side="right")
 
 
 def divide(

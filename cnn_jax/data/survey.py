@@ -1,17 +1,12 @@
 """The statistics and the near duplicates of a data set, found in one pass over all images.
 
-Two images are near duplicates if their perceptual hashes differ in few bits and their 8 x 8
-thumbnails in few grey levels. (The hash does not depend on colour, and it says little about
-images without structure.) Chains of near duplicates form one set. Near duplicates are only
-reported.
+Chains of near duplicates form one set. Near duplicates are only reported.
 """
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,7 +14,15 @@ from jaxtyping import Float, Int, Int64, UInt8, UInt64
 from PIL import Image
 
 from cnn_jax.data import Track, no_track, scan
+from cnn_jax.data.dataset import join_log
 from cnn_jax.data.decode import Header, Pixels
+from cnn_jax.data.duplicates import (
+    NEAR_DISTANCE,
+    THUMBNAIL_VALUES,
+    near_components,
+    perceptual_hash,
+    thumbnail,
+)
 from cnn_jax.data.findings import (
     Findings,
     count,
@@ -28,27 +31,17 @@ from cnn_jax.data.findings import (
     too_unreadable,
     value_ranges,
 )
+from cnn_jax.data.join import Joined, make_part
+from cnn_jax.data.pipeline import load_image
 from cnn_jax.data.preprocessing import MAX_PIXELS, Preprocessing
 from cnn_jax.data.scan import Record
 from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS, Division
 from cnn_jax.system.errors import DataError, printable
 
-# By default, the 64-bit hashes of two near duplicates differ in at most this number of bits.
-NEAR_DISTANCE = 4
 # The default value of data.max_unreadable.
 _MAX_UNREADABLE = 0.01
-# The mean difference between the thumbnails of two near duplicates has an upper limit, in grey
-# levels: a constant for the noise of encoders, plus a fraction of the image's contrast.
-_NOISE, _SHARE_OF_CONTRAST = 1.0, 0.25
-_THUMBNAIL = (8, 8)
-# The largest allowed distance between hashes, in bits. With a larger distance, most images of any
-# data set would count as near duplicates.
-MAX_DISTANCE = 12
-_HASH_BITS = 64
 _LEVELS = 256
-# To limit the memory use, pairs of hashes are compared in blocks of about this number of pairs.
-_BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,8 +266,18 @@ def survey(
     source, rows, unreadable = scan.readable(listing, records)
     records = [records[row] for row in rows]
     splits = division.divide(source, [record.pixels for record in records])
+    hashes, thumbnails = hashes[rows], thumbnails[rows]
+    if listing.log is not None and len(listing.log):
+        joined = _join(source, records, listing.log, splits, division, preprocessing, track)
+        source, records, splits = joined.source, joined.records, joined.splits
+        _, *more, log_levels = _pass(listing.log.select(joined.rows), preprocessing, track)
+        hashes, thumbnails = (
+            np.concatenate([hashes, more[0]]),
+            np.concatenate([thumbnails, more[1]]),
+        )
+        levels += log_levels
     findings = find(source, records, division, splits, unreadable, values)
-    alike = _groups(near_components(hashes[rows], thumbnails[rows], distance))
+    alike = _groups(near_components(hashes, thumbnails, distance))
     return Survey(
         findings=findings,
         preprocessing=preprocessing,
@@ -288,6 +291,30 @@ def survey(
         ),
         distance=distance,
     )
+
+
+def _join(
+    source: Source,
+    records: list[Record],
+    log: Source,
+    splits: Mapping[str, Int[np.ndarray, " _"]],
+    division: Division,
+    preprocessing: Preprocessing,
+    track: Track,
+) -> Joined:
+    """Adds the labelled images of request logs, as training at their size would add them.
+
+    The other parameters of the network's preprocessing are not known, and have their defaults.
+    """
+    headers = [r.header for r in scan.scan(log, preprocessing, None, track) if r.header]
+    (size, _), *_ = _commonest([(header.height, header.width) for header in headers])
+    preprocessing = dataclasses.replace(preprocessing, image_size=size)
+
+    def load(position: int) -> Pixels:
+        return load_image(source, position, preprocessing)
+
+    part = make_part(source, records, preprocessing, load, track)
+    return join_log(part, log, splits, division, preprocessing, track)[0]
 
 
 def _pass(
@@ -318,17 +345,15 @@ def _pass(
         record, pixels = scan.examine(encoded, preprocessing)
         if pixels is None:
             return record
-        image = Image.fromarray(pixels)
         # Pillow computes a histogram much faster than NumPy, and releases the global interpreter
         # lock (GIL), so the threads run in parallel.
-        levels = np.array(image.histogram(), np.int64)
-        thumbnail = np.asarray(image.resize(_THUMBNAIL, Image.Resampling.BOX)).ravel()
-        return record, perceptual_hash(pixels), thumbnail, levels
+        levels = np.array(Image.fromarray(pixels).histogram(), np.int64)
+        return record, perceptual_hash(pixels), thumbnail(pixels), levels
 
     rows = range(len(listing))
     records: list[Record] = []
     hashes = np.zeros(len(listing), np.uint64)
-    thumbnails = np.zeros((len(listing), math.prod(_THUMBNAIL) * 3), np.uint8)
+    thumbnails = np.zeros((len(listing), THUMBNAIL_VALUES), np.uint8)
     levels = np.zeros(3 * _LEVELS, np.int64)
     results = track(scan.on_all_cores(work, rows), "reading images", len(rows))
     for row, result in enumerate(results):
@@ -339,101 +364,6 @@ def _pass(
         records.append(record)
         levels += levels_of_image
     return records, hashes, thumbnails, levels.reshape(3, _LEVELS)
-
-
-def perceptual_hash(pixels: Pixels) -> int:
-    """Returns a hash of 64 bits that changes little when an image is resized or re-encoded.
-
-    The hash is the "pHash" of `imagehash`: the image is converted to grey and resized to 32 x 32
-    pixels. A bit says whether one of the lowest 8 x 8 frequencies of the cosine transform is above
-    the median of these frequencies.
-    """
-    import imagehash
-
-    bits = imagehash.phash(Image.fromarray(pixels)).hash
-    return int.from_bytes(np.packbits(bits).tobytes(), "big")
-
-
-def near_components(
-    hashes: UInt64[np.ndarray, " n"], thumbnails: UInt8[np.ndarray, "n 192"], distance: int
-) -> Int[np.ndarray, " n"]:
-    """Finds the sets of images that are connected by chains of near duplicates.
-
-    Args:
-      hashes: Hashes of 64 bits.
-      thumbnails: The grey levels of each image reduced to 8 x 8, R G B.
-      distance: The largest number of bits in which the hashes of near duplicates differ. Their
-        thumbnails must also have a small mean difference, relative to their contrast.
-
-    Returns:
-      The number of the set of each image.
-    """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    # Images with the same hash and the same thumbnail, such as copies, are compared only once.
-    both = np.concatenate([hashes[:, np.newaxis].view(np.uint8), thumbnails], axis=1)
-    _, first_images, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)
-    hashes, thumbnails = hashes[first_images], thumbnails[first_images]
-    part = np.arange(len(hashes))
-    contrast = thumbnails.reshape(-1, math.prod(_THUMBNAIL), 3).std(axis=1).mean(axis=1)
-    tolerance = _NOISE + _SHARE_OF_CONTRAST * contrast
-
-    def join(pairs: list[tuple[np.ndarray, np.ndarray]]) -> None:
-        first, second = (np.concatenate(ends) for ends in zip(*pairs, strict=True))
-        edges = (np.ones(len(first), bool), (part[first], part[second]))
-        graph = coo_array(edges, shape=(len(hashes), len(hashes)))
-        part[:] = connected_components(graph, directed=False)[1][part]
-
-    waiting: list[tuple[np.ndarray, np.ndarray]] = []
-    number = 0
-    for first, second in near_pairs(hashes, distance):
-        apart = np.abs(thumbnails[first].astype(np.int16) - thumbnails[second]).mean(axis=1)
-        is_near = apart <= np.minimum(tolerance[first], tolerance[second])
-        waiting.append((first[is_near], second[is_near]))
-        number += int(is_near.sum())
-        # The connected components are updated after each block of pairs, because all pairs may not
-        # fit into memory.
-        if number > _BLOCK:
-            join(waiting)
-            waiting, number = [], 0
-    if waiting:
-        join(waiting)
-    return part[inverse]
-
-
-def near_pairs(
-    hashes: UInt64[np.ndarray, " n"], distance: int
-) -> Iterator[tuple[Int[np.ndarray, " _m"], Int[np.ndarray, " _m"]]]:
-    """Yields all pairs of positions whose hashes differ in at most `distance` bits.
-
-    The bits are divided into distance + 1 bands. Two such hashes are equal in at least one
-    band, so only hashes with an equal band are compared. A pair with several equal bands is
-    yielded several times.
-
-    Args:
-      hashes: Hashes of 64 bits.
-      distance: From 0 to 63.
-
-    Yields:
-      The first and the second position of some pairs.
-    """
-    edges = np.linspace(0, _HASH_BITS, distance + 2).astype(int)
-    for low, high in itertools.pairwise(edges.tolist()):
-        band = (hashes >> np.uint64(low)) & np.uint64((1 << (high - low)) - 1)
-        order = np.argsort(band, kind="stable")
-        ordered = hashes[order]
-        cuts = np.flatnonzero(np.diff(band[order])) + 1
-        starts, ends = np.r_[0, cuts], np.r_[cuts, len(hashes)]
-        for start, end in zip(starts, ends, strict=True):
-            while end - start > 1:
-                stop = min(start + max(_BLOCK // (end - start), 1), end)
-                differing = ordered[start:stop, np.newaxis] ^ ordered[np.newaxis, start:end]
-                first, second = np.nonzero(np.bitwise_count(differing) <= distance)
-                is_new = first < second
-                if is_new.any():
-                    yield order[start + first[is_new]], order[start + second[is_new]]
-                start = stop
 
 
 def _groups(parts: Int[np.ndarray, " n"]) -> list[list[int]]:

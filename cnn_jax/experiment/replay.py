@@ -27,6 +27,10 @@ logger = logging.getLogger(__name__)
 _BATCH = 64
 
 
+class NoLabelsError(DataError):
+    """The logs have no labelled image of the model, with its pixels, in the period."""
+
+
 def replay(
     registry: Registry,
     challenger: Version,
@@ -53,7 +57,8 @@ def replay(
     Raises:
       BundleError: A version is damaged.
       ConfigError: Both versions are the same.
-      DataError: A log cannot be used, has no rows of the model, or has no labelled image.
+      NoLabelsError: The logs have no labelled image of the model in the period.
+      DataError: A log cannot be used.
     """
     if challenger.number == champion.number:
         raise ConfigError(f"both versions are {champion}: name two versions")
@@ -116,7 +121,7 @@ def _read(
     models = sorted(rows["model"].unique().to_pylist())
     if model not in models:
         found = printable(", ".join(models)) or "(none)"
-        raise DataError(f"{name} has no images of the model {model}; it has: {found}")
+        raise NoLabelsError(f"{name} has no images of the model {model}; it has: {found}")
     own = [row for row in rows.to_pylist() if row["model"] == model and row["shadow_of"] is None]
     check_unique(own, folders)
     recent = [row for row in own if row["time"].timestamp() >= since]
@@ -134,7 +139,7 @@ def _read(
             if labelled
             else "send labels with POST /feedback, or choose an earlier --since"
         )
-        raise DataError(
+        raise NoLabelsError(
             f"{name}: of {len(recent):,} images of {model} since {moment}, {len(labelled):,} have "
             f"a label and none of these has the image itself: {advice}"
         )

@@ -158,17 +158,15 @@ def evaluate(
 
 
 def labelled_split(
-    predictor: Predictor, dataset: Dataset, split: str
+    predictor: Predictor, dataset: Dataset, split: str, *, warn: bool = True
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Returns the positions of a split's images, and their labels in the predictor's class order.
-
-    For a trained predictor, a warning is logged if the network may have been trained on some of the
-    images.
 
     Args:
       predictor: A loaded bundle or any other predictor.
       dataset: The data set.
       split: "train", "validation", "test" or "all".
+      warn: Whether to log a warning if the network may have been trained on some of the images.
 
     Returns:
       The positions of the images in the source, and the position of each image's class in
@@ -188,7 +186,7 @@ def labelled_split(
     indices = np.arange(len(source)) if split == "all" else dataset.splits[split]
     if not len(indices):
         raise DataError(f"{source.name} has no images in its {split} split")
-    if isinstance(predictor, TrainedPredictor):
+    if warn and isinstance(predictor, TrainedPredictor):
         _warn_of_training_images(predictor, dataset, split)
     to_predictor = np.array([predictor.class_names.index(name) for name in source.class_names])
     return indices, to_predictor[source.labels[indices]]

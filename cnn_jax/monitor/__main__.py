@@ -22,6 +22,7 @@ from typing import Any
 from cnn_jax.evaluate import percent
 from cnn_jax.monitor.flags import (
     add_log_flags,
+    add_measure_flags,
     add_version_flags,
     open_rows,
     open_version,
@@ -30,8 +31,8 @@ from cnn_jax.monitor.flags import (
 from cnn_jax.monitor.gauges import describe_gauges
 from cnn_jax.monitor.labels import read_images
 from cnn_jax.monitor.rows import Folders, Rows
-from cnn_jax.monitor.windows import LAST, MAX_DROP, WINDOW, measure
-from cnn_jax.quality.drift import LEVEL, TESTS
+from cnn_jax.monitor.windows import measure
+from cnn_jax.quality.drift import TESTS
 from cnn_jax.quality.reference import Reference
 from cnn_jax.quality.trust import Distances, statistics
 from cnn_jax.system import cli
@@ -43,7 +44,6 @@ logger = logging.getLogger(__name__)
 
 # The exit code if the accuracy has fallen.
 HARM = 3
-_MIN_WINDOW = 20
 _EXAMPLES = 12
 
 
@@ -97,30 +97,7 @@ def main(argv: Sequence[str]) -> None:
     )
     add_version_flags(parser)
     add_log_flags(parser)
-    parser.add_argument(
-        "--window", type=cli.positive, default=WINDOW, metavar="N", help=f"images ({WINDOW})"
-    )
-    parser.add_argument(
-        "--last",
-        type=cli.positive,
-        default=LAST,
-        metavar="N",
-        help=f"number of latest windows to test ({LAST})",
-    )
-    parser.add_argument(
-        "--level",
-        type=cli.number("above 0 and at most 0.5", lambda value: 0 < value <= 0.5),
-        default=LEVEL,
-        metavar="P",
-        help=f"probability of a false alarm in one window ({LEVEL})",
-    )
-    parser.add_argument(
-        "--max_drop",
-        type=cli.fraction,
-        default=MAX_DROP,
-        metavar="RATIO",
-        help=f"decrease of the accuracy that is accepted, 0 to 1 ({MAX_DROP})",
-    )
+    add_measure_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--output", type=cli.path, metavar="FILE", help="JSON file to write")
     parser.add_argument(
@@ -134,8 +111,6 @@ def main(argv: Sequence[str]) -> None:
         help="only compute the reference statistics of --bundle, and write them to this file",
     )
     flags = parser.parse_args(argv)
-    if flags.window < _MIN_WINDOW:
-        raise ConfigError(f"--window: must be {_MIN_WINDOW} or more, got {flags.window}")
     if flags.fit_reference is not None:
         _fit_reference(flags.bundle, pathlib.Path(flags.fit_reference))
         return

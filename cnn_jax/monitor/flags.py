@@ -11,6 +11,8 @@ import safetensors.numpy
 
 from cnn_jax.inference.bundle import digest, find_bundle, read_reference, serialize_reference
 from cnn_jax.monitor.rows import Rows, read_rows
+from cnn_jax.monitor.windows import LAST, MAX_DROP, WINDOW
+from cnn_jax.quality.drift import LEVEL
 from cnn_jax.quality.reference import Reference
 from cnn_jax.registry.flags import add_registry_flag
 from cnn_jax.registry.ledger import CHAMPION, parse_reference
@@ -22,6 +24,7 @@ from cnn_jax.system.errors import ConfigError, DataError
 _SECONDS_PER_DAY = 86_400.0
 # The key of the bundle's digest in the metadata of a file with reference statistics.
 _DIGEST = "bundle"
+_MIN_WINDOW = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +77,41 @@ def add_log_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DAYS",
         help="use only the rows of this number of days; by default all rows",
     )
+
+
+def add_measure_flags(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags of the tests: --window, --last, --level and --max_drop."""
+    parser.add_argument(
+        "--window", type=_window, default=WINDOW, metavar="N", help=f"images ({WINDOW})"
+    )
+    parser.add_argument(
+        "--last",
+        type=cli.positive,
+        default=LAST,
+        metavar="N",
+        help=f"number of latest windows to test ({LAST})",
+    )
+    parser.add_argument(
+        "--level",
+        type=cli.number("above 0 and at most 0.5", lambda value: 0 < value <= 0.5),
+        default=LEVEL,
+        metavar="P",
+        help=f"probability of a false alarm in one window ({LEVEL})",
+    )
+    parser.add_argument(
+        "--max_drop",
+        type=cli.fraction,
+        default=MAX_DROP,
+        metavar="RATIO",
+        help=f"decrease of the accuracy that is accepted, 0 to 1 ({MAX_DROP})",
+    )
+
+
+def _window(text: str) -> int:
+    """Parses the value of --window; an argparse type."""
+    if (window := cli.positive(text)) < _MIN_WINDOW:
+        raise argparse.ArgumentTypeError(f"must be {_MIN_WINDOW} or more, got {window}")
+    return window
 
 
 def open_version(flags: argparse.Namespace) -> Served:

@@ -33,7 +33,7 @@ from typing import Any
 
 from cnn_jax.config.schema import SOURCE_FORMS
 from cnn_jax.registry import ledger
-from cnn_jax.registry.flags import add_registry_flag, location, required_registry
+from cnn_jax.registry.flags import add_registry_flag, location, margin, required_registry
 from cnn_jax.registry.ledger import CHAMPION, Entry, Evidence, Gates, Model, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system import cli
@@ -155,19 +155,11 @@ def _promote_flags(promote: argparse.ArgumentParser) -> None:
     )
     promote.add_argument(
         "--margin",
-        type=_margin,
+        type=margin,
         metavar="FRACTION",
         help="the difference in accuracy that --not_worse_than accepts, at least 0.0001 and below "
         "1 (0.01)",
     )
-
-
-def _margin(text: str) -> float:
-    """Parses the margin of --not_worse_than; an argparse type."""
-    margin = cli.fraction(text)
-    if not 1e-4 <= margin < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 0.0001 and below 1, got {text!r}")
-    return margin
 
 
 def _model(text: str) -> str:

@@ -1,12 +1,13 @@
 """Compares two versions of a model on the same test images, as evidence for a promotion."""
 
 import dataclasses
+import logging
 import tempfile
 
 import numpy as np
-from jaxtyping import Bool
 
 from cnn_jax.data import Track, no_track
+from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.sources import absolute
 from cnn_jax.inference.evaluation import labelled_split, open_as_trained, predict_split
 from cnn_jax.inference.exported import load_predictor
@@ -15,6 +16,27 @@ from cnn_jax.quality.noninferiority import compare
 from cnn_jax.registry.ledger import Evidence, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """The predictions of a version for the images of a split.
+
+    Attributes:
+      version: The version.
+      is_correct: Whether each image is classified correctly, by the id of the image.
+      labels: The class of each image, by the same ids.
+    """
+
+    version: Version
+    is_correct: dict[str, bool]
+    labels: dict[str, str]
+
+    @property
+    def accuracy(self) -> float:
+        return sum(self.is_correct.values()) / len(self.is_correct)
 
 
 def compare_versions(
@@ -44,38 +66,100 @@ def compare_versions(
       UserError: A version or the data cannot be used, the data has a class that a version does not
         know, there are no images to compare, or the split "all" is training data.
     """
-    reference = registry.resolve(candidate.model, alias)
     measured = []
-    for version in (reference, candidate):
-        with tempfile.TemporaryDirectory(prefix="cnn_jax-") as directory:
-            predictor = load_predictor(registry.fetch(version, directory))
-        measured.append(_measure(predictor, source, split, f"measuring {version}", track))
-    (old_correct, _), (new_correct, labels) = measured
-    ids = [one for one in new_correct if one in old_correct]
+    for version in (registry.resolve(candidate.model, alias), candidate):
+        predictor, dataset = _open(registry, version, source, split, track)
+        measured.append(_measure(version, predictor, dataset, split, track))
+    old, new = measured
+    return _compare(new, old, alias, source, margin, split)
+
+
+def compare_with_history(
+    registry: Registry,
+    candidate: Version,
+    alias: str,
+    source: str,
+    margin: float,
+    track: Track = no_track,
+) -> Evidence:
+    """Compares a version with the version of an alias, and with the best earlier version.
+
+    A version that is worse than the present one by less than the margin may pass. Without the
+    second comparison, such small losses could add up. The earlier versions are those to which the
+    alias has pointed, except versions that a rollback has withdrawn or that were removed. The best
+    is the version with the largest accuracy on the images of its present test split. An earlier
+    version that cannot predict the data, because it has other classes or another image size, is
+    left out with a warning.
+
+    The caller guarantees that no version was trained on images of the test split.
+
+    Args:
+      registry: The registry of the versions.
+      candidate: The version to promote.
+      alias: An alias.
+      source: The name of a source.
+      margin: The difference in accuracy that is still accepted, above 0 and below 1.
+      track: Shows progress.
+
+    Returns:
+      The comparison with the version of the alias. Its field `best` is the comparison with the best
+      version, unless this is the same version.
+
+    Raises:
+      UserError: See `compare_versions`.
+    """
+    predictor, dataset = _open(registry, candidate, source, "test", track)
+    new = _measure(candidate, predictor, dataset, "test", track, warn=False)
+    present = registry.resolve(candidate.model, alias)
+    numbers = {*registry.models[candidate.model].aliases[alias]} - {candidate.number}
+    earlier = {}
+    for number in sorted(numbers, key=lambda number: number != present.number):
+        version = registry.resolve(candidate.model, number)
+        try:
+            predictor, dataset = _open(registry, version, source, "test", track)
+            earlier[number] = _measure(version, predictor, dataset, "test", track, warn=False)
+        except DataError as error:
+            if version == present:
+                raise
+            logger.warning("%s is not compared: %s", version, error)
+    evidence = _compare(new, earlier[present.number], alias, source, margin, "test")
+    best = max(earlier.values(), key=lambda one: (one.accuracy, one.version == present))
+    if best.version == present:
+        return evidence
+    return dataclasses.replace(evidence, best=_compare(new, best, alias, source, margin, "test"))
+
+
+def _compare(
+    new: _Measured, old: _Measured, alias: str, source: str, margin: float, split: str
+) -> Evidence:
+    """Compares two versions on the images that both have predicted."""
+    ids = [one for one in new.is_correct if one in old.is_correct]
     if not ids:
         raise DataError(f"{source} has no image that is in the {split} split of both versions")
-    class_names = sorted({labels[one] for one in ids})
+    class_names = sorted({new.labels[one] for one in ids})
     result = compare(
-        np.array([new_correct[one] for one in ids]),
-        np.array([old_correct[one] for one in ids]),
-        np.array([class_names.index(labels[one]) for one in ids]),
+        np.array([new.is_correct[one] for one in ids]),
+        np.array([old.is_correct[one] for one in ids]),
+        np.array([class_names.index(new.labels[one]) for one in ids]),
         class_names,
         margin,
     )
     return Evidence(
-        candidate=candidate.number,
+        candidate=new.version.number,
         alias=alias,
-        reference=reference.number,
+        reference=old.version.number,
         source=absolute(source),
         split=split,
         **dataclasses.asdict(result),
     )
 
 
-def _measure(
-    predictor: TrainedPredictor, source: str, split: str, description: str, track: Track
-) -> tuple[dict[str, bool], dict[str, str]]:
-    """Returns whether each image of a split is classified correctly, and its class, by image id."""
+def _open(
+    registry: Registry, version: Version, source: str, split: str, track: Track
+) -> tuple[TrainedPredictor, Dataset]:
+    """Returns the predictor of a version, and the source as its training data was divided."""
+    with tempfile.TemporaryDirectory(prefix="cnn_jax-") as directory:
+        predictor = load_predictor(registry.fetch(version, directory))
     dataset = open_as_trained(predictor, source, track, grouped=split != "all")
     trained_on = predictor.data["fingerprint"], predictor.data["source"]
     if split == "all" and (
@@ -85,9 +169,23 @@ def _measure(
             f"{source} is the data that a version was trained on: compare with --split=test, or on "
             "images that are new to both versions"
         )
-    indices, labels = labelled_split(predictor, dataset, split)
-    probabilities = predict_split(predictor, dataset.loader, indices, track, description)
-    correct: Bool[np.ndarray, " n"] = probabilities.argmax(axis=1) == labels
+    return predictor, dataset
+
+
+def _measure(
+    version: Version,
+    predictor: TrainedPredictor,
+    dataset: Dataset,
+    split: str,
+    track: Track,
+    warn: bool = True,
+) -> _Measured:
+    """Predicts the images of a split; `warn` is whether to warn of training images."""
+    indices, labels = labelled_split(predictor, dataset, split, warn=warn)
+    probabilities = predict_split(predictor, dataset.loader, indices, track, f"measuring {version}")
+    is_correct = (probabilities.argmax(axis=1) == labels).tolist()
     ids = [dataset.source.ids[index] for index in indices]
     names = [predictor.class_names[label] for label in labels]
-    return dict(zip(ids, correct.tolist(), strict=True)), dict(zip(ids, names, strict=True))
+    return _Measured(
+        version, dict(zip(ids, is_correct, strict=True)), dict(zip(ids, names, strict=True))
+    )

@@ -34,3 +34,11 @@ def required_registry(flags: argparse.Namespace) -> str:
 def location(text: str) -> str:
     """Parses a folder or a URL, and refuses an empty text; an argparse type."""
     return text if "://" in text else cli.path(text)
+
+
+def margin(text: str) -> float:
+    """Parses the difference in accuracy that a promotion accepts; an argparse type."""
+    value = cli.fraction(text)
+    if not 1e-4 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0.0001 and below 1, got {text!r}")
+    return value

@@ -109,10 +109,21 @@ class Evidence(Comparison):
     reference: int  # The number of the alias's version.
     source: str  # The name of the source of the images.
     split: str  # "test" or "all".
+    # The comparison with the best earlier version of the alias, if the present one is not the best.
+    best: "Evidence | None" = None
 
-    def __str__(self) -> str:
+    @property
+    def comparisons(self) -> dict[str, bool]:
+        """The description of each comparison, and whether the candidate is not worse in it."""
+        found = {self._describe(f"not_worse_than={self.alias}"): self.is_not_worse}
+        if self.best is not None:
+            text = self.best._describe(f"not worse than the best earlier {self.alias}")
+            found[text] = self.best.is_not_worse
+        return found
+
+    def _describe(self, condition: str) -> str:
         text = (
-            f"not_worse_than={self.alias}: {self.candidate_correct / self.images:.2%} of "
+            f"{condition}: {self.candidate_correct / self.images:.2%} of "
             f"{self.images:,} images of {printable(self.source)} are correct, and "
             f"{self.reference_correct / self.images:.2%} with version {self.reference} "
             f"(margin {self.margin:g}, p = {self.p_value:.2g})"
@@ -346,7 +357,8 @@ class Gates:
                     f"{version.model}@{reference}: run the command again"
                 )
         if self.evidence is not None:
-            (passed if self.evidence.is_not_worse else failed).append(str(self.evidence))
+            for text, is_passed in self.evidence.comparisons.items():
+                (passed if is_passed else failed).append(text)
         if failed:
             raise RegistryError(f"{version} does not become {alias}: {'; '.join(failed)}")
         return tuple(passed)

@@ -59,7 +59,8 @@ def explanations(run: Run) -> Figures:
     labels = network.labels("test")
     height, width = predictor.preprocessing.image_size
     number = max(_PIXELS // (height * width), _MIN_IMAGES)
-    has_masks = network.source.name.partition(":")[0] == "shapes"
+    # Images of a request log have no masks.
+    has_masks = network.source.name.split(":")[0] == "shapes" and network.source.logged is None
 
     rows = stratified_sample(labels, _POINTING if has_masks else checks.MAX_IMAGES)
     rows = np.random.default_rng(0).permutation(rows)

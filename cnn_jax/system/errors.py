@@ -46,6 +46,10 @@ class TrainingError(UserError):
     """Training cannot continue."""
 
 
+class DivergedError(TrainingError):
+    """The loss or a parameter is not finite, which happens again if the run is repeated."""
+
+
 class Interrupted(_OneLine, KeyboardInterrupt):
     """A run was interrupted at the same step in all processes, and the run's state is saved."""
 

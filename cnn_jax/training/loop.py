@@ -29,7 +29,14 @@ from cnn_jax.models.network import Network, make_model
 from cnn_jax.models.pretrained import PretrainedWeights
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console, TrainingDisplay
-from cnn_jax.system.errors import BundleError, ConfigError, DataError, Interrupted, TrainingError
+from cnn_jax.system.errors import (
+    BundleError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    TrainingError,
+)
 from cnn_jax.system.signals import Interruption
 from cnn_jax.training import (
     initial_weights,
@@ -731,7 +738,7 @@ class _Clock:
         return time.perf_counter() - self._made
 
 
-def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> TrainingError:
+def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> DivergedError:
     """Returns the error for a loss or a parameter that is not finite.
 
     Args:
@@ -742,7 +749,7 @@ def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> T
     first, last = execution.first_step + 1, execution.last_step + 1
     steps = f"step {last:,}" if first == last else f"one of steps {first:,} to {last:,}"
     learning_rate = _learning_rate(schedule, execution.last_step)
-    return TrainingError(
+    return DivergedError(
         f"{name} is infinite or not a number at {steps}, where the learning rate is "
         f"{learning_rate:.2g}. Try a lower optimizer.learning_rate, "
         "optimizer.warmup_epochs=1 or precision=float32, in another --workdir. The latest "

@@ -11,10 +11,11 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from cnn_jax.data import survey as survey_module
+from cnn_jax.data.duplicates import near_components, near_pairs, perceptual_hash
 from cnn_jax.data.files import open_folder
 from cnn_jax.data.sources import open_source
 from cnn_jax.data.splits import Division
-from cnn_jax.data.survey import near_components, near_pairs, perceptual_hash, survey
+from cnn_jax.data.survey import survey
 from cnn_jax.system.errors import ConfigError, DataError
 
 

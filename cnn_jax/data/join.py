@@ -1,0 +1,232 @@
+"""Adds the labelled images of request logs to the examples of a source.
+
+No example ever changes its split. The examples of the source are divided as they would be without
+the log. An image of the log goes to the split of its near duplicates in the source or earlier in
+the log, and otherwise to a split that only its content determines.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int, UInt8
+
+from cnn_jax.config.schema import SPLITS
+from cnn_jax.data import Track, cache, no_track, scan
+from cnn_jax.data.decode import Pixels, pixel_digest
+from cnn_jax.data.duplicates import THUMBNAIL_VALUES, Looks, perceptual_hash, thumbnail
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.scan import Record
+from cnn_jax.data.source import Source
+from cnn_jax.data.splits import Division
+
+# The part of the cache key that changes when the meaning of a cached row changes.
+_VERSION = 1
+_DIGEST_BYTES, _HASH_BYTES = 16, 8
+
+# The kinds of logged images that are left out.
+KNOWN_COPY = "copies of images of the data"
+NEW_CLASS = "logged images of a class that the data lacks"
+OTHER_SIZE = "logged images of another size"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Readable examples, and what is known of their pixels at the size of the network's input.
+
+    Attributes:
+      source: The examples.
+      records: The record of each example.
+      digests: The digest of each resized image; see `decode.pixel_digest`.
+      looks: The hash and the thumbnail of each resized image.
+    """
+
+    source: Source
+    records: list[Record]
+    digests: list[str]
+    looks: Looks
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Joined:
+    """The examples of a source and of a request log, divided into splits.
+
+    Attributes:
+      source: The examples; those of the log are last.
+      records: The record of each example.
+      splits: The positions of the examples by split.
+      rows: The positions in the log of the examples that come from it.
+    """
+
+    source: Source
+    records: list[Record]
+    splits: dict[str, Int[np.ndarray, " _"]]
+    rows: Int[np.ndarray, " m"]
+
+
+def make_part(
+    source: Source,
+    records: list[Record],
+    preprocessing: Preprocessing,
+    load: Callable[[int], Pixels],
+    track: Track = no_track,
+) -> Part:
+    """Computes the digest, the hash and the thumbnail of each resized image, or reads the cache.
+
+    Args:
+      source: Readable examples.
+      records: The record of each example.
+      preprocessing: How images are resized.
+      load: Returns the resized pixels of the example at a position.
+      track: Shows progress.
+
+    Raises:
+      DataError: An image cannot be read any more.
+    """
+    import imagehash  # noqa: F401  Threads must not import it at the same time.
+
+    key = f"{_VERSION} {scan.pixels_key(records, preprocessing)}"
+    key = hashlib.sha256(key.encode()).hexdigest()[:32]
+    table = cache.read_array("looks", key)
+    shape = (len(source), _DIGEST_BYTES + _HASH_BYTES + THUMBNAIL_VALUES)
+    if table is None or table.shape != shape or table.dtype != np.uint8:
+        positions = range(len(source))
+        found = scan.on_all_cores(lambda position: _row(load(position)), positions)
+        rows = list(track(found, "comparing images", len(source)))
+        table = np.array(rows, np.uint8).reshape(shape)
+        with contextlib.suppress(OSError):  # Without the cache, the next run computes it again.
+            cache.write_array("looks", key, table)
+    digests, hashes, thumbnails = np.split(table, (_DIGEST_BYTES, _DIGEST_BYTES + _HASH_BYTES), 1)
+    hashes = np.ascontiguousarray(hashes).view(np.uint64).ravel()
+    looks = Looks(hashes, np.ascontiguousarray(thumbnails))
+    return Part(source, records, [row.tobytes().hex() for row in digests], looks)
+
+
+def _row(pixels: Pixels) -> UInt8[np.ndarray, " bytes"]:
+    """Returns the digest, the hash and the thumbnail of an image as one row of bytes."""
+    digest = np.frombuffer(bytes.fromhex(pixel_digest(pixels)), np.uint8)
+    hash_bytes = np.array([perceptual_hash(pixels)], np.uint64).view(np.uint8)
+    return np.concatenate([digest, hash_bytes, thumbnail(pixels)])
+
+
+def divide_log(
+    digests: Sequence[str],
+    looks: Looks,
+    base_splits: Int[np.ndarray, " base"],
+    division: Division,
+) -> Int[np.ndarray, " n"]:
+    """Assigns logged images to splits.
+
+    The split of an image is a function of the source and of the images that stand before it, so
+    images that are appended later have no influence. Among near duplicates in different splits,
+    test comes before validation, and validation before train: then no image of the log that looks
+    like a test image is used in training.
+
+    Args:
+      digests: The digest of each logged image.
+      looks: The hashes and the thumbnails of the images of the source, followed by those of the
+        logged images.
+      base_splits: The position in `SPLITS` of each image of the source.
+      division: The fractions and the seed of the splits.
+
+    Returns:
+      The position in `SPLITS` of each image of the source and of the log.
+    """
+    splits = np.concatenate([base_splits, division.assign(digests)])
+    for position in range(len(base_splits), len(splits)):
+        near = looks.earlier_duplicates(position)
+        if len(near):
+            splits[position] = splits[near].max()
+    return splits
+
+
+def join(
+    base: Part, log: Part, splits: Mapping[str, Int[np.ndarray, " _"]], division: Division
+) -> Joined:
+    """Adds the examples of a request log to the examples of a source.
+
+    Left out, and counted, are copies of images of the source, and images of a class that the source
+    does not have.
+
+    Args:
+      base: The examples of the source.
+      log: The examples of the log.
+      splits: The positions of the examples of the source, by split.
+      division: How the source was divided.
+    """
+    source = base.source
+    known = dict(zip(reversed(base.digests), reversed(range(len(source))), strict=True))
+    copies = {row: known[digest] for row, digest in enumerate(log.digests) if digest in known}
+    new = np.array([row for row in range(len(log.source)) if row not in copies], int)
+    base_splits = np.empty(len(source), int)
+    for position, name in enumerate(SPLITS):
+        base_splits[splits[name]] = position
+    looks = Looks(
+        np.concatenate([base.looks.hashes, log.looks.hashes[new]]),
+        np.concatenate([base.looks.thumbnails, log.looks.thumbnails[new]]),
+    )
+    new_digests = [log.digests[row] for row in new]
+    example_splits = divide_log(new_digests, looks, base_splits, division)
+    # Images of an unknown class also decide the splits of their near duplicates, so that a class
+    # that is added later moves no image.
+    positions = {name: position for position, name in enumerate(source.class_names)}
+    names = log.source.class_names
+    labels = np.array([positions.get(names[i], -1) if i >= 0 else -1 for i in log.source.labels])
+    is_known = np.array([labels[row] >= 0 for row in new], bool)
+    example_splits = np.concatenate(
+        [example_splits[: len(source)], example_splits[len(source) :][is_known]]
+    )
+    rows = new[is_known]
+    ignored = Counter(source.ignored) + Counter(log.source.ignored)
+    ignored[KNOWN_COPY] += len(copies)
+    ignored[NEW_CLASS] += int((~is_known).sum())
+    remarks = [*source.remarks, *log.source.remarks]
+    wrong = [row for row, position in copies.items() if labels[row] != source.labels[position]]
+    if wrong:
+        remarks.append(
+            f"{len(wrong):,} logged images are copies of images of the data with another label, "
+            f"such as {log.source.ids[wrong[0]]} of {source.ids[copies[wrong[0]]]}: the class in "
+            "the data is used; correct it if it is wrong"
+        )
+    return Joined(
+        source=_join_sources(
+            dataclasses.replace(source, ignored=dict(+ignored), remarks=remarks),
+            log.source.select(rows),
+            labels[rows].astype(np.int32),
+        ),
+        records=base.records + [log.records[row] for row in rows],
+        splits={name: np.flatnonzero(example_splits == i) for i, name in enumerate(SPLITS)},
+        rows=rows,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """A picklable function that reads an image from one of several sources."""
+
+    readers: tuple[Callable[[Any], bytes], ...]
+
+    def __call__(self, key: tuple[int, Any]) -> bytes:
+        part, own_key = key
+        return self.readers[part](own_key)
+
+
+def _join_sources(base: Source, log: Source, labels: Int[np.ndarray, " m"]) -> Source:
+    """Returns the examples of both sources as one source."""
+    return dataclasses.replace(
+        base,
+        name=base.name + log.name,
+        ids=base.ids + log.ids,
+        labels=np.concatenate([base.labels, labels]),
+        read=_Reader((base.read, log.read)),
+        keys=[*((0, key) for key in base.keys), *((1, key) for key in log.keys)],
+        sizes=base.sizes + log.sizes,
+        versions=base.versions + log.versions,
+        own_splits=base.own_splits + log.own_splits,
+        log=None,
+        logged=np.repeat([False, True], [len(base), len(log)]),
+    )

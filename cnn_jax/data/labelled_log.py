@@ -1,0 +1,316 @@
+"""The labelled images of request logs as a source of examples, and snapshots of them.
+
+An image of a request log is an example if the log has the image (`serve --request_log_images`) and
+a label. Equal images are one example, which has the latest of their labels. A request log grows
+while a network is trained, so a run needs a snapshot: a folder with the examples of one moment.
+"""
+
+import dataclasses
+import hashlib
+import os
+import pathlib
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cnn_jax.data.decode import decode, pixel_digest
+from cnn_jax.data.request_log import model_classes, read_feedback, read_requests
+from cnn_jax.data.source import Source
+from cnn_jax.system.atomic import replacing, sync
+from cnn_jax.system.errors import DataError, MissingDataError, printable
+
+_FILE = "examples.parquet"
+_VERSION_KEY, _VERSION = b"cnn_jax_examples", b"1"
+_SCHEMA = pa.schema(
+    [
+        ("request", pa.string()),  # REQUEST_ID/IMAGE_INDEX of the copy that was labelled first.
+        ("label", pa.string()),
+        ("digest", pa.string()),
+        ("image", pa.binary()),
+    ],
+    metadata={_VERSION_KEY: _VERSION},
+)
+_COLUMNS = ("request_id", "image_index", "model", "digest", "image")
+
+# The kinds of labelled images that are left out.
+NO_IMAGE = "labels of images that were not stored"
+NO_REQUEST = "labels of images that no log has"
+OTHER_MODEL = "labelled images of models with other classes"
+DAMAGED = "damaged labelled images"
+LOGGED_TWICE = "copies of other logged images"
+
+# A request id and the index of an image in the request.
+Key = tuple[str, int]
+# The folders of request logs.
+Folders = Sequence[str | os.PathLike[str]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examples:
+    """Labelled images of request logs, in the order in which they were first labelled.
+
+    Attributes:
+      requests: REQUEST_ID/IMAGE_INDEX of each image.
+      labels: The class of each image, which may be a class that no network knows yet.
+      digests: The digest of the pixels of each image; see `decode.pixel_digest`.
+      images: Each image as PNG, in the size of the network's input.
+      left_out: The number of labelled images that are left out, by kind.
+      conflicts: The number of images whose copies have different labels.
+    """
+
+    requests: list[str]
+    labels: list[str]
+    digests: list[str]
+    images: list[bytes]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    conflicts: int = 0
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    @property
+    def digest(self) -> str:
+        """The sha256 of the order, the labels and the pixels of the examples, hexadecimal."""
+        rows = zip(self.requests, self.labels, self.digests, strict=True)
+        text = "\n".join("\t".join(row) for row in rows)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def count_new(self, earlier: "Examples | None") -> int:
+        """Returns the number of examples that earlier examples lack, or have with another label."""
+        known = dict(zip(earlier.digests, earlier.labels, strict=True)) if earlier else {}
+        return sum(
+            known.get(digest) != label
+            for digest, label in zip(self.digests, self.labels, strict=True)
+        )
+
+
+@dataclasses.dataclass
+class _Label:
+    """The labels of one image: the time of the first, and the latest."""
+
+    first: int
+    latest: tuple[int, str]
+
+
+def read_examples(
+    folders: Folders,
+    class_names: Collection[str],
+    *,
+    model: str | None = None,
+    previous: Examples | None = None,
+) -> Examples:
+    """Reads the labelled images of request logs, while servers may be writing to the logs.
+
+    The result does not depend on the order of the folders and files. New examples are appended to
+    the earlier ones, as long as the clocks of the servers agree; `previous` makes this certain.
+
+    Args:
+      folders: The folders of the request logs.
+      class_names: The classes of the data. Images that a model with other classes predicted are
+        left out.
+      model: Only images that were predicted under this name; by default the images of all models.
+      previous: Earlier examples, which stay, in their order, also if the logs lack them now. A
+        label in the logs replaces their label.
+
+    Raises:
+      DataError: A folder is not a request log, or only models with other classes wrote to it.
+    """
+    labels = _read_labels(folders)
+    images: dict[Key, bytes] = {}
+    kinds: dict[Key, str] = dict.fromkeys(labels, NO_REQUEST)
+    for folder in folders:
+        fitting = _fitting_models(folder, class_names)
+        for row in _labelled_rows(folder, labels):
+            key = row["request_id"], row["image_index"]
+            if model not in (None, row["model"]):
+                kinds.pop(key, None)
+            elif row["digest"] not in fitting:
+                kinds[key] = OTHER_MODEL
+            elif row["image"] is None:
+                kinds[key] = NO_IMAGE
+            else:
+                images[key] = row["image"]
+    keys = sorted(images, key=lambda key: (labels[key].first, key))
+    with ThreadPoolExecutor() as pool:
+        digests = dict(zip(keys, pool.map(_digest, map(images.__getitem__, keys)), strict=True))
+    for key in keys:
+        kinds.pop(key, None)
+        if not digests[key]:
+            kinds[key] = DAMAGED
+    copies: dict[str, list[Key]] = {}
+    for key in keys:
+        if digests[key]:
+            copies.setdefault(digests[key], []).append(key)
+    rows: dict[str, tuple[str, str, bytes]] = {}
+    if previous is not None:
+        values = zip(previous.requests, previous.labels, previous.images, strict=True)
+        rows = dict(zip(previous.digests, values, strict=True))
+    conflicts = 0
+    for digest, group in copies.items():
+        conflicts += len({labels[key].latest[1] for key in group}) > 1
+        _, label = max(labels[key].latest for key in group)
+        request = f"{group[0][0]}/{group[0][1]}"
+        request, _, image = rows.get(digest, (request, label, images[group[0]]))
+        rows[digest] = request, label, image
+    left_out = Counter(kinds.values())
+    left_out[LOGGED_TWICE] = sum(len(group) - 1 for group in copies.values())
+    return Examples(
+        requests=[request for request, _, _ in rows.values()],
+        labels=[label for _, label, _ in rows.values()],
+        digests=list(rows),
+        images=[image for _, _, image in rows.values()],
+        left_out=+left_out,
+        conflicts=conflicts,
+    )
+
+
+def _read_labels(folders: Folders) -> dict[Key, _Label]:
+    """Returns the labels of each labelled image."""
+    labels: dict[Key, _Label] = {}
+    for folder in folders:
+        feedback = read_feedback(folder)
+        times = feedback["time"].cast(pa.int64()).to_pylist()
+        names = ("request_id", "image_index", "label")
+        columns = (feedback[name].to_pylist() for name in names)
+        for when, request_id, index, label in zip(times, *columns, strict=True):
+            if label is None:
+                continue
+            one = labels.setdefault((request_id, index), _Label(when, (when, label)))
+            one.first, one.latest = min(one.first, when), max(one.latest, (when, label))
+    return labels
+
+
+def _labelled_rows(
+    folder: str | os.PathLike[str], labels: Mapping[Key, _Label]
+) -> list[dict[str, Any]]:
+    """Returns the rows of a request log that have a label."""
+    ids = sorted({request_id for request_id, _ in labels})
+    if not ids:
+        return []
+    rows = read_requests(folder, _COLUMNS, ids=pa.chunked_array([pa.array(ids)])).to_pylist()
+    return [row for row in rows if (row["request_id"], row["image_index"]) in labels]
+
+
+def _fitting_models(folder: str | os.PathLike[str], class_names: Collection[str]) -> set[str]:
+    """Returns the digests of the models in a request log whose classes are classes of the data.
+
+    Raises:
+      DataError: The log has predictions, but none of such a model.
+    """
+    models = model_classes(folder)
+    fitting = {digest for digest, names in models.items() if set(names) <= set(class_names)}
+    if models and not fitting:
+        unknown = sorted(set.union(*map(set, models.values())) - set(class_names))
+        raise DataError(
+            f"{folder} is the request log of another model: the data has no class "
+            f"{printable(unknown[0])!r}; name the log of a model that was trained on this data"
+        )
+    return fitting
+
+
+def _digest(image: bytes) -> str:
+    """Returns the digest of the pixels of an image file; "" if the file is damaged."""
+    try:
+        return pixel_digest(decode(image))
+    except DataError:
+        return ""
+
+
+def write_snapshot(examples: Examples, folder: pathlib.Path) -> None:
+    """Writes a snapshot, a folder that `+log:FOLDER` names in a source.
+
+    The same examples give the same bytes. The folder has either no snapshot or the complete one,
+    also after a power failure. Only the owner may read a new folder, because it contains images.
+
+    Raises:
+      OSError: The folder cannot be written.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    columns = [examples.requests, examples.labels, examples.digests, examples.images]
+    arrays = [pa.array(column, field.type) for column, field in zip(columns, _SCHEMA, strict=True)]
+    with replacing(folder / _FILE) as file:
+        pq.write_table(pa.table(arrays, schema=_SCHEMA), file, compression="zstd")
+    sync(folder)
+
+
+def read_snapshot(folder: pathlib.Path) -> Examples | None:
+    """Returns the examples of a snapshot; None if the folder has no complete snapshot.
+
+    Raises:
+      DataError: The file is damaged, or a later version of this package wrote it.
+    """
+    path = folder / _FILE
+    try:
+        table = pq.read_table(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if (table.schema.metadata or {}).get(_VERSION_KEY) != _VERSION:
+        raise DataError(f"{path} is not a snapshot that this version of cnn_jax reads")
+    return Examples(*(table[name].to_pylist() for name in _SCHEMA.names))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+    """A picklable function that returns the bytes of an image."""
+
+    images: list[bytes]
+
+    def __call__(self, key: int) -> bytes:
+        return self.images[key]
+
+
+def open_log(folders: Sequence[pathlib.Path], class_names: Sequence[str]) -> Source:
+    """Creates a source from the labelled images of request logs, or of a snapshot and logs.
+
+    The label of an image is -1 if its class is not one of the classes.
+
+    Args:
+      folders: The request logs, and at most one snapshot.
+      class_names: The classes of the data.
+
+    Raises:
+      DataError: A folder is neither a request log nor a snapshot, or belongs to another model.
+    """
+    examples, logs = None, []
+    for folder in folders:
+        snapshot = read_snapshot(folder)
+        if snapshot is None:
+            logs.append(folder)
+            if not (folder / "requests").is_dir():
+                raise MissingDataError(
+                    f"+log:{folder}: the folder is neither a request log nor a complete snapshot"
+                )
+        elif examples is not None:
+            raise DataError(f"+log:{folder} is a second snapshot; name only the latest one")
+        else:
+            examples = snapshot
+    if logs or examples is None:
+        examples = read_examples(logs, class_names, previous=examples)
+    positions = {name: position for position, name in enumerate(class_names)}
+    remarks = []
+    if examples.conflicts:
+        remarks.append(
+            f"{examples.conflicts:,} images of the request log have several labels that differ: "
+            "the latest is used"
+        )
+    return Source(
+        name="".join(f"+log:{folder}" for folder in folders),
+        class_names=list(class_names),
+        ids=[f"log/{request}" for request in examples.requests],
+        labels=np.array([positions.get(label, -1) for label in examples.labels], np.int32),
+        read=_Reader(examples.images),
+        keys=range(len(examples)),
+        sizes=list(map(len, examples.images)),
+        versions=examples.digests,
+        own_splits=[""] * len(examples),
+        ignored=dict(examples.left_out),
+        remarks=remarks,
+        logged=np.ones(len(examples), bool),
+    )

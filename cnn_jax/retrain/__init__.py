@@ -1,0 +1,1 @@
+"""Retrains a served network on the labelled images of its request log."""

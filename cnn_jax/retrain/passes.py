@@ -1,0 +1,519 @@
+"""One pass of `cnn_jax retrain`: watch the promoted version, decide, train, judge, promote."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import logging
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from cnn_jax.config import files, schema
+from cnn_jax.config.resolve import bundle_values, resolve
+from cnn_jax.config.schema import LOG_MARK, SPLITS, Config
+from cnn_jax.data import Track
+from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.labelled_log import Examples, read_examples, read_snapshot, write_snapshot
+from cnn_jax.data.request_log import read_requests
+from cnn_jax.experiment.replay import NoLabelsError, replay
+from cnn_jax.inference.bundle import Bundle, digest, read_bundle, read_reference
+from cnn_jax.inference.evaluation import open_as_trained
+from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.monitor.rows import read_rows
+from cnn_jax.monitor.windows import measure
+from cnn_jax.registry import ledger
+from cnn_jax.registry.evidence import compare_with_history
+from cnn_jax.registry.ledger import CHAMPION, Entry, Gates, RegistryError, Version
+from cnn_jax.registry.registry import Registry
+from cnn_jax.retrain.attempts import (
+    PROMOTED,
+    REFUSED,
+    ROLLED_BACK,
+    STARTED,
+    Attempt,
+    State,
+    attempt_key,
+    now,
+    open_state,
+)
+from cnn_jax.system.atomic import write_text
+from cnn_jax.system.console import Console
+from cnn_jax.system.errors import ConfigError, DataError, DivergedError, printable
+from cnn_jax.training.loop import open_dataset, train_and_evaluate
+from cnn_jax.training.run_directory import INDIFFERENT_KEYS
+
+logger = logging.getLogger(__name__)
+
+EPOCHS = 4
+# The action of a pass that changes nothing. The other actions are the states of an attempt.
+NOTHING = "nothing"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The arguments of a pass that are the same for all its parts.
+
+    Attributes:
+      model: The name of the model. The version with the alias "champion" is retrained.
+      source: The name of the training data, without request logs.
+      logs: The folders of the request logs.
+      triggers: One or more of "harm", "labels" and "always".
+      min_new: The number of new labelled images for the trigger "labels".
+      margin: The difference in accuracy that a promotion accepts, above 0 and below 1.
+      drift: The arguments of `monitor.windows.measure` after the reference.
+      recipe: The configuration of the training, as for `--config`.
+      overrides: Values of configuration keys, as text, by key.
+    """
+
+    model: str
+    source: str
+    logs: Sequence[str]
+    triggers: Sequence[str]
+    min_new: int
+    margin: float
+    drift: tuple[int, int, float, float]
+    recipe: str = "default"
+    overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The result of a pass.
+
+    Attributes:
+      action: `NOTHING`, or the state in which the attempt of the pass has ended.
+      text: The action and its reason, in one line.
+      attempt: The record of the attempt, or None.
+    """
+
+    action: str
+    text: str
+    attempt: Mapping[str, Any] | None = None
+
+
+def run_pass(
+    registry: Registry, state: pathlib.Path, settings: Settings, console: Console
+) -> Outcome:
+    """Makes one pass. The same call after an interruption continues it.
+
+    Args:
+      registry: The registry of the model.
+      state: The folder of the attempts.
+      settings: The other arguments.
+      console: Shows the progress.
+
+    Raises:
+      BusyError: Another pass with the same folder is running.
+      RegistryError: There is no registry, no such model, or no champion.
+      BundleError: The champion is damaged, or is no bundle with one network.
+      ConfigError: A flag or a key is wrong, or the state folder belongs to another model.
+      DataError: The data or a log cannot be used.
+      TrainingError: Training cannot continue.
+      Interrupted: The run was saved and stopped.
+    """
+    champion = registry.resolve(settings.model)
+    _check_logs(settings)
+    with (
+        open_state(state, settings.model) as opened,
+        tempfile.TemporaryDirectory(prefix="cnn_jax-") as downloads,
+    ):
+        own = _Pass(registry, opened, settings, console, champion, pathlib.Path(downloads))
+        own.complete_records()
+        return own.watch() or own.resume() or own.start()
+
+
+def _check_logs(settings: Settings) -> None:
+    """Raises DataError if a folder is not a request log, or the logs only have other models."""
+    tables = [read_requests(log, ["model"]) for log in settings.logs]
+    models = {name for table in tables for name in table["model"].unique().to_pylist()}
+    if models and settings.model not in models:
+        raise DataError(
+            f"--log: {', '.join(settings.logs)} has no images of the model {settings.model}; it "
+            f"has: {printable(', '.join(sorted(models)))}"
+        )
+
+
+@dataclasses.dataclass
+class _Pass:
+    """The parts of a pass; each returns the outcome if the pass ends with it, else None.
+
+    Attributes:
+      registry: The registry of the model.
+      state: The folder of the attempts.
+      settings: The arguments of the pass.
+      console: Shows the progress.
+      champion: The champion at the start of the pass.
+      downloads: A temporary folder for bundles of a remote registry.
+    """
+
+    registry: Registry
+    state: State
+    settings: Settings
+    console: Console
+    champion: Version
+    downloads: pathlib.Path
+
+    def complete_records(self) -> None:
+        """Records which promoted versions were rolled back, also by a person."""
+        for attempt in self.state.attempts():
+            if attempt.status != PROMOTED:
+                continue
+            entry = self._last_entry("rollback", before=attempt.record["version"])
+            promotion = self._last_entry("promote", version=attempt.record["version"])
+            if entry and promotion and entry.number > promotion.number:
+                author = printable(f"{entry.user}@{entry.host}")
+                attempt.end(ROLLED_BACK, entry.note or f"rolled back by {author}")
+
+    def _last_entry(self, action: str, **fields: int) -> Entry | None:
+        """Returns the last change of the champion with these fields in the registry's log."""
+        return next(
+            (
+                entry
+                for entry in reversed(self.registry.log)
+                if (entry.action, entry.model, entry.alias)
+                == (action, self.settings.model, CHAMPION)
+                and all(getattr(entry, name) == value for name, value in fields.items())
+            ),
+            None,
+        )
+
+    def watch(self) -> Outcome | None:
+        """Rolls the champion back if an attempt promoted it and labels show that it is worse.
+
+        Both versions predict the logged images since the promotion that have labels. The test is
+        that of `cnn_jax compare`, which may be repeated after every label.
+        """
+        champion = self.champion
+        attempt = self._attempt_of(champion)
+        promotion = self._last_entry("promote", version=champion.number)
+        if attempt is None or attempt.status != PROMOTED or promotion is None:
+            return None
+        try:
+            previous = ledger.previous_version(self.registry.models, champion.model, CHAMPION)
+            found = replay(
+                self.registry,
+                champion,
+                previous,
+                self.settings.logs,
+                datetime.datetime.fromisoformat(promotion.time).timestamp(),
+            )
+        except (RegistryError, NoLabelsError):  # There is no version to return to, or no label.
+            return None
+        del found["curve"]
+        if found["decision"] != "worse":
+            attempt.update(watch=found)
+            return None
+        reason = (
+            f"worse than version {previous.number} on {found['images']:,} labelled images since "
+            f"the promotion: {found['gains']:,} gains, {found['losses']:,} losses, e-value "
+            f"{found['e_value_worse']:.3g} (limit {found['threshold']:g})"
+        )
+        self.registry.rollback(
+            champion.model, CHAMPION, f"retrain: {reason}", current=champion.number
+        )
+        attempt.end(ROLLED_BACK, reason, watch=found)
+        text = f"{champion.model}@{CHAMPION} is again version {previous.number}: {champion} is"
+        return Outcome(ROLLED_BACK, f"{text} {reason}", attempt.record)
+
+    def _attempt_of(self, version: Version) -> Attempt | None:
+        """Returns the attempt whose bundle is a version of the registry, or None."""
+        return next(
+            (a for a in self.state.attempts() if a.record.get("digest") == version.bundle.digest),
+            None,
+        )
+
+    def resume(self) -> Outcome | None:
+        """Continues the attempt that an earlier pass has not ended."""
+        attempt = next((a for a in self.state.attempts() if a.status == STARTED), None)
+        if attempt is None:
+            return None
+        if "digest" not in attempt.record:
+            dataset = open_dataset(resolve(files.read(attempt.config)), self.console.track)
+            if dataset.fingerprint != attempt.record["data"]:
+                logger.warning(
+                    "%s has changed since the attempt %s started, which is given up",
+                    self.settings.source,
+                    attempt.folder.name,
+                )
+                self.state.discard(attempt)
+                return None
+        self.console.print(f"continues the attempt {attempt.folder.name}")
+        return self._finish(attempt)
+
+    def start(self) -> Outcome:
+        """Makes a new attempt if there is a reason for it."""
+        settings = self.settings
+        folder = self.registry.fetch(self.champion, self.downloads)
+        bundle = read_bundle(folder)
+        last = next(reversed(self.state.attempts()), None)
+        earlier = read_snapshot(last.data) if last else _own_snapshot(bundle)
+        examples = read_examples(
+            settings.logs, bundle.class_names, model=settings.model, previous=earlier
+        )
+        new = examples.count_new(earlier)
+        triggers, facts = self._triggers(folder, last, new)
+        if not len(examples):
+            left_out = "".join(f"; {n:,} {kind}" for kind, n in examples.left_out.items())
+            triggers, facts = [], [f"no labelled image in the log{left_out}"]
+        if not triggers:
+            return Outcome(NOTHING, f"nothing to do: {'; '.join(facts)}")
+        attempt = self.state.prepare()
+        write_snapshot(examples, attempt.data)
+        attempt.record |= {"triggers": triggers, "labelled": len(examples), "new": new}
+        attempt = self._begin(attempt, bundle, folder)
+        if attempt.status == STARTED:
+            return self._finish(attempt)
+        return Outcome(
+            NOTHING,
+            f"nothing to do: the same data and configuration were {_words(attempt.status)} on "
+            f"{attempt.record['ended']} ({attempt.record['reason']})",
+        )
+
+    def _begin(self, prepared: Attempt, bundle: Bundle, folder: pathlib.Path) -> Attempt:
+        """Begins a prepared attempt, or returns the earlier attempt with the same key.
+
+        Args:
+          prepared: The attempt, with its snapshot and without a key.
+          bundle: The champion.
+          folder: The folder of the champion's bundle.
+        """
+        settings, champion = self.settings, self.champion
+        config = _configure(settings, bundle, prepared.data, folder)
+        schema.validate(config, jax.device_count())
+        dataset = open_dataset(resolve(config), self.console.track)
+        if dataset.source.class_names != bundle.class_names:
+            raise DataError(
+                f"--source: {settings.source} has the classes "
+                f"{printable(', '.join(dataset.source.class_names))}, and {champion} has "
+                f"{printable(', '.join(bundle.class_names))}; train a new champion on this data"
+            )
+        _check_splits(bundle, settings.source, dataset, str(champion), self.console.track)
+        key = attempt_key(dataset.fingerprint, config)
+        final = Attempt(self.state.folder(key), {})
+        for attempt in self.state.attempts():
+            if attempt.folder == final.folder:
+                return attempt
+        self.registry.fetch(champion, prepared.champion, is_copy=True)
+        config = _configure(settings, bundle, final.data, final.champion / champion.bundle.digest)
+        text = json.dumps(json.loads(config.to_json()), indent=1, ensure_ascii=False)
+        write_text(prepared.config, text + "\n")
+        prepared.update(
+            key=key,
+            status=STARTED,
+            reason="",
+            started=now(),
+            data=dataset.fingerprint,
+            champion=champion.number,
+        )
+        return self.state.begin(prepared, key)
+
+    def _triggers(
+        self, folder: pathlib.Path, last: Attempt | None, new: int
+    ) -> tuple[list[str], list[str]]:
+        """Returns the reasons for an attempt, and facts for the message if there is none.
+
+        Args:
+          folder: The folder of the champion's bundle.
+          last: The last attempt.
+          new: The number of labelled images that the last attempt did not have.
+        """
+        settings, wanted = self.settings, self.settings.triggers
+        facts = [f"{new:,} new labelled images (--min_new={settings.min_new})"]
+        found = [name for name in ("always",) if name in wanted]
+        if "labels" in wanted and new >= settings.min_new:
+            found.append("labels")
+        if "harm" in wanted:
+            state = self._monitor(folder)
+            facts.append(f"monitor: {state.replace('_', ' ')}")
+            # Otherwise each new label would allow another attempt, until one passes by luck.
+            has_failed = last is not None and last.status in (REFUSED, ROLLED_BACK)
+            if state == "harm" and new >= (settings.min_new if has_failed else 1):
+                found.append("harm")
+        return found, facts
+
+    def _monitor(self, folder: pathlib.Path) -> str:
+        """Returns the state of the champion; see `monitor.windows.measure`.
+
+        Raises:
+          DataError: The bundle has no reference statistics.
+        """
+        reference = read_reference(folder)
+        if reference is None:
+            raise DataError(
+                f"{self.champion}: the bundle has no reference statistics, which --when=harm "
+                "needs; use --when=labels"
+            )
+        own, logs = self.champion.bundle.digest, self.settings.logs
+        tables = [read_requests(log, ["digest"], with_labelled=False) for log in logs]
+        if not any(own in table["digest"].unique().to_pylist() for table in tables):
+            return "no_data"  # The champion has not answered any request yet.
+        rows = read_rows(logs, own)
+        for warning in rows.warnings:
+            logger.warning("%s", warning)
+        return measure(rows, reference, *self.settings.drift)["state"]
+
+    def _finish(self, attempt: Attempt) -> Outcome:
+        """Trains, adds, judges and promotes; steps that are done are not repeated."""
+        registry, settings = self.registry, self.settings
+        config = files.read(attempt.config)
+        if "digest" not in attempt.record:
+            try:
+                train_and_evaluate(config, attempt.run, self.console)
+            except DivergedError as error:  # It would diverge again.
+                return self._end(attempt, REFUSED, f"the training diverged: {error}")
+            except (ConfigError, DataError):
+                if not (attempt.run / "config.json").exists():  # The training has not started.
+                    self.state.discard(attempt)
+                raise
+            attempt.update(digest=digest(attempt.run / "bundle"))
+        note = f"retrain: attempt {attempt.folder.name}"
+        version = registry.add(settings.model, attempt.run / "bundle", note).version
+        # A killed pass may have promoted the version before it could write the record.
+        promotion = self._last_entry("promote", version=version.number)
+        if promotion is None:
+            experiment = registry.models[settings.model].running_experiment
+            if experiment is not None and experiment.alias == CHAMPION:
+                return Outcome(
+                    NOTHING,
+                    f"{version} is judged when the experiment {experiment.name} has ended, because "
+                    "a promotion would end it",
+                    attempt.record,
+                )
+            evidence = compare_with_history(
+                registry,
+                version,
+                CHAMPION,
+                config.data.source,
+                settings.margin,
+                self.console.track,
+            )
+            failed = [text for text, passes in evidence.comparisons.items() if not passes]
+            if failed:
+                facts = {"version": version.number, "evidence": dataclasses.asdict(evidence)}
+                return self._end(attempt, REFUSED, "; ".join(failed), **facts)
+            registry.promote(
+                settings.model, version.number, gates=Gates(evidence=evidence), note=note
+            )
+            promotion = self._last_entry("promote", version=version.number)
+        assert promotion is not None
+        facts = {"version": version.number, "evidence": promotion.evidence}
+        return self._end(attempt, PROMOTED, "; ".join(promotion.gates), **facts)
+
+    def _end(self, attempt: Attempt, status: str, reason: str, **facts: Any) -> Outcome:
+        """Records the end of an attempt, and returns the outcome."""
+        attempt.end(status, reason, **facts)
+        number = attempt.record.get("version")
+        name = f"{self.settings.model}/{number}" if number else f"attempt {attempt.folder.name}"
+        return Outcome(status, f"{name} was {_words(status)}: {reason}", attempt.record)
+
+
+def _words(status: str) -> str:
+    return status.replace("_", " ")
+
+
+def _own_snapshot(bundle: Bundle) -> Examples | None:
+    """Returns the logged images that a network was trained on, or None."""
+    for folder in bundle.data["source"].split(LOG_MARK)[1:]:
+        if (found := read_snapshot(pathlib.Path(folder))) is not None:
+            return found
+    return None
+
+
+def _configure(
+    settings: Settings, bundle: Bundle, data: pathlib.Path, champion: pathlib.Path
+) -> Config:
+    """Returns the configuration of a run that continues the training of the champion.
+
+    Args:
+      settings: The arguments of the pass.
+      bundle: The champion.
+      data: The snapshot of the logged images.
+      champion: The folder of the champion's bundle.
+
+    Raises:
+      ConfigError: A key is wrong, or cannot be set.
+    """
+    network = bundle.model["name"]
+    fixed = bundle_values(bundle) | {
+        "data.source": f"{settings.source}{LOG_MARK}{data}",
+        "checkpoint.init_from": str(champion),
+        "checkpoint.restore_step": 0,
+    }
+    if "model.pretrained" in fixed:
+        fixed["model.pretrained"] = ""
+    free = {key for key in fixed if key.startswith("model.")} - {"model.name", "model.pretrained"}
+    for key in settings.overrides:
+        is_data = key.startswith("data.") and key not in INDIFFERENT_KEYS
+        if is_data or key in fixed.keys() - free:
+            raise ConfigError(
+                f"config.{key}: cannot be set, because retrain determines it or takes it from the "
+                "champion"
+            )
+    defaults = {"train.epochs": EPOCHS, "train.probe": False, "optimizer.decay_epochs": 0}
+    if "model.pretrained" in fixed:
+        # An L2 penalty would pull pretrained weights to zero.
+        defaults["optimizer.l2"] = 0.0
+    config = files.load(settings.recipe, {**settings.overrides, "model.name": network})
+    section = config.model
+    values = {k: v for k, v in (defaults | fixed).items() if k not in settings.overrides}
+    with config.ignore_type(), config.unlocked():
+        config.model = schema.default_config(network).model
+        for key in free & settings.overrides.keys():
+            name = key.removeprefix("model.")
+            config.model[name] = section[name]
+        config.update_from_flattened_dict(values)
+    return config
+
+
+def _check_splits(
+    bundle: Bundle, source: str, dataset: Dataset, champion: str, track: Track
+) -> None:
+    """Checks that no image has another split than in the training of the champion.
+
+    The champion could otherwise have been trained on images of the test split, and its comparison
+    with a new network would be worthless. Images are compared by their content.
+
+    Args:
+      bundle: The champion.
+      source: The name of the data, without the log.
+      dataset: The data with the log.
+      champion: The name of the champion, for messages.
+      track: Shows progress.
+
+    Raises:
+      DataError: An image has another split, or the images of the champion are unknown.
+    """
+    predictor = BundlePredictor(bundle)
+    _, mark, logs = bundle.data["source"].partition(LOG_MARK)
+    own = None
+    with contextlib.suppress(ConfigError, DataError):
+        own = open_as_trained(predictor, bundle.data["source"], track, residency="none")
+    if own is None:  # The data may have been moved.
+        own = open_as_trained(predictor, f"{source}{mark}{logs}", track, residency="none")
+        is_known = own.fingerprint == bundle.data["fingerprint"]
+    else:
+        # With the rule "stable", new images change the split of no other image.
+        is_stable = bundle.data["division"]["rule"] == "stable"
+        is_known = is_stable or own.fingerprint == bundle.data["fingerprint"]
+    if not is_known:
+        raise DataError(
+            f"--source: {source} has changed since the training of {champion}, so it is unknown "
+            "which images its network has seen; restore the data, or train a new champion with "
+            "data.stratify=stable"
+        )
+    splits = {own.contents[i]: name for name in SPLITS for i in own.splits[name]}
+    moved = sum(
+        splits.get(dataset.contents[i], name) != name
+        for name in SPLITS
+        for i in dataset.splits[name]
+    )
+    if moved:
+        raise DataError(
+            f"--source: {moved:,} images of {source} were in another split in the training of "
+            f"{champion}, which may have seen images of the test split; name the data as in its "
+            f"training, {bundle.data['source'].partition(LOG_MARK)[0]}"
+        )
