@@ -87,6 +87,12 @@ class Examples:
         text = json.dumps([self.requests, self.labels, self.digests])
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def without(self, requests: Collection[str]) -> "Examples":
+        """Returns the examples whose REQUEST_ID/IMAGE_INDEX is not one of `requests`."""
+        rows = [row for row, request in enumerate(self.requests) if request not in requests]
+        columns = self.requests, self.labels, self.digests, self.images
+        return Examples(*([column[row] for row in rows] for column in columns))
+
     def count_new(self, earlier: "Examples | None") -> int:
         """Returns the number of examples that earlier examples lack, or have with another label."""
         known = dict(zip(earlier.digests, earlier.labels, strict=True)) if earlier else {}
