@@ -157,9 +157,9 @@ def join_log(
     records: list[Record] = []
     pixels = np.zeros((0, height, width, 3), np.uint8)
     if len(listing):
-        records, scanned = _scan(listing, preprocessing, "memory", track)
-        assert scanned is not None
-        pixels = scanned
+        # Images of users must not be written to the cache, which other users may read.
+        sink = _InMemory(len(listing), (height, width))
+        records, pixels = scan.scan(listing, preprocessing, sink, track), sink.pixels
     sizes = [(r.header.height, r.header.width) if r.header else None for r in records]
     rows = np.array([row for row, size in enumerate(sizes) if size == (height, width)], int)
     if len(listing) and not len(rows):
@@ -172,7 +172,7 @@ def join_log(
     if left_out := len(listing) - len(rows):
         source = dataclasses.replace(source, ignored={**source.ignored, OTHER_SIZE: left_out})
     records = [records[row] for row in rows]
-    log = make_part(source, records, preprocessing, lambda i: pixels[rows[i]], track)
+    log = make_part(source, records, preprocessing, lambda i: pixels[rows[i]], track, cached=False)
     joined = join(base, log, splits, division)
     return dataclasses.replace(joined, rows=rows[joined.rows]), pixels
 

@@ -50,19 +50,34 @@ class Looks:
         pixels = self.thumbnails.reshape(-1, math.prod(_THUMBNAIL), 3)
         return _NOISE + _SHARE_OF_CONTRAST * pixels.std(axis=1).mean(axis=1)
 
+    def differences(
+        self, first: Int[np.ndarray, " m"], second: Int[np.ndarray, " m"]
+    ) -> Float[np.ndarray, " m"]:
+        """Returns the mean difference between the thumbnails of each pair, in grey levels."""
+        difference = self.thumbnails[first].astype(np.int16) - self.thumbnails[second]
+        return np.abs(difference).mean(axis=1)
+
     def are_alike(
         self, first: Int[np.ndarray, " m"], second: Int[np.ndarray, " m"]
     ) -> Bool[np.ndarray, " m"]:
         """Returns whether the thumbnails of each pair of images have a small difference."""
-        difference = self.thumbnails[first].astype(np.int16) - self.thumbnails[second]
-        apart = np.abs(difference).mean(axis=1)
-        return apart <= np.minimum(self._tolerances[first], self._tolerances[second])
+        limits = np.minimum(self._tolerances[first], self._tolerances[second])
+        return self.differences(first, second) <= limits
 
-    def earlier_duplicates(self, position: int) -> Int[np.ndarray, " _m"]:
-        """Returns the positions of the near duplicates that stand before an image."""
+    def nearest_before(self, position: int) -> int | None:
+        """Returns the position of the most similar near duplicate that stands before an image.
+
+        The similarity is that of the thumbnails; of equally similar images, the first counts.
+
+        Returns:
+          The position, or None if no near duplicate stands before the image.
+        """
         bits = np.bitwise_count(self.hashes[:position] ^ self.hashes[position])
         near = np.flatnonzero(bits <= NEAR_DISTANCE)
-        return near[self.are_alike(near, np.full(len(near), position))]
+        near = near[self.are_alike(near, np.full(len(near), position))]
+        if not len(near):
+            return None
+        return int(near[self.differences(near, np.full(len(near), position)).argmin()])
 
 
 def thumbnail(pixels: Pixels) -> UInt8[np.ndarray, "192"]:

@@ -1,8 +1,11 @@
 """Adds the labelled images of request logs to the examples of a source.
 
-No example ever changes its split. The examples of the source are divided as they would be without
-the log. An image of the log goes to the split of its near duplicates in the source or earlier in
-the log, and otherwise to a split that only its content determines.
+The examples of the source are divided as they would be without the log. An image of the log goes to
+the split of its nearest near duplicate in the source or earlier in the log, and otherwise to a
+split that only its content determines. So no example changes its split when the log grows.
+
+If the log is a snapshot with known images, they keep their splits, and only the others are divided.
+So no example changes its split when the source changes either.
 """
 
 import contextlib
@@ -74,6 +77,8 @@ def make_part(
     preprocessing: Preprocessing,
     load: Callable[[int], Pixels],
     track: Track = no_track,
+    *,
+    cached: bool = True,
 ) -> Part:
     """Computes the digest, the hash and the thumbnail of each resized image, or reads the cache.
 
@@ -83,6 +88,7 @@ def make_part(
       preprocessing: How images are resized.
       load: Returns the resized pixels of the example at a position.
       track: Shows progress.
+      cached: Whether to use the cache.
 
     Raises:
       DataError: An image cannot be read any more.
@@ -91,15 +97,16 @@ def make_part(
 
     key = f"{_VERSION} {scan.pixels_key(records, preprocessing)}"
     key = hashlib.sha256(key.encode()).hexdigest()[:32]
-    table = cache.read_array("looks", key)
+    table = cache.read_array("looks", key) if cached else None
     shape = (len(source), _DIGEST_BYTES + _HASH_BYTES + THUMBNAIL_VALUES)
     if table is None or table.shape != shape or table.dtype != np.uint8:
         positions = range(len(source))
         found = scan.on_all_cores(lambda position: _row(load(position)), positions)
         rows = list(track(found, "comparing images", len(source)))
         table = np.array(rows, np.uint8).reshape(shape)
-        with contextlib.suppress(OSError):  # Without the cache, the next run computes it again.
-            cache.write_array("looks", key, table)
+        if cached:
+            with contextlib.suppress(OSError):  # Without the cache, the next run computes it again.
+                cache.write_array("looks", key, table)
     digests, hashes, thumbnails = np.split(table, (_DIGEST_BYTES, _DIGEST_BYTES + _HASH_BYTES), 1)
     hashes = np.ascontiguousarray(hashes).view(np.uint64).ravel()
     looks = Looks(hashes, np.ascontiguousarray(thumbnails))
@@ -118,13 +125,14 @@ def divide_log(
     looks: Looks,
     base_splits: Int[np.ndarray, " base"],
     division: Division,
+    known_splits: Mapping[str, str],
 ) -> Int[np.ndarray, " n"]:
     """Assigns logged images to splits.
 
     The split of an image is a function of the source and of the images that stand before it, so
-    images that are appended later have no influence. Among near duplicates in different splits,
-    test comes before validation, and validation before train: then no image of the log that looks
-    like a test image is used in training.
+    images that are appended later have no influence. An image follows only its nearest near
+    duplicate: images of a fixed camera are near duplicates of images in all splits, and are thus
+    divided in about the same fractions as these.
 
     Args:
       digests: The digest of each logged image.
@@ -132,16 +140,24 @@ def divide_log(
         logged images.
       base_splits: The position in `SPLITS` of each image of the source.
       division: The fractions and the seed of the splits.
+      known_splits: The splits of known images by digest.
 
     Returns:
       The position in `SPLITS` of each image of the source and of the log.
     """
     splits = np.concatenate([base_splits, division.assign(digests)])
-    for position in range(len(base_splits), len(splits)):
-        near = looks.earlier_duplicates(position)
-        if len(near):
-            splits[position] = splits[near].max()
+    for position, known in enumerate(_positions(digests, known_splits), len(base_splits)):
+        if known >= 0:
+            splits[position] = known
+        elif (nearest := looks.nearest_before(position)) is not None:
+            splits[position] = splits[nearest]
     return splits
+
+
+def _positions(digests: Sequence[str], splits: Mapping[str, str]) -> Int[np.ndarray, " n"]:
+    """Returns the position in `SPLITS` of each known image, and -1 for the others."""
+    positions = {name: position for position, name in enumerate(SPLITS)}
+    return np.array([positions.get(splits.get(digest, ""), -1) for digest in digests], int)
 
 
 def join(
@@ -165,12 +181,16 @@ def join(
     base_splits = np.empty(len(source), int)
     for position, name in enumerate(SPLITS):
         base_splits[splits[name]] = position
+    known_splits = log.source.known_splits
+    if known_splits:
+        known_positions = _positions(base.digests, known_splits)
+        base_splits = division.keep(source, base.digests, base_splits, known_positions)
     looks = Looks(
         np.concatenate([base.looks.hashes, log.looks.hashes[new]]),
         np.concatenate([base.looks.thumbnails, log.looks.thumbnails[new]]),
     )
     new_digests = [log.digests[row] for row in new]
-    example_splits = divide_log(new_digests, looks, base_splits, division)
+    example_splits = divide_log(new_digests, looks, base_splits, division, known_splits)
     # Images of an unknown class also decide the splits of their near duplicates, so that a class
     # that is added later moves no image.
     positions = {name: position for position, name in enumerate(source.class_names)}

@@ -7,12 +7,13 @@ while a network is trained, so a run needs a snapshot: a folder with the example
 
 import dataclasses
 import hashlib
+import json
 import os
 import pathlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +34,13 @@ _SCHEMA = pa.schema(
         ("digest", pa.string()),
         ("image", pa.binary()),
     ],
+    metadata={_VERSION_KEY: _VERSION},
+)
+# The known images of an attempt to retrain, beside its examples.
+_KNOWN_FILE = "splits.parquet"
+_KNOWN_SCHEMA = pa.schema(
+    # A class may be named after a folder whose name is not UTF-8.
+    [("digest", pa.string()), ("split", pa.string()), ("label", pa.binary())],
     metadata={_VERSION_KEY: _VERSION},
 )
 _COLUMNS = ("request_id", "image_index", "model", "digest", "image")
@@ -76,9 +84,14 @@ class Examples:
     @property
     def digest(self) -> str:
         """The sha256 of the order, the labels and the pixels of the examples, hexadecimal."""
-        rows = zip(self.requests, self.labels, self.digests, strict=True)
-        text = "\n".join("\t".join(row) for row in rows)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        text = json.dumps([self.requests, self.labels, self.digests])
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def without(self, requests: Collection[str]) -> "Examples":
+        """Returns the examples whose REQUEST_ID/IMAGE_INDEX is not one of `requests`."""
+        rows = [row for row, request in enumerate(self.requests) if request not in requests]
+        columns = self.requests, self.labels, self.digests, self.images
+        return Examples(*([column[row] for row in rows] for column in columns))
 
     def count_new(self, earlier: "Examples | None") -> int:
         """Returns the number of examples that earlier examples lack, or have with another label."""
@@ -87,6 +100,18 @@ class Examples:
             known.get(digest) != label
             for digest, label in zip(self.digests, self.labels, strict=True)
         )
+
+
+class KnownImage(NamedTuple):
+    """The use of an image in earlier trainings.
+
+    Attributes:
+      split: The split of the image, which never changes.
+      label: The class of the image, in the last training.
+    """
+
+    split: str
+    label: str
 
 
 @dataclasses.dataclass
@@ -244,7 +269,14 @@ def read_snapshot(folder: pathlib.Path) -> Examples | None:
     Raises:
       DataError: The file is damaged, or a later version of this package wrote it.
     """
-    path = folder / _FILE
+    table = _read_table(folder / _FILE)
+    if table is None:
+        return None
+    return Examples(*(table[name].to_pylist() for name in _SCHEMA.names))
+
+
+def _read_table(path: pathlib.Path) -> pa.Table | None:
+    """Returns a table of a snapshot; None if the file does not exist."""
     try:
         table = pq.read_table(path)
     except FileNotFoundError:
@@ -253,7 +285,45 @@ def read_snapshot(folder: pathlib.Path) -> Examples | None:
         raise DataError(f"{path} cannot be read: {error}") from error
     if (table.schema.metadata or {}).get(_VERSION_KEY) != _VERSION:
         raise DataError(f"{path} is not a snapshot that this version of cnn_jax reads")
-    return Examples(*(table[name].to_pylist() for name in _SCHEMA.names))
+    return table
+
+
+def write_known(images: Mapping[str, KnownImage], folder: pathlib.Path) -> None:
+    """Writes the known images of a snapshot, with the same guarantees as `write_snapshot`.
+
+    When the snapshot is opened, the images keep their splits, whatever their names and classes are
+    then, and whether they are images of the source or of the log.
+
+    Args:
+      images: The known images, by the digest of their pixels at the size of the network's input.
+      folder: The folder of a snapshot.
+
+    Raises:
+      OSError: The folder cannot be written.
+    """
+    digests = sorted(images)
+    columns = [
+        digests,
+        [images[digest].split for digest in digests],
+        [images[digest].label.encode("utf-8", "surrogatepass") for digest in digests],
+    ]
+    with replacing(folder / _KNOWN_FILE) as file:
+        pq.write_table(pa.table(columns, schema=_KNOWN_SCHEMA), file, compression="zstd")
+    sync(folder)
+
+
+def read_known(folder: pathlib.Path) -> dict[str, KnownImage] | None:
+    """Returns the known images of a snapshot; None if the snapshot has none.
+
+    Raises:
+      DataError: The file is damaged, or a later version of this package wrote it.
+    """
+    table = _read_table(folder / _KNOWN_FILE)
+    if table is None:
+        return None
+    labels = (label.decode("utf-8", "surrogatepass") for label in table["label"].to_pylist())
+    images = map(KnownImage, table["split"].to_pylist(), labels)
+    return dict(zip(table["digest"].to_pylist(), images, strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -278,7 +348,7 @@ def open_log(folders: Sequence[pathlib.Path], class_names: Sequence[str]) -> Sou
     Raises:
       DataError: A folder is neither a request log nor a snapshot, or belongs to another model.
     """
-    examples, logs = None, []
+    examples, known, logs = None, {}, []
     for folder in folders:
         snapshot = read_snapshot(folder)
         if snapshot is None:
@@ -290,7 +360,7 @@ def open_log(folders: Sequence[pathlib.Path], class_names: Sequence[str]) -> Sou
         elif examples is not None:
             raise DataError(f"+log:{folder} is a second snapshot; name only the latest one")
         else:
-            examples = snapshot
+            examples, known = snapshot, read_known(folder) or {}
     if logs or examples is None:
         examples = read_examples(logs, class_names, previous=examples)
     positions = {name: position for position, name in enumerate(class_names)}
@@ -312,5 +382,6 @@ def open_log(folders: Sequence[pathlib.Path], class_names: Sequence[str]) -> Sou
         own_splits=[""] * len(examples),
         ignored=dict(examples.left_out),
         remarks=remarks,
+        known_splits={digest: image.split for digest, image in known.items()},
         logged=np.ones(len(examples), bool),
     )

@@ -42,6 +42,8 @@ class Source:
         {"train": "train", "seg_test/seg_test": "test"}.
       log: The labelled images of request logs that belong to the source and are not yet among
         its examples; `join.join` adds them.
+      known_splits: The split of images that were in a split before, by the digest of their pixels
+        at the size of the network's input; see `labelled_log.KnownImage`.
       logged: Whether each example is an image of a request log, which already has the size of
         the network's input; None if no example is.
     """
@@ -59,6 +61,7 @@ class Source:
     remarks: list[str] = dataclasses.field(default_factory=list)
     split_folders: Mapping[str, str] = dataclasses.field(default_factory=dict)
     log: "Source | None" = None
+    known_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
     logged: Bool[np.ndarray, " n"] | None = None
 
     def __len__(self) -> int:

@@ -135,6 +135,34 @@ class Division:
             own_splits=source.own_splits if self.keep_splits else None,
         )
 
+    def keep(
+        self,
+        source: Source,
+        contents: list[str],
+        splits: Int[np.ndarray, " n"],
+        known: Int[np.ndarray, " n"],
+    ) -> Int[np.ndarray, " n"]:
+        """Returns the splits of a source whose examples with a known split keep it.
+
+        The other examples of the same group follow the known ones, so that no group is divided
+        after its folder was renamed. Equal images get the same split.
+
+        Args:
+          source: The examples.
+          contents: A text for each example that is the same for equal images.
+          splits: The position in `SPLITS` of each example, from `divide`.
+          known: The known position in `SPLITS` of each example; -1 if there is none.
+        """
+        units = _units(len(source), self.groups(source), contents)
+        known_units = np.full(len(source), -1)
+        np.maximum.at(known_units, units, known)
+        # Images that are equal only at the size of the network's input may have several splits. An
+        # image of the training split must not be in another split too.
+        new_units = np.full(len(source), len(SPLITS))
+        np.minimum.at(new_units, units, splits)
+        followed = np.where(known_units < 0, new_units, known_units)[units]
+        return np.where(known < 0, followed, known)
+
     @property
     def _splits_by_distance(self) -> Int[np.ndarray, " folds"]:
         """The split of each fold, by the distance of the fold from the fold of the test split."""

@@ -51,6 +51,7 @@ class Attempt:
     Attributes:
       folder: The folder of the attempt.
       record: The content of attempt.json, of JSON types:
+        number: The number of the attempt, from 1.
         key: The sha256 of the data and the configuration; see `attempt_key`.
         status: One of the states in this module.
         reason: The reason for the status, in one line.
@@ -59,6 +60,8 @@ class Attempt:
         labelled, new: The number of labelled images of the log, and how many of them the attempt
           before did not have.
         data: The fingerprint of the data and its splits.
+        images: The number of images of the data.
+        logged: The number of images of the log in each split.
         champion: The version whose weights the run starts from.
         digest: The digest of the new bundle, after the training.
         version: The version of the new bundle, after it was added to the registry.
@@ -123,7 +126,7 @@ class State:
             path = folder / _RECORD
             try:
                 record = json.loads(path.read_text(encoding="utf-8"))
-                found.append((record["started"], record["status"], Attempt(folder, record)))
+                found.append((record["number"], record["status"], Attempt(folder, record)))
             except (OSError, KeyError, TypeError, ValueError) as error:
                 raise ConfigError(
                     f"--state: {path} cannot be read: {error!r}; restore the file, or remove its "
@@ -135,8 +138,10 @@ class State:
         """Returns an attempt with a new folder, which the next pass removes without `begin`."""
         folder = self._attempts / _NEW
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        return Attempt(folder, {})
+        folder.mkdir(mode=0o700)
+        # The clock may be set back, so the attempts are ordered by numbers.
+        number = 1 + max((attempt.record["number"] for attempt in self.attempts()), default=0)
+        return Attempt(folder, {"number": number})
 
     def begin(self, attempt: Attempt, key: str) -> Attempt:
         """Moves a prepared attempt, whose folder is complete, to the folder of its key."""
@@ -160,7 +165,8 @@ class State:
 def open_state(path: pathlib.Path, model: str) -> Iterator[State]:
     """Opens and locks the folder of the attempts of a model; creates it if it does not exist.
 
-    The operating system releases the lock when the process ends for any reason.
+    The operating system releases the lock when the process ends for any reason. Only the owner may
+    read a new folder, because it contains images of users.
 
     Raises:
       BusyError: Another pass has locked the folder.
@@ -168,7 +174,7 @@ def open_state(path: pathlib.Path, model: str) -> Iterator[State]:
     """
     with contextlib.ExitStack() as stack:
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
             names = {entry.name for entry in path.iterdir()}
             if foreign := sorted(names - {_STATE, _LOCK, _ATTEMPTS, f".{_STATE}.partial"}):
                 raise ConfigError(
@@ -181,7 +187,7 @@ def open_state(path: pathlib.Path, model: str) -> Iterator[State]:
             except BlockingIOError as error:
                 raise BusyError(f"another pass with --state={path} is running") from error
             _check_model(path / _STATE, model)
-            (path / _ATTEMPTS).mkdir(exist_ok=True)
+            (path / _ATTEMPTS).mkdir(mode=0o700, exist_ok=True)
             for name in (_NEW, _REMOVED):
                 shutil.rmtree(path / _ATTEMPTS / name, ignore_errors=True)
         except OSError as error:

@@ -17,11 +17,21 @@ from cnn_jax.config.resolve import bundle_values, resolve
 from cnn_jax.config.schema import LOG_MARK, SPLITS, Config
 from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.data.labelled_log import Examples, read_examples, read_snapshot, write_snapshot
+from cnn_jax.data.decode import pixel_digest
+from cnn_jax.data.labelled_log import (
+    Examples,
+    KnownImage,
+    read_examples,
+    read_known,
+    read_snapshot,
+    write_known,
+    write_snapshot,
+)
 from cnn_jax.data.request_log import read_requests
+from cnn_jax.data.sources import absolute
 from cnn_jax.experiment.replay import NoLabelsError, replay
 from cnn_jax.inference.bundle import Bundle, digest, read_bundle, read_reference
-from cnn_jax.inference.evaluation import open_as_trained
+from cnn_jax.inference.evaluation import image_batches, open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.monitor.rows import read_rows
 from cnn_jax.monitor.windows import measure
@@ -51,6 +61,8 @@ logger = logging.getLogger(__name__)
 EPOCHS = 4
 # The action of a pass that changes nothing. The other actions are the states of an attempt.
 NOTHING = "nothing"
+# The advice of errors about missing snapshots.
+_RESTORE = "restore the folder, because later attempts need the splits of its images"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,18 +243,33 @@ class _Pass:
         attempt = next((a for a in self.state.attempts() if a.status == STARTED), None)
         if attempt is None:
             return None
-        if "digest" not in attempt.record:
-            dataset = open_dataset(resolve(files.read(attempt.config)), self.console.track)
-            if dataset.fingerprint != attempt.record["data"]:
-                logger.warning(
-                    "%s has changed since the attempt %s started, which is given up",
-                    self.settings.source,
-                    attempt.folder.name,
-                )
-                self.state.discard(attempt)
-                return None
+        if "digest" not in attempt.record and (text := self._changed_data(attempt)):
+            logger.warning("%s", text)
+            self.state.discard(attempt)
+            return None
         self.console.print(f"continues the attempt {attempt.folder.name}")
         return self._finish(attempt)
+
+    def _changed_data(self, attempt: Attempt) -> str:
+        """Returns the reason to give an attempt up, or "" if its data has not changed.
+
+        Raises:
+          DataError: The data cannot be used, or many of its images are missing.
+        """
+        config = files.read(attempt.config)
+        dataset = open_dataset(resolve(config), self.console.track)
+        trained = dataset.fingerprint
+        if (attempt.run / "bundle").exists():
+            trained = read_bundle(attempt.run / "bundle").data["fingerprint"]
+        if dataset.fingerprint == trained == attempt.record["data"]:
+            return ""
+        # Images may be missing only for now, for example because a disk is not mounted.
+        expected = attempt.record["images"]
+        _check_complete(expected - len(dataset.source), expected, dataset, config)
+        return (
+            f"the attempt {attempt.folder.name} is given up, because {self.settings.source} has "
+            "changed since it started"
+        )
 
     def start(self) -> Outcome:
         """Makes a new attempt if there is a reason for it."""
@@ -250,7 +277,11 @@ class _Pass:
         folder = self.registry.fetch(self.champion, self.downloads)
         bundle = read_bundle(folder)
         last = next(reversed(self.state.attempts()), None)
-        earlier = read_snapshot(last.data) if last else _own_snapshot(bundle)
+        if last:
+            earlier = _read_examples(last.data)
+        else:
+            snapshots = map(read_snapshot, self._log_folders(bundle))
+            earlier = next((one for one in snapshots if one is not None), None)
         examples = read_examples(
             settings.logs, bundle.class_names, model=settings.model, previous=earlier
         )
@@ -265,6 +296,12 @@ class _Pass:
         write_snapshot(examples, attempt.data)
         attempt.record |= {"triggers": triggers, "labelled": len(examples), "new": new}
         attempt = self._begin(attempt, bundle, folder)
+        if attempt is None:
+            return Outcome(
+                NOTHING,
+                "nothing to do: no image of the training split is new or has another label than in "
+                f"the training of {self.champion}",
+            )
         if attempt.status == STARTED:
             return self._finish(attempt)
         return Outcome(
@@ -273,8 +310,10 @@ class _Pass:
             f"{attempt.record['ended']} ({attempt.record['reason']})",
         )
 
-    def _begin(self, prepared: Attempt, bundle: Bundle, folder: pathlib.Path) -> Attempt:
+    def _begin(self, prepared: Attempt, bundle: Bundle, folder: pathlib.Path) -> Attempt | None:
         """Begins a prepared attempt, or returns the earlier attempt with the same key.
+
+        Returns None if the champion was trained on all images of the training split already.
 
         Args:
           prepared: The attempt, with its snapshot and without a key.
@@ -284,6 +323,11 @@ class _Pass:
         settings, champion = self.settings, self.champion
         config = _configure(settings, bundle, prepared.data, folder)
         schema.validate(config, jax.device_count())
+        # All images that were in a split before stay in it.
+        known = self._champion_images(bundle)
+        attempts = self.state.attempts()
+        earlier = _read_known(attempts[-1].data) if attempts else {}
+        write_known(earlier | known, prepared.data)
         dataset = open_dataset(resolve(config), self.console.track)
         if dataset.source.class_names != bundle.class_names:
             raise DataError(
@@ -291,12 +335,22 @@ class _Pass:
                 f"{printable(', '.join(dataset.source.class_names))}, and {champion} has "
                 f"{printable(', '.join(bundle.class_names))}; train a new champion on this data"
             )
-        _check_splits(bundle, settings.source, dataset, str(champion), self.console.track)
+        images = _known_images(dataset, self.console.track)
+        _check_complete(len(known.keys() - images.keys()), len(known), dataset, config)
+        write_known(earlier | known | images, prepared.data)
         key = attempt_key(dataset.fingerprint, config)
         final = Attempt(self.state.folder(key), {})
-        for attempt in self.state.attempts():
+        for attempt in attempts:
             if attempt.folder == final.folder:
                 return attempt
+        new = [digest for digest, image in images.items() if known.get(digest) != image]
+        if not any(images[digest].split == "train" for digest in new):
+            return None
+        is_logged = dataset.source.logged
+        assert is_logged is not None
+        logged = {name: int(is_logged[rows].sum()) for name, rows in dataset.splits.items()}
+        text = ", ".join(f"{count:,} in {name}" for name, count in logged.items())
+        self.console.print(f"labelled images of the log: {text}")
         self.registry.fetch(champion, prepared.champion, is_copy=True)
         config = _configure(settings, bundle, final.data, final.champion / champion.bundle.digest)
         text = json.dumps(json.loads(config.to_json()), indent=1, ensure_ascii=False)
@@ -307,9 +361,56 @@ class _Pass:
             reason="",
             started=now(),
             data=dataset.fingerprint,
+            images=len(dataset.source),
+            logged=logged,
             champion=champion.number,
         )
         return self.state.begin(prepared, key)
+
+    def _log_folders(self, bundle: Bundle) -> list[pathlib.Path]:
+        """Returns the folders of logged images with which the champion was trained.
+
+        Raises:
+          DataError: A folder is missing.
+        """
+        folders = [pathlib.Path(name) for name in bundle.data["source"].split(LOG_MARK)[1:]]
+        if attempt := self._attempt_of(self.champion):
+            folders = [attempt.data]  # The state folder may have been moved since the training.
+        for folder in folders:
+            if not folder.is_dir():
+                raise DataError(
+                    f"{folder}, on which {self.champion} was trained, is missing; {_RESTORE}"
+                )
+        return folders
+
+    def _champion_images(self, bundle: Bundle) -> dict[str, KnownImage]:
+        """Returns the images of the champion's training and of earlier ones, by digest.
+
+        An attempt has stored them. Otherwise, the data must not have changed since the training.
+
+        Raises:
+          DataError: The splits of the images are unknown, or the data cannot be used.
+        """
+        for folder in self._log_folders(bundle):
+            if (known := read_known(folder)) is not None:
+                return known
+        base, *logs = bundle.data["source"].split(LOG_MARK)
+        source = absolute(self.settings.source)
+        dataset = self._open_as_trained(bundle, [source, *logs])
+        if dataset.fingerprint != bundle.data["fingerprint"] and base != source:
+            with contextlib.suppress(ConfigError, DataError):  # It may no longer exist.
+                dataset = self._open_as_trained(bundle, [base, *logs])
+        if dataset.fingerprint != bundle.data["fingerprint"]:
+            raise DataError(
+                f"--source: {source} has changed since the training of {self.champion}, so it is "
+                "unknown which images its network has seen; restore the data, or train a new "
+                "champion with `cnn_jax train` and promote it"
+            )
+        return _known_images(dataset, self.console.track)
+
+    def _open_as_trained(self, bundle: Bundle, parts: Sequence[str]) -> Dataset:
+        name = LOG_MARK.join(parts)
+        return open_as_trained(BundlePredictor(bundle), name, self.console.track)
 
     def _triggers(
         self, folder: pathlib.Path, last: Attempt | None, new: int
@@ -383,6 +484,9 @@ class _Pass:
                     "a promotion would end it",
                     attempt.record,
                 )
+            if text := self._changed_data(attempt):
+                self.state.discard(attempt)
+                return Outcome(NOTHING, text, attempt.record)
             evidence = compare_with_history(
                 registry,
                 version,
@@ -415,12 +519,69 @@ def _words(status: str) -> str:
     return status.replace("_", " ")
 
 
-def _own_snapshot(bundle: Bundle) -> Examples | None:
-    """Returns the logged images that a network was trained on, or None."""
-    for folder in bundle.data["source"].split(LOG_MARK)[1:]:
-        if (found := read_snapshot(pathlib.Path(folder))) is not None:
-            return found
-    return None
+def _read_examples(folder: pathlib.Path) -> Examples:
+    """Returns the examples of the snapshot of an attempt.
+
+    Raises:
+      DataError: They are damaged or missing.
+    """
+    examples = read_snapshot(folder)
+    if examples is None:
+        raise DataError(f"{folder} has no snapshot of labelled images; {_RESTORE}")
+    return examples
+
+
+def _read_known(folder: pathlib.Path) -> dict[str, KnownImage]:
+    """Returns the known images of the snapshot of an attempt.
+
+    Raises:
+      DataError: They are damaged or missing.
+    """
+    images = read_known(folder)
+    if images is None:
+        raise DataError(f"{folder} has no splits of the images of its attempt; {_RESTORE}")
+    return images
+
+
+def _known_images(dataset: Dataset, track: Track) -> dict[str, KnownImage]:
+    """Returns the split and the class of each image of a data set, by its resized pixels.
+
+    If images are equal only at the size of the network's input and have several splits, train comes
+    before validation, and validation before test, because a network has seen these pixels.
+    """
+    images: dict[str, KnownImage] = {}
+    # Images on the device can be read on the host too.
+    loader = dataclasses.replace(dataset.loader, on_device=False)
+    labels, names = dataset.source.labels, dataset.source.class_names
+    for split in reversed(SPLITS):
+        indices = dataset.splits[split]
+        batches = image_batches(loader, indices, track, "comparing images")
+        with contextlib.closing(batches):
+            pixels = (image for batch in batches for image in batch)
+            for label, image in zip(labels[indices], pixels, strict=True):
+                images[pixel_digest(image)] = KnownImage(split, names[label])
+    return images
+
+
+def _check_complete(missing: int, total: int, dataset: Dataset, config: Config) -> None:
+    """Checks that a data set still has the images of an earlier training.
+
+    Args:
+      missing: The number of images that the data set lacks.
+      total: The number of images of the earlier training.
+      dataset: The data set.
+      config: The configuration; its `data.max_unreadable` is the accepted fraction.
+
+    Raises:
+      DataError: Too many images are missing.
+    """
+    if missing > config.data.max_unreadable * total:
+        base = dataset.source.name.partition(LOG_MARK)[0]
+        raise DataError(
+            f"--source: {base} lacks {missing:,} of {total:,} images of earlier trainings, "
+            f"more than data.max_unreadable={config.data.max_unreadable:g} allows; restore them, "
+            "or train a new champion without them with `cnn_jax train` and promote it"
+        )
 
 
 def _configure(
@@ -467,53 +628,3 @@ def _configure(
             config.model[name] = section[name]
         config.update_from_flattened_dict(values)
     return config
-
-
-def _check_splits(
-    bundle: Bundle, source: str, dataset: Dataset, champion: str, track: Track
-) -> None:
-    """Checks that no image has another split than in the training of the champion.
-
-    The champion could otherwise have been trained on images of the test split, and its comparison
-    with a new network would be worthless. Images are compared by their content.
-
-    Args:
-      bundle: The champion.
-      source: The name of the data, without the log.
-      dataset: The data with the log.
-      champion: The name of the champion, for messages.
-      track: Shows progress.
-
-    Raises:
-      DataError: An image has another split, or the images of the champion are unknown.
-    """
-    predictor = BundlePredictor(bundle)
-    _, mark, logs = bundle.data["source"].partition(LOG_MARK)
-    own = None
-    with contextlib.suppress(ConfigError, DataError):
-        own = open_as_trained(predictor, bundle.data["source"], track, residency="none")
-    if own is None:  # The data may have been moved.
-        own = open_as_trained(predictor, f"{source}{mark}{logs}", track, residency="none")
-        is_known = own.fingerprint == bundle.data["fingerprint"]
-    else:
-        # With the rule "stable", new images change the split of no other image.
-        is_stable = bundle.data["division"]["rule"] == "stable"
-        is_known = is_stable or own.fingerprint == bundle.data["fingerprint"]
-    if not is_known:
-        raise DataError(
-            f"--source: {source} has changed since the training of {champion}, so it is unknown "
-            "which images its network has seen; restore the data, or train a new champion with "
-            "data.stratify=stable"
-        )
-    splits = {own.contents[i]: name for name in SPLITS for i in own.splits[name]}
-    moved = sum(
-        splits.get(dataset.contents[i], name) != name
-        for name in SPLITS
-        for i in dataset.splits[name]
-    )
-    if moved:
-        raise DataError(
-            f"--source: {moved:,} images of {source} were in another split in the training of "
-            f"{champion}, which may have seen images of the test split; name the data as in its "
-            f"training, {bundle.data['source'].partition(LOG_MARK)[0]}"
-        )

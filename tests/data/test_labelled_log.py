@@ -12,7 +12,15 @@ from request_logs import NAMES, request_id, write_images_to_log, write_labels
 
 from cnn_jax.data import labelled_log
 from cnn_jax.data.files import _IN_WORDS
-from cnn_jax.data.labelled_log import open_log, read_examples, read_snapshot, write_snapshot
+from cnn_jax.data.labelled_log import (
+    KnownImage,
+    open_log,
+    read_examples,
+    read_known,
+    read_snapshot,
+    write_known,
+    write_snapshot,
+)
 from cnn_jax.system.errors import DataError
 
 
@@ -129,6 +137,26 @@ def test_a_snapshot_holds_the_examples_and_has_the_same_bytes(log, tmp_path):
     empty = read_examples([], NAMES)
     write_snapshot(empty, tmp_path / "empty")
     assert len(open_log([tmp_path / "empty"], NAMES)) == 0
+
+
+def test_examples_without_an_image_have_all_others(log):
+    examples = read_examples([log], NAMES)
+    others = examples.without({examples.requests[1]})
+    assert others.requests == examples.requests[:1] + examples.requests[2:]
+    assert others.images == examples.images[:1] + examples.images[2:]
+
+
+def test_known_images_are_read_as_written(tmp_path):
+    images = {"b" * 32: KnownImage("test", "a\tb"), "a" * 32: KnownImage("train", "\udcff")}
+    assert read_known(tmp_path) is None
+    write_known(images, tmp_path)
+    assert read_known(tmp_path) == images
+    before = (tmp_path / "splits.parquet").read_bytes()
+    write_known(dict(reversed(images.items())), tmp_path)
+    assert (tmp_path / "splits.parquet").read_bytes() == before
+    (tmp_path / "splits.parquet").write_bytes(before[:-9])
+    with pytest.raises(DataError, match=r"splits\.parquet cannot be read"):
+        read_known(tmp_path)
 
 
 def test_the_digest_depends_on_labels_and_pixels_only(log):

@@ -10,6 +10,7 @@ from PIL import Image
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from cnn_jax.data import duplicates
 from cnn_jax.data import survey as survey_module
 from cnn_jax.data.duplicates import near_components, near_pairs, perceptual_hash
 from cnn_jax.data.files import open_folder
@@ -82,7 +83,7 @@ def test_components_are_those_of_brute_force(hashes, distance):
 def test_blocks_change_nothing(monkeypatch):
     hashes = np.random.default_rng(0).integers(0, 2**12, 500).astype(np.uint64) << np.uint64(30)
     whole = near_components(hashes, _no_thumbnails(hashes), 1)
-    monkeypatch.setattr(survey_module, "_BLOCK", 7)
+    monkeypatch.setattr(duplicates, "_BLOCK", 7)
     np.testing.assert_array_equal(near_components(hashes, _no_thumbnails(hashes), 1), whole)
 
 

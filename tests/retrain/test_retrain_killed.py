@@ -19,7 +19,9 @@ def test_killed_passes_give_the_same_bundle_and_one_promotion(tmp_path):
 
     shutil.rmtree(world)
     shutil.copytree(tmp_path / "template", world)
-    rng = random.Random(time.time_ns())
+    seed = time.time_ns()
+    print(f"seed of the kills: {seed}")  # pytest shows it if the test fails.
+    rng = random.Random(seed)
     aims = ["write", "time", "write", "write"]
     done = chaos_retrain.torment(world, writes, seconds, aims, rng)
     assert done, "the pass was over before it was killed"

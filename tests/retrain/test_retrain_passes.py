@@ -4,11 +4,14 @@ import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 from bundles import make_bundle
+from PIL import Image
 
 from cnn_jax.config import files
-from cnn_jax.data.labelled_log import read_snapshot
+from cnn_jax.data.decode import pixel_digest
+from cnn_jax.data.labelled_log import read_known, read_snapshot
 from cnn_jax.inference.bundle import (
     Ensemble,
     digest,
@@ -52,9 +55,10 @@ def world(template, tmp_path):
 def quick(monkeypatch):
     """Replaces training by copying a bundle, so that tests of decisions are quick.
 
-    Returns a dictionary: "bundle" is the bundle to copy, "calls" counts the trainings.
+    Returns a dictionary: "bundle" is the bundle to copy, "calls" counts the trainings, and "after"
+    is called with the new bundle after a training.
     """
-    state = {"calls": 0, "bundle": None, "error": None}
+    state = {"calls": 0, "bundle": None, "error": None, "after": None}
 
     def train_and_evaluate(config, workdir, console=None):
         state["calls"] += 1
@@ -64,7 +68,11 @@ def quick(monkeypatch):
         own = read_bundle(bundle)
         # The run has its own metrics, so its bundle has its own digest.
         metrics = own.metrics | {"calls": {"number": state["calls"]}}
-        write_bundle(dataclasses.replace(own, metrics=metrics), workdir / "bundle")
+        record = json.loads((workdir.parent / "attempt.json").read_text())
+        data = own.data | {"source": config.data.source, "fingerprint": record["data"]}
+        write_bundle(dataclasses.replace(own, metrics=metrics, data=data), workdir / "bundle")
+        if state["after"] is not None:
+            state["after"](workdir / "bundle")
 
     monkeypatch.setattr(passes, "train_and_evaluate", train_and_evaluate)
     return state
@@ -228,8 +236,31 @@ def test_an_attempt_whose_data_has_changed_is_given_up(world, capsys, quick, cap
     quick["error"] = None
     code, result = retrain(world, capsys)
     assert (code, result["action"]) == (0, "promoted")
-    assert "has changed since the attempt" in caplog.text
+    assert f"the attempt {folder.name} is given up, because " in caplog.text
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("kind", ["class", "bundle"])
+def test_an_attempt_whose_data_changes_in_training_is_given_up(world, capsys, quick, kind):
+    """Otherwise, images of its training could be in the test split of its judgement."""
+
+    def change(bundle):
+        if kind == "class":
+            path = next((world / "images" / "red").iterdir())
+            path.rename(world / "images" / "blue" / f"new-{path.name}")
+        else:  # The data was different only during the training.
+            own = read_bundle(bundle)
+            data = own.data | {"fingerprint": "0" * 64}
+            write_bundle(dataclasses.replace(own, data=data), bundle)
+
+    quick["after"] = change
+    code, result = retrain(world, capsys)
+    assert (code, result["action"]) == (0, "nothing")
+    assert "is given up, because" in result["text"]
+    assert actions(world) == ["add", "promote", "add"]
+    assert not list((world / "state" / "attempts").iterdir())
+    quick["after"] = None
+    assert retrain(world, capsys)[1]["action"] == "promoted"
 
 
 def test_a_version_must_not_be_worse_than_the_best_earlier_one(world, capsys, quick, monkeypatch):
@@ -371,36 +402,156 @@ def test_a_second_pass_at_the_same_time_does_nothing(world, capsys, quick):
     assert quick["calls"] == 0
 
 
-def test_other_names_of_the_data_must_not_change_its_splits(world, capsys, quick):
-    """The files have other paths, so their hashes assign them to other splits."""
+def promote_with_data(world, **changes):
+    """Promotes a copy of the champion whose bundle names other data."""
+    champion = read_bundle(world / "run" / "bundle")
+    write_bundle(dataclasses.replace(champion, data=champion.data | changes), world / "other")
+    registry = Registry(world / "registry")
+    registry.promote(MODEL, registry.add(MODEL, world / "other").version.number)
+
+
+def known_images(world):
+    """Returns the known images of the last attempt."""
+    records = [json.loads(p.read_text()) for p in (world / "state").glob("attempts/*/attempt.json")]
+    last = max(records, key=lambda record: record["number"])
+    return read_known(world / "state" / "attempts" / last["key"][:16] / "data")
+
+
+@pytest.mark.parametrize("rule", ["stable", "exact"])
+def test_data_that_changed_before_the_first_attempt_is_refused(world, capsys, quick, rule):
+    """The splits of the champion's images are unknown then."""
+    champion = read_bundle(world / "run" / "bundle")
+    gone = {"source": f"folder:{world / 'gone'}"}
+    if rule == "exact":
+        promote_with_data(world, division=champion.data["division"] | {"rule": rule})
+    else:
+        promote_with_data(world, **gone)
+        for path in sorted((world / "images").rglob("*.png")):
+            path.rename(path.with_name(f"new-{path.name}"))
+    with pytest.raises(DataError, match="it is unknown which images its network has seen; restore"):
+        retrain(world, capsys)
+    assert quick["calls"] == 0
+
+
+def test_data_at_another_place_keeps_its_splits(world, capsys, quick):
+    """The data of the champion may be moved, and its copies may have other names."""
+    promote_with_data(world, source=f"folder:{world / 'gone'}")
+    assert retrain(world, capsys)[0] == 0
+    before = known_images(world)
     for path in sorted((world / "images").rglob("*.png")):
         copy = world / "copy" / path.parent.name / f"new-{path.name}"
         copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
-    with pytest.raises(DataError, match="were in another split in the training of colours/1"):
-        retrain(world, capsys, f"--source=folder:{world / 'copy'}")
+        path.rename(copy)
+    write_log(world / "log", world / "run" / "bundle", 120, seed=3)
+    assert retrain(world, capsys, f"--source=folder:{world / 'copy'}")[0] == 0
+    after = known_images(world)
+    assert len(after) == len(before) + 120
+    assert before.items() <= after.items()
 
-    # The data of this champion is no longer at its place.
-    champion = read_bundle(world / "run" / "bundle")
-    data = champion.data | {"source": f"folder:{world / 'gone'}"}
-    write_bundle(dataclasses.replace(champion, data=data), world / "other")
+
+def test_renamed_and_corrected_images_keep_their_splits(world, capsys, quick):
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    before = known_images(world)
+    for number, path in enumerate(sorted((world / "images").rglob("*.png"))):
+        folder = world / "images" / ("blue" if number % 20 == 0 else path.parent.name)
+        path.rename(folder / f"new-{number}.png")
+    code, result = retrain(world, capsys, "--when=always")
+    assert (code, result["action"]) == (0, "promoted")
+    after = known_images(world)
+    assert {d: one.split for d, one in before.items()} == {d: one.split for d, one in after.items()}
     registry = Registry(world / "registry")
-    registry.promote(MODEL, registry.add(MODEL, world / "other").version.number)
-    with pytest.raises(DataError, match="it is unknown which images its network has seen"):
-        retrain(world, capsys, f"--source=folder:{world / 'copy'}")
+    for number in (2, 3):
+        folder = registry.fetch(registry.resolve(MODEL, number), world / "download")
+        dataset = open_as_trained(BundlePredictor.load(folder))
+        assert len(dataset.source) == 330
+        for name, indices in dataset.splits.items():
+            images = dataset.loader.load(indices)["image"]
+            assert {after[pixel_digest(image)].split for image in images} == {name}
+
+
+def test_equal_pixels_in_several_splits_are_used_for_training(world, capsys, quick):
+    """The champion has seen them, so they must not be in the test split."""
+    champion = read_bundle(world / "run" / "bundle")
+    for number in range(40):  # The files differ, and the resized images are the same.
+        image = Image.new("RGB", (16 + number, 20), (200, 0, 0))
+        image.save(world / "images" / "red" / f"large-{number}.png")
+    source = f"folder:{world / 'images'}"
+    grown = open_as_trained(BundlePredictor(champion), source)
+    promote_with_data(world, source=source, fingerprint=grown.fingerprint)
     assert retrain(world, capsys)[0] == 0
+    digest = pixel_digest(np.full((16, 16, 3), (200, 0, 0), np.uint8))
+    assert known_images(world)[digest].split == "train"
 
 
-def test_grown_data_with_exact_splits_is_refused(world, capsys, quick):
-    champion = read_bundle(world / "run" / "bundle")
-    division = champion.data["division"] | {"rule": "exact"}
-    data = champion.data | {"division": division}
-    write_bundle(dataclasses.replace(champion, data=data), world / "exact")
-    registry = Registry(world / "registry")
-    registry.promote(MODEL, registry.add(MODEL, world / "exact").version.number)
-    shutil.copyfile(world / "images" / "red" / "000.png", world / "images" / "red" / "new.png")
-    with pytest.raises(DataError, match=r"train a new champion with data\.stratify=stable"):
+def test_missing_images_are_refused(world, capsys, quick):
+    """A disk may not be mounted; an interrupted attempt must survive it."""
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    write_log(world / "log", world / "run" / "bundle", 120, seed=3)
+    (world / "images" / "red").rename(world / "hidden")
+    (world / "images" / "red").mkdir()
+    for path in sorted((world / "hidden").iterdir())[:40]:
+        shutil.copyfile(path, world / "images" / "red" / path.name)
+    fails(world, DataError, r"lacks 20 of 330 images of earlier trainings, .+; restore them, or")
+    shutil.copytree(world / "hidden", world / "images" / "red", dirs_exist_ok=True)
+    quick["error"] = TrainingError("the disk is full")
+    with pytest.raises(TrainingError):
         retrain(world, capsys)
+    (world / "images" / "red" / "000.png").rename(world / "one")
+    for path in sorted((world / "images" / "red").iterdir())[:19]:
+        path.unlink()
+    fails(world, DataError, r"lacks 20 of 450 images of earlier trainings")
+    shutil.copytree(world / "hidden", world / "images" / "red", dirs_exist_ok=True)
+    quick["error"] = None
+    assert retrain(world, capsys)[1]["attempt"]["number"] == 2
+
+
+def test_an_attempt_needs_new_training_images(world, capsys, quick):
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    logged = json.loads(next(world.glob("state/attempts/*/attempt.json")).read_text())["logged"]
+    assert sum(logged.values()) == 150
+    assert logged["train"] > logged["test"] > 0
+    flags = ("--when=always", "--config.train.epochs=2")
+    code, result = retrain(world, capsys, *flags)
+    assert (code, result["action"], quick["calls"]) == (0, "nothing", 1)
+    assert "no image of the training split is new or has another label" in result["text"]
+    # A corrected class of a training image is a reason.
+    known = known_images(world)
+    for path in sorted((world / "images" / "red").iterdir()):
+        if known[pixel_digest(np.asarray(Image.open(path)))].split == "train":
+            path.rename(world / "images" / "blue" / f"new-{path.name}")
+            break
+    assert retrain(world, capsys, *flags)[1]["action"] == "promoted"
+
+
+@pytest.mark.parametrize("name", ["examples.parquet", "splits.parquet"])
+def test_a_missing_snapshot_is_an_error(world, capsys, quick, name):
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    write_log(world / "log", world / "run" / "bundle", 120, seed=3)
+    (folder,) = world.glob("state/attempts/*/data")
+    (folder / name).rename(world / name)
+    fails(world, DataError, f"{folder} has no .+; restore the folder")
+    (world / name).rename(folder / name)
+    # Another state folder needs the snapshot of the champion.
+    folder.rename(world / "elsewhere")
+    fails(world, DataError, f"{folder}, .+, is missing; restore", f"--state={world / 'second'}")
+    (world / "elsewhere").rename(folder)
+    assert retrain(world, capsys)[1]["attempt"]["number"] == 2
+
+
+def test_attempts_are_ordered_by_their_numbers(tmp_path):
+    with attempts.open_state(tmp_path / "state", MODEL) as state:
+        for number, started in enumerate(("2026-01-02", "2026-01-01", "2026-01-03"), 1):
+            attempt = state.prepare()
+            attempt.update(status="started", started=started)
+            assert state.begin(attempt, f"{9 - number}" * 64).record["number"] == number
+        assert [attempt.record["number"] for attempt in state.attempts()] == [1, 2, 3]
+
+
+def test_only_the_owner_may_read_the_state_folder(world, capsys, quick):
+    assert retrain(world, capsys)[0] == 0
+    (attempt,) = (world / "state" / "attempts").iterdir()
+    for path in (world / "state", attempt.parent, attempt, attempt / "data"):
+        assert path.stat().st_mode & 0o077 == 0
 
 
 def fails(world, error, message, *flags):
