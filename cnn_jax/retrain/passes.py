@@ -207,8 +207,7 @@ class _Pass:
         is_own = promotion.action == "promote" and promotion.note.startswith(_NOTE)
         if not is_own or history[-2:] != (promotion.before, champion.number):
             return None
-        folder = self.state.folder(promotion.note.removeprefix(_NOTE))
-        attempt = next((a for a in self.state.attempts() if a.folder == folder), None)
+        attempt = self._attempt_of(champion)  # None if its state folder is another one.
         previous = self.registry.resolve(champion.model, history[-2])
         since = datetime.datetime.fromisoformat(promotion.time).timestamp()
         labels = self._sampled_labels(since)
@@ -279,6 +278,13 @@ class _Pass:
         given = read_valid_feedback(logs, "label")
         sample = growing_sample(keys, np.array([key in given for key in keys], bool))
         return {keys[i]: given[keys[i]].value for i in np.flatnonzero(sample)}
+
+    def _attempt_of(self, version: Version) -> Attempt | None:
+        """Returns the attempt whose bundle is a version of the registry, or None."""
+        return next(
+            (a for a in self.state.attempts() if a.record.get("digest") == version.bundle.digest),
+            None,
+        )
 
     def resume(self) -> Outcome | None:
         """Continues the attempt that an earlier pass has not ended."""
@@ -484,8 +490,10 @@ class _Pass:
         model = self.settings.model
         additions = (e for e in self.registry.log if (e.action, e.model) == ("add", model))
         first = next((entry for entry in additions if entry.note == note), None)
-        assert first is None or first.bundle is not None
-        if first is None or first.bundle.digest == attempt.record.get("digest"):
+        if first is None:
+            return None
+        assert first.bundle is not None
+        if first.bundle.digest == attempt.record.get("digest"):
             return None
         reason = f"the same data and configuration gave {model}/{first.version} before"
         attempt.end(REFUSED, reason)

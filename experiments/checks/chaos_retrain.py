@@ -134,7 +134,8 @@ def write_log(
       noise: The noise of the images.
       model: The name of the model.
       seed: The seed of the images and of the request ids.
-      mistakes: The number of wrong predictions that get a label; by default all images get one.
+      mistakes: The number of wrong predictions that get a label, spread over the log; by default
+        all images get a label.
     """
     from cnn_jax.data import request_log
     from cnn_jax.inference.bundle import digest
@@ -171,7 +172,9 @@ def write_log(
         "image": images,
     }
     wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
-    labelled = range(count) if mistakes is None else wrong[:mistakes].tolist()
+    labelled = list(range(count))
+    if mistakes is not None:
+        labelled = wrong[np.linspace(0, len(wrong) - 1, mistakes).astype(int)].tolist()
     feedback = {
         "time": [moments[i] for i in labelled],
         "request_id": [ids[i] for i in labelled],
