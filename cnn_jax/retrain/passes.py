@@ -208,6 +208,8 @@ class _Pass:
         if not is_own or history[-2:] != (promotion.before, champion.number):
             return None
         attempt = self._attempt_of(champion)  # None if its state folder is another one.
+        if attempt and attempt.status != PROMOTED:  # `resume` first completes the record.
+            return None
         previous = self.registry.resolve(champion.model, history[-2])
         since = datetime.datetime.fromisoformat(promotion.time).timestamp()
         labels = self._sampled_labels(since)

@@ -249,6 +249,7 @@ def results(folder: pathlib.Path) -> dict[str, Any]:
 
     (record,) = (folder / "state" / "attempts").glob("*/attempt.json")
     content = json.loads(record.read_text())
+    content.pop("watch", None)  # The passes after the promotion write it.
     for name in ("started", "ended"):
         datetime.datetime.fromisoformat(content.pop(name))
     bundle = record.parent / "run" / "bundle"

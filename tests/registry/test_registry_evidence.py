@@ -157,7 +157,10 @@ def test_the_best_version_is_found_on_shared_images(registry, monkeypatch):
 def test_gains_on_logged_images_do_not_hide_losses_on_others(registry, monkeypatch):
     """The labels of the log are mistakes of the champion, so any other version is better there."""
     old, new = np.random.default_rng(0).random((2, 1000)) < [[0.94], [0.91]]
-    images = {number: dict(enumerate(row.tolist())) for number, row in ((1, old), (2, new))}
+    images = {
+        number: {f"image{i}": correct for i, correct in enumerate(row.tolist())}
+        for number, row in ((1, old), (2, new))
+    }
     logged = {
         number: {f"log/{i}": correct for i in range(100)}
         for number, correct in ((1, False), (2, True))

@@ -345,6 +345,7 @@ def test_a_pass_that_dies_after_a_step_is_completed(world, capsys, quick, monkey
     record = json.loads(path.read_text())
     assert (record["status"], record["version"]) == ("promoted", 2)
     assert record["evidence"] == Registry(world / "registry").log[-1].evidence
+    assert ("watch" in record) == (name == "end")
 
 
 def test_a_good_version_stays_and_its_comparison_is_recorded(world, capsys, quick, monkeypatch):
