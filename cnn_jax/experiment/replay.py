@@ -4,18 +4,18 @@ import dataclasses
 import datetime
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow as pa
 
 from cnn_jax.data import Track, no_track
+from cnn_jax.data.decode import decode
 from cnn_jax.data.request_log import read_requests
 from cnn_jax.data.resize import resize
 from cnn_jax.experiment.analysis import analyse_pairs
-from cnn_jax.experiment.observations import Folder, check_unique, read_valid_feedback
+from cnn_jax.experiment.observations import Folder, Key, check_unique, read_valid_feedback
 from cnn_jax.inference.exported import load_predictor
 from cnn_jax.inference.protocol import TrainedPredictor
 from cnn_jax.registry.ledger import Version
@@ -38,6 +38,8 @@ def replay(
     folders: Sequence[Folder],
     since: float | None = None,
     track: Track = no_track,
+    *,
+    keys: Container[Key] | None = None,
 ) -> dict[str, Any]:
     """Lets two versions predict the same logged images, and compares them by the labels.
 
@@ -49,6 +51,7 @@ def replay(
       since: Only later images count, in seconds since the epoch. By default, the time at which the
         newer version was added to the registry: a version may have been trained on older images.
       track: Shows progress.
+      keys: The request ids and image indices of the images to use; by default all images.
 
     Returns:
       The values of `analyse_pairs`, of JSON types; and the "versions", "since", and "copies", the
@@ -67,7 +70,7 @@ def replay(
             datetime.datetime.fromisoformat(version.time).timestamp()
             for version in (challenger, champion)
         )
-    images, labels, copies = _read(folders, champion.model, since)
+    images, labels, copies = _read(folders, champion.model, since, keys)
     correct = []
     for version in (challenger, champion):
         with tempfile.TemporaryDirectory(prefix="cnn_jax-") as folder:
@@ -92,7 +95,7 @@ def _predict(
     is_resized, predicted = False, []
     batches = [images[start : start + _BATCH] for start in range(0, len(images), _BATCH)]
     for batch in track(batches, f"predicting with {name}", len(batches)):
-        decoded = list(map(_decode, batch))
+        decoded = list(map(decode, batch))
         is_resized |= any(one.shape[:2] != preprocessing.image_size for one in decoded)
         pixels = np.stack([resize(one, preprocessing) for one in decoded])
         best = predictor(pixels).argmax(axis=1).tolist()
@@ -108,7 +111,7 @@ def _predict(
 
 
 def _read(
-    folders: Sequence[Folder], model: str, since: float
+    folders: Sequence[Folder], model: str, since: float, keys: Container[Key] | None
 ) -> tuple[list[bytes], list[str], int]:
     """Returns the PNG images and labels in the order of the labels, and the number of copies.
 
@@ -124,7 +127,12 @@ def _read(
         raise NoLabelsError(f"{name} has no images of the model {model}; it has: {found}")
     own = [row for row in rows.to_pylist() if row["model"] == model and row["shadow_of"] is None]
     check_unique(own, folders)
-    recent = [row for row in own if row["time"].timestamp() >= since]
+    recent = [
+        row
+        for row in own
+        if row["time"].timestamp() >= since
+        and (keys is None or (row["request_id"], row["image_index"]) in keys)
+    ]
     feedback = read_valid_feedback(folders, "label")
     labelled = [
         (feedback[key], row["image"])
@@ -148,10 +156,3 @@ def _read(
     for given, image in with_image:
         first.setdefault(image, given.value)
     return list(first), list(first.values()), len(with_image) - len(first)
-
-
-def _decode(png: bytes) -> np.ndarray:
-    """Decodes an image of the log to uint8 [height, width, 3]."""
-    decoded = cv2.imdecode(np.frombuffer(png, np.uint8), cv2.IMREAD_COLOR_RGB)
-    assert decoded is not None
-    return np.asarray(decoded)

@@ -219,3 +219,20 @@ def random_sample(
     """
     order = random_order(keys)
     return order < order[~is_labelled].min(initial=np.inf)
+
+
+def growing_sample(
+    keys: Sequence[Key], is_labelled: Bool[np.ndarray, " n"]
+) -> Bool[np.ndarray, " n"]:
+    """Returns which of the labelled images are a random sample that later images leave unchanged.
+
+    In `random_order`, the number of each of these images is smaller than the numbers of all earlier
+    images without a label. With more images and labels the sample only grows. So a test that may be
+    repeated after every observation may be repeated on this sample.
+
+    Args:
+      keys: The images, the earliest first.
+      is_labelled: Whether each image has a label.
+    """
+    order = random_order(keys)
+    return order < np.minimum.accumulate(np.where(is_labelled, np.inf, order))

@@ -42,6 +42,8 @@ def decide(
 ) -> Decision:
     """Returns the first decision between two versions; later observations do not change it.
 
+    A watch that must find a later deterioration compares `worse` itself with its limit.
+
     Args:
       better: The logarithms of the e-values against "the challenger is not better".
       worse: The logarithms of the e-values against "the challenger is not worse".

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,9 +16,13 @@ from cnn_jax.inference.predictor import TrainedPredictor
 from cnn_jax.quality.noninferiority import compare
 from cnn_jax.registry.ledger import Evidence, Version
 from cnn_jax.registry.registry import Registry
-from cnn_jax.system.errors import DataError
+from cnn_jax.system.errors import BundleError, ConfigError, DataError
 
 logger = logging.getLogger(__name__)
+
+
+class NotComparedError(DataError):
+    """Raised if the present version of an alias cannot predict the images of a comparison."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +33,13 @@ class _Measured:
       version: The version.
       is_correct: Whether each image is classified correctly, by the id of the image.
       labels: The class of each image, by the same ids.
+      logged: The ids of the images that are from a request log.
     """
 
     version: Version
     is_correct: dict[str, bool]
     labels: dict[str, str]
-
-    @property
-    def accuracy(self) -> float:
-        return sum(self.is_correct.values()) / len(self.is_correct)
+    logged: set[str]
 
 
 def compare_versions(
@@ -80,16 +83,15 @@ def compare_with_history(
     alias: str,
     source: str,
     margin: float,
+    earlier: Sequence[int] = (),
     track: Track = no_track,
 ) -> Evidence:
-    """Compares a version with the version of an alias, and with the best earlier version.
+    """Compares a version with the version of an alias, and with the best of earlier versions.
 
     A version that is worse than the present one by less than the margin may pass. Without the
-    second comparison, such small losses could add up. The earlier versions are those to which the
-    alias has pointed, except versions that a rollback has withdrawn or that were removed. The best
-    is the version with the largest accuracy on the images of its present test split. An earlier
-    version that cannot predict the data, because it has other classes or another image size, is
-    left out with a warning.
+    second comparison, such small losses could add up. The best version is the one with the largest
+    accuracy on the test images that it shares with the candidate. An earlier version that cannot
+    predict the data, because it is damaged or has other classes, is left out with a warning.
 
     The caller guarantees that no version was trained on images of the test split.
 
@@ -99,6 +101,7 @@ def compare_with_history(
       alias: An alias.
       source: The name of a source.
       margin: The difference in accuracy that is still accepted, above 0 and below 1.
+      earlier: The numbers of the earlier versions.
       track: Shows progress.
 
     Returns:
@@ -106,27 +109,28 @@ def compare_with_history(
       version, unless this is the same version.
 
     Raises:
+      NotComparedError: The version of the alias cannot predict the images.
       UserError: See `compare_versions`.
     """
     predictor, dataset = _open(registry, candidate, source, "test", track)
     new = _measure(candidate, predictor, dataset, "test", track, warn=False)
     present = registry.resolve(candidate.model, alias)
-    numbers = {*registry.models[candidate.model].aliases[alias]} - {candidate.number}
-    earlier = {}
-    for number in sorted(numbers, key=lambda number: number != present.number):
+    found = {}
+    for number in (present.number, *earlier):
         version = registry.resolve(candidate.model, number)
         try:
             predictor, dataset = _open(registry, version, source, "test", track)
-            earlier[number] = _measure(version, predictor, dataset, "test", track, warn=False)
-        except DataError as error:
-            if version == present:
-                raise
+            old = _measure(version, predictor, dataset, "test", track, warn=False)
+            found[number] = _compare(new, old, alias, source, margin, "test")
+        except (BundleError, ConfigError, DataError) as error:
+            if number == present.number:
+                raise NotComparedError(f"{version} cannot be compared: {error}") from error
             logger.warning("%s is not compared: %s", version, error)
-    evidence = _compare(new, earlier[present.number], alias, source, margin, "test")
-    best = max(earlier.values(), key=lambda one: (one.accuracy, one.version == present))
-    if best.version == present:
-        return evidence
-    return dataclasses.replace(evidence, best=_compare(new, best, alias, source, margin, "test"))
+    # The first of equal versions, which is the present one.
+    best = max(found.values(), key=lambda one: one.reference_correct / one.images)
+    if best.reference == present.number:
+        return best
+    return dataclasses.replace(found[present.number], best=best)
 
 
 def _compare(
@@ -136,22 +140,30 @@ def _compare(
     ids = [one for one in new.is_correct if one in old.is_correct]
     if not ids:
         raise DataError(f"{source} has no image that is in the {split} split of both versions")
-    class_names = sorted({new.labels[one] for one in ids})
-    result = compare(
-        np.array([new.is_correct[one] for one in ids]),
-        np.array([old.is_correct[one] for one in ids]),
-        np.array([class_names.index(new.labels[one]) for one in ids]),
-        class_names,
-        margin,
-    )
-    return Evidence(
-        candidate=new.version.number,
-        alias=alias,
-        reference=old.version.number,
-        source=absolute(source),
-        split=split,
-        **dataclasses.asdict(result),
-    )
+
+    def compare_on(ids: Sequence[str]) -> Evidence:
+        class_names = sorted({new.labels[one] for one in ids})
+        result = compare(
+            np.array([new.is_correct[one] for one in ids]),
+            np.array([old.is_correct[one] for one in ids]),
+            np.array([class_names.index(new.labels[one]) for one in ids]),
+            class_names,
+            margin,
+        )
+        return Evidence(
+            candidate=new.version.number,
+            alias=alias,
+            reference=old.version.number,
+            source=absolute(source),
+            split=split,
+            **dataclasses.asdict(result),
+        )
+
+    evidence, others = compare_on(ids), [one for one in ids if one not in new.logged]
+    # The labels of logged images may have been chosen by the answers of a version.
+    if 0 < len(others) < len(ids):
+        evidence = dataclasses.replace(evidence, without_log=compare_on(others))
+    return evidence
 
 
 def _open(
@@ -184,8 +196,13 @@ def _measure(
     indices, labels = labelled_split(predictor, dataset, split, warn=warn)
     probabilities = predict_split(predictor, dataset.loader, indices, track, f"measuring {version}")
     is_correct = (probabilities.argmax(axis=1) == labels).tolist()
-    ids = [dataset.source.ids[index] for index in indices]
+    source = dataset.source
+    ids = [source.ids[index] for index in indices]
     names = [predictor.class_names[label] for label in labels]
+    logged = np.zeros(len(source), bool) if source.logged is None else source.logged
     return _Measured(
-        version, dict(zip(ids, is_correct, strict=True)), dict(zip(ids, names, strict=True))
+        version,
+        is_correct=dict(zip(ids, is_correct, strict=True)),
+        labels=dict(zip(ids, names, strict=True)),
+        logged={source.ids[index] for index in indices if logged[index]},
     )

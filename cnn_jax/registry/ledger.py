@@ -109,16 +109,22 @@ class Evidence(Comparison):
     reference: int  # The number of the alias's version.
     source: str  # The name of the source of the images.
     split: str  # "test" or "all".
+    # The same comparison on the images that are not from a request log, if some images are.
+    without_log: "Evidence | None" = None
     # The comparison with the best earlier version of the alias, if the present one is not the best.
     best: "Evidence | None" = None
 
     @property
     def comparisons(self) -> dict[str, bool]:
         """The description of each comparison, and whether the candidate is not worse in it."""
-        found = {self._describe(f"not_worse_than={self.alias}"): self.is_not_worse}
+        return self._compare(f"not_worse_than={self.alias}")
+
+    def _compare(self, condition: str) -> dict[str, bool]:
+        found = {self._describe(condition): self.is_not_worse}
+        if self.without_log is not None:
+            found |= self.without_log._compare(f"{condition} without the logged images")
         if self.best is not None:
-            text = self.best._describe(f"not worse than the best earlier {self.alias}")
-            found[text] = self.best.is_not_worse
+            found |= self.best._compare(f"not worse than the best earlier {self.alias}")
         return found
 
     def _describe(self, condition: str) -> str:
@@ -312,6 +318,7 @@ class Gates:
         must be a comparison with the alias's version. None for no condition.
       evidence: A comparison in which the version must not be worse; see
         `evidence.compare_versions`.
+      no_experiment: Whether the promotion is refused if it would end a running experiment.
     """
 
     min_accuracy: float | None = None
@@ -321,6 +328,7 @@ class Gates:
     max_loss: float | None = None
     not_worse_than: str | None = None
     evidence: Evidence | None = None
+    no_experiment: bool = False
 
     def check(self, models: Models, version: Version, alias: str) -> tuple[str, ...]:
         """Checks that a version meets all conditions before an alias is pointed to it.
@@ -329,9 +337,14 @@ class Gates:
           A description of each condition that the version meets.
 
         Raises:
-          RegistryError: The version misses a condition, the metric is unknown, or the evidence is
-            about other versions.
+          RegistryError: The version misses a condition, the metric is unknown, the evidence is
+            about other versions, or an experiment is running.
         """
+        running = models[version.model].running_experiment
+        if self.no_experiment and running is not None and running.alias == alias:
+            raise RegistryError(
+                f"{version} does not become {alias}: this would end the experiment {running.name}"
+            )
         passed, failed = [], []
         for metric in METRICS:
             name = "max_loss" if metric == "loss" else f"min_{metric}"

@@ -32,7 +32,7 @@ from cnn_jax.system.errors import ConfigError, did_you_mean
 TRIGGERS = ("harm", "labels", "always")
 _MIN_NEW = 200
 # The exit code if a network was refused or rolled back.
-REFUSED = 3
+_NEGATIVE = 3
 
 
 def _triggers(text: str) -> list[str]:
@@ -114,8 +114,8 @@ def main(argv: Sequence[str]) -> None:
     with cli.blocked_interrupts():
         # JAX takes seconds to import, so it is imported after the flags have been checked.
         from cnn_jax.data.sources import absolute
-        from cnn_jax.retrain.attempts import BusyError
-        from cnn_jax.retrain.passes import NOTHING, PROMOTED, Settings, run_pass
+        from cnn_jax.retrain.attempts import PROMOTED, BusyError
+        from cnn_jax.retrain.passes import NOTHING, Settings, run_pass
         from cnn_jax.system.compilation_cache import keep_compiled
         from cnn_jax.system.console import Console
         from cnn_jax.system.runtime import keep_freed_memory
@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> None:
     else:
         print(cli.fit(outcome.text, sys.stdout))
     if outcome.action not in (NOTHING, PROMOTED):
-        sys.exit(REFUSED)
+        sys.exit(_NEGATIVE)
 
 
 if __name__ == "__main__":

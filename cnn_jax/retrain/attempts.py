@@ -52,13 +52,15 @@ class Attempt:
       folder: The folder of the attempt.
       record: The content of attempt.json, of JSON types:
         number: The number of the attempt, from 1.
-        key: The sha256 of the data and the configuration; see `attempt_key`.
+        key: The sha256 of the data and the configuration; see `attempt_key`. The note of the
+          version in the registry has it too.
         status: One of the states in this module.
         reason: The reason for the status, in one line.
         started, ended: The times in UTC; "ended" is missing in the state "started".
         triggers: The reasons for the attempt, such as ["labels"].
         labelled, new: The number of labelled images of the log, and how many of them the attempt
           before did not have.
+        margin: The difference in accuracy that the judgement accepts.
         data: The fingerprint of the data and its splits.
         images: The number of images of the data.
         logged: The number of images of the log in each split.
@@ -66,7 +68,8 @@ class Attempt:
         digest: The digest of the new bundle, after the training.
         version: The version of the new bundle, after it was added to the registry.
         evidence: The comparison with other versions; see `registry.ledger.Evidence`.
-        watch: The comparison with the version before, for a promoted version.
+        watch: The comparison with the version before, for a promoted version. Without a labelled
+          image for it, "images" is 0, and "reason" says so. "labels" is the sha256 of the labels.
     """
 
     folder: pathlib.Path
@@ -214,14 +217,16 @@ def _check_model(path: pathlib.Path, model: str) -> None:
 def attempt_key(fingerprint: str, config: Config) -> str:
     """Returns the key of an attempt: the sha256 of its data and its configuration.
 
-    The weights with which the run starts, and keys without an influence on the result, do not
-    count: the same data and configuration are tried only once.
+    The same data and configuration are tried only once. The weights with which the run starts and
+    keys without an influence on the result do not count. The seed and the precision do not count
+    either, because another value only gives another random result.
 
     Args:
       fingerprint: The fingerprint of the data with its splits.
       config: The configuration of the run.
     """
-    ignored = {*INDIFFERENT_KEYS, "checkpoint.init_from", "checkpoint.restore_step"}
+    start = ("checkpoint.init_from", "checkpoint.restore_step")
+    ignored = {*INDIFFERENT_KEYS, *start, "seed", "precision"}
     values: Mapping[str, Any] = {k: v for k, v in leaves(config) if k not in ignored}
     text = json.dumps({"data": fingerprint, "configuration": values}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

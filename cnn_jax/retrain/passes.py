@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import datetime
+import hashlib
 import json
 import logging
 import pathlib
@@ -11,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+import pyarrow as pa
 
 from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import bundle_values, resolve
@@ -29,14 +32,14 @@ from cnn_jax.data.labelled_log import (
 )
 from cnn_jax.data.request_log import read_requests
 from cnn_jax.data.sources import absolute
+from cnn_jax.experiment.observations import Key, read_valid_feedback
 from cnn_jax.experiment.replay import NoLabelsError, replay
 from cnn_jax.inference.bundle import Bundle, digest, read_bundle, read_reference
 from cnn_jax.inference.evaluation import image_batches, open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
-from cnn_jax.monitor.rows import read_rows
+from cnn_jax.monitor.rows import growing_sample, read_rows
 from cnn_jax.monitor.windows import measure
-from cnn_jax.registry import ledger
-from cnn_jax.registry.evidence import compare_with_history
+from cnn_jax.registry.evidence import NotComparedError, compare_with_history
 from cnn_jax.registry.ledger import CHAMPION, Entry, Gates, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.retrain.attempts import (
@@ -52,7 +55,7 @@ from cnn_jax.retrain.attempts import (
 )
 from cnn_jax.system.atomic import write_text
 from cnn_jax.system.console import Console
-from cnn_jax.system.errors import ConfigError, DataError, DivergedError, printable
+from cnn_jax.system.errors import BundleError, ConfigError, DataError, DivergedError, printable
 from cnn_jax.training.loop import open_dataset, train_and_evaluate
 from cnn_jax.training.run_directory import INDIFFERENT_KEYS
 
@@ -63,6 +66,10 @@ EPOCHS = 4
 NOTHING = "nothing"
 # The advice of errors about missing snapshots.
 _RESTORE = "restore the folder, because later attempts need the splits of its images"
+# The start of the note of each version that an attempt adds or promotes; the attempt's key follows.
+_NOTE = "retrain: attempt "
+# The number of earlier champions that a new version is compared with.
+_HISTORY = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +134,14 @@ def run_pass(
       TrainingError: Training cannot continue.
       Interrupted: The run was saved and stopped.
     """
-    champion = registry.resolve(settings.model)
+    registry.resolve(settings.model)  # Before an error, no folder is created.
     _check_logs(settings)
     with (
         open_state(state, settings.model) as opened,
         tempfile.TemporaryDirectory(prefix="cnn_jax-") as downloads,
     ):
+        registry.refresh()  # Another pass may have ended just before the folder was locked.
+        champion = registry.resolve(settings.model)
         own = _Pass(registry, opened, settings, console, champion, pathlib.Path(downloads))
         own.complete_records()
         return own.watch() or own.resume() or own.start()
@@ -172,15 +181,19 @@ class _Pass:
     def complete_records(self) -> None:
         """Records which promoted versions were rolled back, also by a person."""
         for attempt in self.state.attempts():
-            if attempt.status != PROMOTED:
-                continue
-            entry = self._last_entry("rollback", before=attempt.record["version"])
-            promotion = self._last_entry("promote", version=attempt.record["version"])
-            if entry and promotion and entry.number > promotion.number:
-                author = printable(f"{entry.user}@{entry.host}")
-                attempt.end(ROLLED_BACK, entry.note or f"rolled back by {author}")
+            if attempt.status == PROMOTED:
+                promotion = self._last_entry("promote", version=attempt.record["version"])
+                if promotion and (reason := self._withdrawal(promotion)):
+                    attempt.end(ROLLED_BACK, reason)
 
-    def _last_entry(self, action: str, **fields: int) -> Entry | None:
+    def _withdrawal(self, promotion: Entry) -> str:
+        """Returns the reason for which a promotion was rolled back, or ""."""
+        entry = self._last_entry("rollback", before=promotion.version)
+        if entry is None or entry.number < promotion.number:
+            return ""
+        return entry.note or f"rolled back by {_author(entry)}"
+
+    def _last_entry(self, action: str, **fields: int | None) -> Entry | None:
         """Returns the last change of the champion with these fields in the registry's log."""
         return next(
             (
@@ -194,30 +207,47 @@ class _Pass:
         )
 
     def watch(self) -> Outcome | None:
-        """Rolls the champion back if an attempt promoted it and labels show that it is worse.
+        """Rolls the champion back if retrain has promoted it and labels show that it is worse.
 
-        Both versions predict the logged images since the promotion that have labels. The test is
-        that of `cnn_jax compare`, which may be repeated after every label.
+        Both versions predict the labelled images of a random sample of the images that the champion
+        has answered since its promotion. Other labels may have been chosen by its answers, for
+        example because users report mistakes; they would show that any version is worse than
+        another one. The test may be repeated after every label.
         """
-        champion = self.champion
-        attempt = self._attempt_of(champion)
-        promotion = self._last_entry("promote", version=champion.number)
-        if attempt is None or attempt.status != PROMOTED or promotion is None:
+        champion, promotion = self.champion, self._last_move()
+        history = self.registry.models[champion.model].aliases[CHAMPION]
+        is_own = promotion.action == "promote" and promotion.note.startswith(_NOTE)
+        if not is_own or history[-2:] != (promotion.before, champion.number):
             return None
+        attempt = self._attempt_of(champion)  # None if its state folder is another one.
+        if attempt and attempt.status != PROMOTED:  # `resume` first completes the record.
+            return None
+        previous = self.registry.resolve(champion.model, history[-2])
+        since = datetime.datetime.fromisoformat(promotion.time).timestamp()
+        labels = self._sampled_labels(since)
+        text = json.dumps(sorted(labels.items()))
+        labels_digest = hashlib.sha256(text.encode()).hexdigest()
+        if attempt and attempt.record.get("watch", {}).get("labels") == labels_digest:
+            return None
+        found: dict[str, Any]
         try:
-            previous = ledger.previous_version(self.registry.models, champion.model, CHAMPION)
-            found = replay(
-                self.registry,
-                champion,
-                previous,
-                self.settings.logs,
-                datetime.datetime.fromisoformat(promotion.time).timestamp(),
-            )
-        except (RegistryError, NoLabelsError):  # There is no version to return to, or no label.
+            logs = self.settings.logs
+            found = replay(self.registry, champion, previous, logs, since, keys=labels)
+        except NoLabelsError:
+            reason = "since the promotion, no image of the random sample has a label and its pixels"
+            found = {"images": 0, "reason": reason}
+        except (BundleError, ConfigError) as error:
+            logger.warning("%s is not watched: %s", champion, error)
             return None
-        del found["curve"]
-        if found["decision"] != "worse":
-            attempt.update(watch=found)
+        found.pop("curve", None)
+        found["labels"] = labels_digest
+        # An earlier decision "better" must not end the watch.
+        if not found["images"] or found["e_value_worse"] < found["threshold"]:
+            if attempt:
+                attempt.update(watch=found)
+            return None
+        self.registry.refresh()
+        if self._last_move() != promotion:  # A person has just moved the alias.
             return None
         reason = (
             f"worse than version {previous.number} on {found['images']:,} labelled images since "
@@ -227,9 +257,41 @@ class _Pass:
         self.registry.rollback(
             champion.model, CHAMPION, f"retrain: {reason}", current=champion.number
         )
-        attempt.end(ROLLED_BACK, reason, watch=found)
+        if attempt:
+            attempt.end(ROLLED_BACK, reason, watch=found)
         text = f"{champion.model}@{CHAMPION} is again version {previous.number}: {champion} is"
-        return Outcome(ROLLED_BACK, f"{text} {reason}", attempt.record)
+        return Outcome(ROLLED_BACK, f"{text} {reason}", attempt and attempt.record)
+
+    def _last_move(self) -> Entry:
+        """Returns the last entry of the registry's log that has moved the alias."""
+        return next(
+            entry
+            for entry in reversed(self.registry.log)
+            if (entry.model, entry.alias) == (self.settings.model, CHAMPION)
+            and entry.action in ("promote", "rollback")
+        )
+
+    def _sampled_labels(self, since: float) -> dict[Key, str]:
+        """Returns the labels of a random sample of the images that the champion has answered.
+
+        Args:
+          since: The time of the first image, in seconds since the epoch.
+        """
+        logs = self.settings.logs
+        columns = ("time", "request_id", "image_index", "digest", "shadow_of")
+        # Of deleted files, only rows with feedback remain, which are no random sample.
+        tables = [read_requests(log, columns, since, with_labelled=False) for log in logs]
+        rows = [
+            row
+            for row in pa.concat_tables(tables).sort_by("time").to_pylist()
+            if row["digest"] == self.champion.bundle.digest
+            and row["shadow_of"] is None
+            and row["time"].timestamp() >= since
+        ]
+        keys = [(row["request_id"], row["image_index"]) for row in rows]
+        given = read_valid_feedback(logs, "label")
+        sample = growing_sample(keys, np.array([key in given for key in keys], bool))
+        return {keys[i]: given[keys[i]].value for i in np.flatnonzero(sample)}
 
     def _attempt_of(self, version: Version) -> Attempt | None:
         """Returns the attempt whose bundle is a version of the registry, or None."""
@@ -294,7 +356,12 @@ class _Pass:
             return Outcome(NOTHING, f"nothing to do: {'; '.join(facts)}")
         attempt = self.state.prepare()
         write_snapshot(examples, attempt.data)
-        attempt.record |= {"triggers": triggers, "labelled": len(examples), "new": new}
+        attempt.record |= {
+            "triggers": triggers,
+            "labelled": len(examples),
+            "new": new,
+            "margin": settings.margin,
+        }
         attempt = self._begin(attempt, bundle, folder)
         if attempt is None:
             return Outcome(
@@ -461,6 +528,9 @@ class _Pass:
         """Trains, adds, judges and promotes; steps that are done are not repeated."""
         registry, settings = self.registry, self.settings
         config = files.read(attempt.config)
+        note = f"{_NOTE}{attempt.record['key']}"
+        if outcome := self._end_repeated(attempt, note):
+            return outcome
         if "digest" not in attempt.record:
             try:
                 train_and_evaluate(config, attempt.run, self.console)
@@ -471,41 +541,103 @@ class _Pass:
                     self.state.discard(attempt)
                 raise
             attempt.update(digest=digest(attempt.run / "bundle"))
-        note = f"retrain: attempt {attempt.folder.name}"
         version = registry.add(settings.model, attempt.run / "bundle", note).version
+        # A pass with another state folder may have added its version during the training.
+        if outcome := self._end_repeated(attempt, note):
+            return outcome
         # A killed pass may have promoted the version before it could write the record.
         promotion = self._last_entry("promote", version=version.number)
         if promotion is None:
-            experiment = registry.models[settings.model].running_experiment
-            if experiment is not None and experiment.alias == CHAMPION:
-                return Outcome(
-                    NOTHING,
-                    f"{version} is judged when the experiment {experiment.name} has ended, because "
-                    "a promotion would end it",
-                    attempt.record,
-                )
+            if outcome := self._wait(version, attempt):
+                return outcome
             if text := self._changed_data(attempt):
                 self.state.discard(attempt)
                 return Outcome(NOTHING, text, attempt.record)
-            evidence = compare_with_history(
-                registry,
-                version,
-                CHAMPION,
-                config.data.source,
-                settings.margin,
-                self.console.track,
-            )
+            try:
+                evidence = compare_with_history(
+                    registry,
+                    version,
+                    CHAMPION,
+                    config.data.source,
+                    attempt.record["margin"],
+                    self._earlier_champions(version),
+                    self.console.track,
+                )
+            except NotComparedError as error:
+                return self._end(attempt, REFUSED, str(error), version=version.number)
             failed = [text for text, passes in evidence.comparisons.items() if not passes]
             if failed:
                 facts = {"version": version.number, "evidence": dataclasses.asdict(evidence)}
                 return self._end(attempt, REFUSED, "; ".join(failed), **facts)
-            registry.promote(
-                settings.model, version.number, gates=Gates(evidence=evidence), note=note
-            )
+            gates = Gates(evidence=evidence, no_experiment=True)
+            try:
+                registry.promote(settings.model, version.number, gates=gates, note=note)
+            except RegistryError:
+                if outcome := self._wait(version, attempt):  # The experiment has just started.
+                    return outcome
+                raise
             promotion = self._last_entry("promote", version=version.number)
         assert promotion is not None
         facts = {"version": version.number, "evidence": promotion.evidence}
-        return self._end(attempt, PROMOTED, "; ".join(promotion.gates), **facts)
+        if reason := self._withdrawal(promotion):
+            return self._end(attempt, ROLLED_BACK, reason, **facts)
+        reason = "; ".join(promotion.gates) or f"promoted by {_author(promotion)}"
+        return self._end(attempt, PROMOTED, reason, **facts)
+
+    def _end_repeated(self, attempt: Attempt, note: str) -> Outcome | None:
+        """Ends an attempt if another attempt with the same key has added the first version.
+
+        The other attempt has another state folder, or its folder was lost.
+
+        Args:
+          attempt: The attempt.
+          note: The note of the versions of attempts with this key.
+        """
+        model = self.settings.model
+        additions = (e for e in self.registry.log if (e.action, e.model) == ("add", model))
+        first = next((entry for entry in additions if entry.note == note), None)
+        if first is None:
+            return None
+        assert first.bundle is not None
+        if first.bundle.digest == attempt.record.get("digest"):
+            return None
+        reason = f"the same data and configuration gave {model}/{first.version} before"
+        attempt.end(REFUSED, reason)
+        return Outcome(NOTHING, f"nothing to do: {reason}", attempt.record)
+
+    def _wait(self, version: Version, attempt: Attempt) -> Outcome | None:
+        """Returns the outcome of a pass that waits for the end of an experiment, or None."""
+        experiment = self.registry.models[version.model].running_experiment
+        if experiment is None or experiment.alias != CHAMPION:
+            return None
+        return Outcome(
+            NOTHING,
+            f"{version} is judged when the experiment {experiment.name} has ended, because a "
+            "promotion would end it",
+            attempt.record,
+        )
+
+    def _earlier_champions(self, candidate: Version) -> list[int]:
+        """Returns the earlier champions to compare a candidate with, the latest first.
+
+        A version whose training data is unknown could have seen the images of the test split. So
+        the versions are those that retrain has added, or that were the champion when retrain
+        promoted another version.
+        """
+        model = self.registry.models[candidate.model]
+        own = [e for e in self.registry.log if e.model == model.name and e.note.startswith(_NOTE)]
+        known = {entry.version for entry in own} | {entry.before for entry in own}
+        history = model.aliases[CHAMPION]
+        numbers = dict.fromkeys(reversed(history))
+        numbers = [n for n in numbers if n not in (history[-1], candidate.number)]
+        if unknown := [n for n in numbers if n not in known]:
+            logger.warning(
+                "versions %s of %s are not compared, because it is unknown which images they were "
+                "trained on",
+                ", ".join(map(str, unknown)),
+                model.name,
+            )
+        return [number for number in numbers if number in known][:_HISTORY]
 
     def _end(self, attempt: Attempt, status: str, reason: str, **facts: Any) -> Outcome:
         """Records the end of an attempt, and returns the outcome."""
@@ -582,6 +714,11 @@ def _check_complete(missing: int, total: int, dataset: Dataset, config: Config) 
             f"more than data.max_unreadable={config.data.max_unreadable:g} allows; restore them, "
             "or train a new champion without them with `cnn_jax train` and promote it"
         )
+
+
+def _author(entry: Entry) -> str:
+    """Returns the user and the host of an entry of the registry's log."""
+    return printable(f"{entry.user}@{entry.host}")
 
 
 def _configure(

@@ -123,6 +123,7 @@ def write_log(
     *,
     model: str = MODEL,
     seed: int = 2,
+    mistakes: int | None = None,
 ) -> None:
     """Writes a request log of images, with the predictions of a bundle, and their labels.
 
@@ -133,6 +134,8 @@ def write_log(
       noise: The noise of the images.
       model: The name of the model.
       seed: The seed of the images and of the request ids.
+      mistakes: The number of wrong predictions that get a label, spread over the log; by default
+        all images get a label.
     """
     from cnn_jax.data import request_log
     from cnn_jax.inference.bundle import digest
@@ -168,12 +171,16 @@ def write_log(
         "shadow_of": [None] * count,
         "image": images,
     }
+    wrong = np.flatnonzero(probabilities.argmax(axis=1) != labels)
+    labelled = list(range(count))
+    if mistakes is not None:
+        labelled = wrong[np.linspace(0, len(wrong) - 1, mistakes).astype(int)].tolist()
     feedback = {
-        "time": moments,
-        "request_id": ids,
-        "image_index": [0] * count,
-        "label": [CLASSES[label] for label in labels],
-        "reward": [None] * count,
+        "time": [moments[i] for i in labelled],
+        "request_id": [ids[i] for i in labelled],
+        "image_index": [0] * len(labelled),
+        "label": [CLASSES[labels[i]] for i in labelled],
+        "reward": [None] * len(labelled),
     }
     for name, schema, rows in (
         ("requests", request_log.REQUESTS, requests),
@@ -242,6 +249,7 @@ def results(folder: pathlib.Path) -> dict[str, Any]:
 
     (record,) = (folder / "state" / "attempts").glob("*/attempt.json")
     content = json.loads(record.read_text())
+    content.pop("watch", None)  # The passes after the promotion write it.
     for name in ("started", "ended"):
         datetime.datetime.fromisoformat(content.pop(name))
     bundle = record.parent / "run" / "bundle"

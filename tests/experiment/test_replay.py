@@ -9,7 +9,7 @@ from bundles import encode_png, make_bundle, make_registry
 from logs import DAY, START, Log, experiment
 
 from cnn_jax import compare
-from cnn_jax.experiment.replay import replay
+from cnn_jax.experiment.replay import NoLabelsError, replay
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system.errors import ConfigError, DataError
 
@@ -62,6 +62,13 @@ def test_images_before_the_newer_version_are_left_out(registry, log, images):
     log.feedback(request, SOON + 999, label="red")
     assert run(registry, log.write())["images"] == 70
     assert run(registry, log, since=START - 1)["images"] == 71
+
+
+def test_only_the_chosen_images_are_compared(registry, log, images):
+    keys = [(f"{number:032x}", 0) for number in (3, 5, 8)]
+    assert run(registry, log.write(), keys=keys)["images"] == 3
+    with pytest.raises(NoLabelsError, match="of 0 images of flowers"):
+        run(registry, log, keys=[])
 
 
 def test_copies_of_an_image_count_once(registry, log, images):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from monitor_logs import DIGEST, NAMES, make_reference, simulate, write_labels, write_log
 
 from cnn_jax.monitor.gauges import describe_gauges
-from cnn_jax.monitor.rows import random_order, random_sample, read_rows
+from cnn_jax.monitor.rows import growing_sample, random_order, random_sample, read_rows
 from cnn_jax.monitor.windows import measure
 from cnn_jax.quality import drift, trust
 from cnn_jax.quality.reference import Predictions
@@ -195,6 +195,25 @@ def test_statistics_and_estimates_of_a_window_are_those_of_its_rows(tmp_path, re
     assert result["windows"][1]["estimated_accuracy"] == estimate
     only = measure(rows, reference, window=50, last=1)["windows"]
     assert only == [result["windows"][1] | {"alarm": False}]
+
+
+def test_the_growing_sample_ignores_chosen_labels_and_later_images():
+    """The first 100 images are labelled in the random order, and the mistakes of all images."""
+    keys = [(f"{number:032x}", 0) for number in range(5000)]
+    order = random_order(keys)
+    is_labelled = np.zeros(5000, bool)
+    is_labelled[np.flatnonzero(order[:2000] < 0.05)] = True
+    sample = growing_sample(keys[:2000], is_labelled[:2000])
+    assert (sample == is_labelled[:2000]).all()
+    assert 70 < sample.sum() < 130
+    is_labelled[::16] = True  # Labels that do not follow the random order.
+    later = growing_sample(keys, is_labelled)
+    assert (later[:2000] >= sample).all()
+    assert later.sum() - sample.sum() < 5
+    assert random_sample(keys, is_labelled).sum() < 10
+    for number in (1, 10, 1000):
+        part = growing_sample(keys[:number], is_labelled[:number])
+        assert (part == later[:number]).all()
 
 
 def test_labels_of_a_random_sample_prove_harm_without_drift(tmp_path, reference):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 from bundles import make_bundle
 
@@ -8,8 +9,9 @@ from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.evaluation import labelled_split, open_as_trained, predict_split
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.registry import __main__ as command
-from cnn_jax.registry.evidence import compare_versions
-from cnn_jax.registry.ledger import RegistryError
+from cnn_jax.registry import evidence as module
+from cnn_jax.registry.evidence import compare_versions, compare_with_history
+from cnn_jax.registry.ledger import Gates, RegistryError
 from cnn_jax.registry.registry import Registry
 from cnn_jax.system.errors import ConfigError, DataError
 
@@ -113,6 +115,66 @@ def test_versions_without_common_test_images_are_not_compared(registry, image_fo
     registry.promote("divided", 1)
     with pytest.raises(DataError, match="has no image that is in the test split of both versions"):
         compare_versions(registry, version, "champion", f"folder:{image_folder}", 0.1)
+
+
+def measured(monkeypatch, results, logged=()):
+    """Replaces the predictions of versions.
+
+    Args:
+      monkeypatch: The fixture.
+      results: For each version, whether it classifies each image correctly, by id.
+      logged: The ids of the images of the request log.
+    """
+
+    def measure(version, *_, **__):
+        is_correct = results[version.number]
+        labels = dict.fromkeys(is_correct, "red")
+        return module._Measured(version, is_correct, labels, {*logged} & {*is_correct})
+
+    monkeypatch.setattr(module, "_open", lambda *_: (None, None))
+    monkeypatch.setattr(module, "_measure", measure)
+
+
+def first_correct(count, correct, name="image"):
+    """Returns results of `count` images, of which the first ones are correct."""
+    return {f"{name}{i}": bool(i < correct) for i in range(count)}
+
+
+def test_the_best_version_is_found_on_shared_images(registry, monkeypatch):
+    """Version 3 is better on the images of the candidate, and bad on other images."""
+    others = first_correct(400, 0, "other")
+    results = {1: first_correct(200, 160), 2: first_correct(200, 165)}
+    results[3] = others | first_correct(100, 99)
+    measured(monkeypatch, results)
+    candidate = registry.resolve("colours", 2)
+    found = compare_with_history(registry, candidate, "champion", "shapes", 0.1, [3])
+    assert found.reference == 1
+    assert (found.best.reference, found.best.images) == (3, 100)
+    alone = compare_with_history(registry, candidate, "champion", "shapes", 0.1)
+    assert alone.best is None
+
+
+def test_gains_on_logged_images_do_not_hide_losses_on_others(registry, monkeypatch):
+    """The labels of the log are mistakes of the champion, so any other version is better there."""
+    old, new = np.random.default_rng(0).random((2, 1000)) < [[0.94], [0.91]]
+    images = {
+        number: {f"image{i}": correct for i, correct in enumerate(row.tolist())}
+        for number, row in ((1, old), (2, new))
+    }
+    logged = {
+        number: {f"log/{i}": correct for i in range(100)}
+        for number, correct in ((1, False), (2, True))
+    }
+    measured(monkeypatch, {n: images[n] | logged[n] for n in images}, logged[1])
+    candidate = registry.resolve("colours", 2)
+    found = compare_versions(registry, candidate, "champion", "shapes", 0.01)
+    assert (found.images, found.is_not_worse) == (1100, True)
+    assert (found.without_log.images, found.without_log.is_not_worse) == (1000, False)
+    assert list(found.comparisons.values()) == [True, False]
+    with pytest.raises(RegistryError, match="champion without the logged images: "):
+        registry.promote("colours", 2, gates=Gates(evidence=found))
+    measured(monkeypatch, images)
+    assert compare_versions(registry, candidate, "champion", "shapes", 0.01).without_log is None
 
 
 def test_the_first_version_of_an_alias_needs_no_evidence(registry, image_folder, capsys):

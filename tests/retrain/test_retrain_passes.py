@@ -12,6 +12,7 @@ from PIL import Image
 from cnn_jax.config import files
 from cnn_jax.data.decode import pixel_digest
 from cnn_jax.data.labelled_log import read_known, read_snapshot
+from cnn_jax.experiment.analysis import analyse_pairs
 from cnn_jax.inference.bundle import (
     Ensemble,
     digest,
@@ -21,6 +22,7 @@ from cnn_jax.inference.bundle import (
 )
 from cnn_jax.inference.evaluation import open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.quality import noninferiority
 from cnn_jax.registry import evidence
 from cnn_jax.registry.ledger import RegistryError
 from cnn_jax.registry.registry import Registry
@@ -101,6 +103,21 @@ def spoil(world, seed=1):
     )
     write_bundle(other, world.parent / "spoilt")
     return world.parent / "spoilt"
+
+
+def promote_bad(world, capsys, quick, monkeypatch):
+    """Makes a pass promote an untrained network as version 2; returns the path of the record."""
+
+    def accept(*arguments):
+        return dataclasses.replace(noninferiority.compare(*arguments), is_not_worse=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evidence, "compare", accept)
+        quick["bundle"] = spoil(world)
+        assert retrain(world, capsys)[1]["action"] == "promoted"
+    quick["bundle"] = None
+    (path,) = (world / "state" / "attempts").glob("*/attempt.json")
+    return path
 
 
 def test_a_pass_trains_from_the_champion_and_promotes(world, capsys):
@@ -190,7 +207,14 @@ def test_a_refused_attempt_is_not_repeated_until_it_is_lucky(world, capsys, quic
     assert Registry(world / "registry").resolve(MODEL).number == 1
     assert actions(world) == ["add", "promote", "add"]
     quick["bundle"] = None
-    for flags in ([], ["--when=always"], ["--when=always", "--margin=0.5"]):
+    always = "--when=always"
+    for flags in (
+        [],
+        [always],
+        [always, "--margin=0.5"],
+        [always, "--config.seed=1"],
+        [always, "--config.precision=float32"],
+    ):
         code, result = retrain(world, capsys, *flags)
         assert (code, result["action"]) == (0, "nothing"), flags
     # Another champion is no reason to try the same again, and another configuration is.
@@ -221,9 +245,10 @@ def test_an_attempt_after_another_error_is_continued(world, capsys, quick):
     (folder,) = (world / "state" / "attempts").iterdir()
     write_log(world / "log", world / "run" / "bundle", 40, seed=3)
     quick["error"] = None
-    code, result = retrain(world, capsys, "--config.train.epochs=9", "--min_new=1000")
+    flags = ("--config.train.epochs=9", "--min_new=1000", "--margin=0.5")
+    code, result = retrain(world, capsys, *flags)
     assert (code, result["action"]) == (0, "promoted")
-    assert result["attempt"]["labelled"] == 150
+    assert (result["attempt"]["labelled"], result["attempt"]["evidence"]["margin"]) == (150, 0.1)
     assert result["attempt"]["key"].startswith(folder.name)
 
 
@@ -296,20 +321,13 @@ def test_a_promoted_version_is_watched_and_rolled_back_once(
     def kill(*_, **__):
         raise KeyboardInterrupt
 
-    assert retrain(world, capsys)[1]["action"] == "promoted"
-    # The files of version 2 are replaced in the registry, and its record: it is bad now.
+    path = promote_bad(world, capsys, quick, monkeypatch)
     registry = Registry(world / "registry")
-    bad = registry.add(MODEL, spoil(world)).version
-    registry.rollback(MODEL)
-    registry.promote(MODEL, bad.number)
-    (path,) = (world / "state" / "attempts").glob("*/attempt.json")
-    record = json.loads(path.read_text()) | {
-        "digest": bad.bundle.digest,
-        "version": bad.number,
-    }
-    path.write_text(json.dumps(record))
     assert retrain(world, capsys)[1]["action"] == "nothing"  # There are no labels yet.
-    write_log(world / "log", world / "run" / "bundle", 80, noise=0, seed=5)
+    watch = json.loads(path.read_text())["watch"]
+    assert watch["images"] == 0
+    assert watch["reason"].startswith("since the promotion, no image of the random sample")
+    write_log(world / "log", path.parent / "run" / "bundle", 80, noise=0, seed=5)
     if is_killed:
         with monkeypatch.context() as patch:
             patch.setattr(attempts.Attempt, "end", kill)
@@ -319,7 +337,7 @@ def test_a_promoted_version_is_watched_and_rolled_back_once(
         code, result = retrain(world, capsys)
         assert (code, result["action"]) == (3, "rolled_back")
         assert result["attempt"]["watch"]["decision"] == "worse"
-    registry.refresh()
+    assert registry.refresh()
     assert registry.resolve(MODEL).number == 1
     assert registry.log[-1].note.startswith("retrain: worse than version 1 on 80 labelled images")
     before = actions(world)
@@ -357,16 +375,193 @@ def test_a_pass_that_dies_after_a_step_is_completed(world, capsys, quick, monkey
     record = json.loads(path.read_text())
     assert (record["status"], record["version"]) == ("promoted", 2)
     assert record["evidence"] == Registry(world / "registry").log[-1].evidence
+    assert ("watch" in record) == (name == "end")
 
 
-def test_a_good_version_stays_and_its_comparison_is_recorded(world, capsys, quick):
+def test_a_good_version_stays_and_its_comparison_is_recorded(world, capsys, quick, monkeypatch):
+    """The comparison is made again only if there are new labels."""
+    calls = []
+
+    def replay(*arguments, **options):
+        calls.append(arguments)
+        return passes_replay(*arguments, **options)
+
+    passes_replay = passes.replay
+    monkeypatch.setattr(passes, "replay", replay)
     assert retrain(world, capsys)[1]["action"] == "promoted"
-    write_log(world / "log", world / "run" / "bundle", 30, noise=0, seed=5)
-    assert retrain(world, capsys)[1]["action"] == "nothing"
     (path,) = (world / "state" / "attempts").glob("*/attempt.json")
-    watch = json.loads(path.read_text())["watch"]
-    assert (watch["images"], watch["decision"]) == (30, "none")
+    for count in (30, 40):
+        write_log(world / "log", path.parent / "run" / "bundle", count, noise=0, seed=count)
+        for _ in range(2):
+            assert retrain(world, capsys)[1]["action"] == "nothing"
+            watch = json.loads(path.read_text())["watch"]
+    assert (watch["images"], watch["decision"], len(calls)) == (70, "none", 2)
     assert Registry(world / "registry").resolve(MODEL).number == 2
+
+
+def test_labels_of_mistakes_only_never_roll_a_version_back(world, capsys, quick, monkeypatch):
+    """Users report twelve mistakes of the champion, and none of the version before."""
+    path = promote_bad(world, capsys, quick, monkeypatch)
+    bundle = path.parent / "run" / "bundle"
+    write_log(world / "log", bundle, 400, noise=0, seed=5, mistakes=12)
+    registry = Registry(world / "registry")
+    versions = registry.resolve(MODEL, 2), registry.resolve(MODEL, 1)
+    biased = passes.replay(registry, *versions, [world / "log"])
+    assert biased["images"] == 12
+    assert biased["e_value_worse"] > biased["threshold"]
+    assert retrain(world, capsys)[1]["action"] == "nothing"
+    assert json.loads(path.read_text())["watch"]["images"] < 8
+    assert Registry(world / "registry").resolve(MODEL).number == 2
+
+
+def test_a_version_that_was_better_first_is_rolled_back(world, capsys, quick, monkeypatch):
+    pairs = np.array(20 * [(True, False)] + 300 * [(False, True)])
+    found = analyse_pairs(pairs)
+    assert found["decision"] == "better"
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    monkeypatch.setattr(passes, "replay", lambda *_, **__: found)
+    assert retrain(world, capsys)[1]["action"] == "rolled_back"
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_promotion_by_a_person_is_never_undone(world, capsys, quick, monkeypatch, is_late):
+    """The person promotes the version again, before the pass or during its comparison."""
+    path = promote_bad(world, capsys, quick, monkeypatch)
+    write_log(world / "log", path.parent / "run" / "bundle", 80, noise=0, seed=5)
+    passes_replay = passes.replay
+
+    def promote_again():
+        registry = Registry(world / "registry")
+        registry.rollback(MODEL)
+        registry.promote(MODEL, 2, note="keep this")
+
+    def replay(*arguments, **options):
+        promote_again()
+        return passes_replay(*arguments, **options)
+
+    if is_late:
+        monkeypatch.setattr(passes, "replay", replay)
+    else:
+        promote_again()
+    assert retrain(world, capsys)[1]["action"] == "nothing"
+    assert Registry(world / "registry").log[-1].note == "keep this"
+
+
+def test_a_promoted_version_is_watched_without_its_state_folder(world, capsys, quick, monkeypatch):
+    path = promote_bad(world, capsys, quick, monkeypatch)
+    write_log(world / "log", path.parent / "run" / "bundle", 80, noise=0, seed=5)
+    code, result = retrain(world, capsys, f"--state={world / 'other'}")
+    assert (code, result["action"], result["attempt"]) == (3, "rolled_back", None)
+    assert Registry(world / "registry").resolve(MODEL).number == 1
+
+
+def test_another_state_folder_gives_no_second_try(world, capsys, quick):
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    before = actions(world)
+    code, result = retrain(world, capsys, f"--state={world / 'other'}", "--when=always")
+    assert (code, result["action"]) == (0, "nothing")
+    assert "the same data and configuration gave colours/2 before" in result["text"]
+    assert (actions(world), quick["calls"]) == (before, 1)
+
+
+def test_two_passes_at_the_same_time_promote_once(world, capsys, quick, monkeypatch):
+    """The pass with the other state folder ends while the first one is training."""
+    train = passes.train_and_evaluate
+
+    def train_twice(config, workdir, console=None):
+        train(config, workdir, console)
+        monkeypatch.setattr(passes, "train_and_evaluate", train)
+        assert retrain(world, capsys, f"--state={world / 'other'}")[1]["action"] == "promoted"
+
+    monkeypatch.setattr(passes, "train_and_evaluate", train_twice)
+    code, result = retrain(world, capsys)
+    assert (code, result["action"]) == (0, "nothing")
+    assert actions(world).count("promote") == 2
+
+
+def test_a_damaged_earlier_version_does_not_stop_the_loop(world, capsys, quick, caplog):
+    """Version 1 is the predecessor that the watch needs, and an earlier champion."""
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    registry = Registry(world / "registry")
+    weights = world / "registry" / registry.resolve(MODEL, 1).bundle.path / "weights.safetensors"
+    weights.write_bytes(b"x" + weights.read_bytes()[1:])
+    (path,) = (world / "state" / "attempts").glob("*/attempt.json")
+    write_log(world / "log", path.parent / "run" / "bundle", 120, seed=3)
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    assert "colours/2 is not watched: " in caplog.text
+    assert "colours/1 is not compared: " in caplog.text
+    assert registry.refresh()
+    assert registry.resolve(MODEL).number == 3
+
+
+def test_a_champion_that_cannot_be_compared_ends_the_attempt(world, capsys, quick):
+    """A person promotes a network for other classes while the training is interrupted."""
+    quick["error"] = TrainingError("the disk is full")
+    with pytest.raises(TrainingError):
+        retrain(world, capsys)
+    quick["error"] = None
+    registry = Registry(world / "registry")
+    write_bundle(make_bundle(class_names=("cat", "dog", "eel")), world / "animals")
+    registry.promote(MODEL, registry.add(MODEL, world / "animals").version.number)
+    code, result = retrain(world, capsys)
+    assert (code, result["action"]) == (3, "refused")
+    assert result["attempt"]["reason"].startswith("colours/2 cannot be compared: ")
+
+
+def test_a_version_with_unknown_training_data_is_not_compared(
+    world, capsys, quick, monkeypatch, caplog
+):
+    """Version 1 has perhaps seen the test images; version 2 is the champion at the start."""
+    registry = Registry(world / "registry")
+    other = dataclasses.replace(read_bundle(world / "run" / "bundle"), temperature=2.0)
+    write_bundle(other, world / "other")
+    registry.promote(MODEL, registry.add(MODEL, world / "other").version.number)
+    opened = []
+    measure = evidence._measure
+
+    def measure_and_note(version, *arguments, **options):
+        opened.append(version.number)
+        return measure(version, *arguments, **options)
+
+    monkeypatch.setattr(evidence, "_measure", measure_and_note)
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    assert opened == [3, 2]
+    assert "versions 1 of colours are not compared" in caplog.text
+    # Only the latest of the known versions are compared.
+    write_log(world / "log", world / "run" / "bundle", 120, seed=3)
+    monkeypatch.setattr(passes, "_HISTORY", 0)
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    assert opened == [3, 2, 4, 3]
+
+
+def test_a_rollback_before_the_record_is_written_is_reported(world, capsys, quick, monkeypatch):
+    """The pass is killed after the promotion, and a person rolls back before the next pass."""
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attempts.Attempt, "end", kill)
+        with pytest.raises(KeyboardInterrupt):
+            retrain(world, capsys)
+    Registry(world / "registry").rollback(MODEL, note="users complained")
+    code, result = retrain(world, capsys)
+    assert (code, result["action"]) == (3, "rolled_back")
+    assert "colours/2 was rolled back: users complained" in result["text"]
+
+
+def test_the_champion_is_read_after_the_folder_is_locked(world, capsys, quick, monkeypatch):
+    other = dataclasses.replace(read_bundle(world / "run" / "bundle"), temperature=2.0)
+    write_bundle(other, world / "other")
+    open_state = passes.open_state
+
+    def promote_and_open(*arguments):
+        registry = Registry(world / "registry")
+        registry.promote(MODEL, registry.add(MODEL, world / "other").version.number)
+        return open_state(*arguments)
+
+    monkeypatch.setattr(passes, "open_state", promote_and_open)
+    assert retrain(world, capsys)[1]["attempt"]["champion"] == 2
 
 
 def test_a_rollback_by_a_person_is_recorded(world, capsys, quick):
@@ -378,18 +573,30 @@ def test_a_rollback_by_a_person_is_recorded(world, capsys, quick):
     assert (record["status"], record["reason"]) == ("rolled_back", "users complained")
 
 
-def test_a_running_experiment_is_not_ended(world, capsys, quick):
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_running_experiment_is_not_ended(world, capsys, quick, monkeypatch, is_late):
+    """The experiment starts before the pass, or during its comparison."""
     registry = Registry(world / "registry")
     other = registry.add(MODEL, spoil(world)).version
     split = Split(
         name="blue", salt="x", fraction=0.5, outcome="reward", window=60.0, is_shadow=False
     )
-    registry.start_experiment(MODEL, other.number, split)
+    compare = passes.compare_with_history
+
+    def start_and_compare(*arguments):
+        registry.start_experiment(MODEL, other.number, split)
+        return compare(*arguments)
+
+    if is_late:
+        monkeypatch.setattr(passes, "compare_with_history", start_and_compare)
+    else:
+        registry.start_experiment(MODEL, other.number, split)
     code, result = retrain(world, capsys)
     assert (code, result["action"]) == (0, "nothing")
     assert "is judged when the experiment blue has ended" in result["text"]
     registry.end_experiment(MODEL)
-    assert retrain(world, capsys)[1]["action"] == "promoted"
+    if not is_late:
+        assert retrain(world, capsys)[1]["action"] == "promoted"
     assert quick["calls"] == 1
 
 
