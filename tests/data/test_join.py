@@ -1,4 +1,5 @@
 import dataclasses
+import pathlib
 
 import numpy as np
 import pytest
@@ -290,7 +291,7 @@ def test_names_of_sources_with_logs_are_parsed(tmp_path, monkeypatch):
     assert absolute("folder:a+log:b+log:/c") == f"folder:{tmp_path}/a+log:{tmp_path}/b+log:/c"
     assert absolute("shapes:30+log:b") == f"shapes:30+log:{tmp_path}/b"
     assert absolute("shapes+log:") == "shapes+log:"
-    assert listed_folder("folder:a+log:b").name == "a"
+    assert listed_folder("folder:a+log:b") == pathlib.Path("a")
     assert listed_folder("csv:a+log:b") is None
     for name in ("+log:a", "folder:+log:a", "folder:a+log:", "shapes:x+log:a", "a+log:b"):
         with pytest.raises(ConfigError, match="must be shapes, "):

@@ -10,7 +10,10 @@ import requests
 from conftest import REPOSITORY
 
 from cnn_jax.data.request_log import read_requests
+from cnn_jax.inference.bundle import read_reference
 from cnn_jax.monitor.labels import add_labels
+from cnn_jax.monitor.rows import read_rows
+from cnn_jax.monitor.windows import measure
 from cnn_jax.registry.registry import Registry
 from cnn_jax.retrain import __main__ as command
 from experiments.checks.chaos_retrain import CLASSES, draw, train, write_images
@@ -127,11 +130,16 @@ def test_the_loop_repairs_a_drifted_model(world, capsys):
 
     noisy = world.send(500, noise=(0.5, 1.5))
     assert accuracy(noisy) < 0.7
-    world.label(dict(list(noisy.items())[350:]))
+    champion = world.registry.resolve("colours").bundle.digest
+    reference = read_reference(world.folder / "run" / "bundle")
+    found = measure(read_rows([world.log], champion), reference, window=100)
+    assert [window["alarm"] for window in found["windows"]][3::5] == [False, True]
+
+    world.label(dict(list(noisy.items())[300:]))
     code, result = world.retrain(capsys, "--when=harm")
     assert (code, result["action"]) == (0, "promoted"), result
     assert result["attempt"]["triggers"] == ["harm"]
-    assert result["attempt"]["labelled"] == result["attempt"]["new"] == 150
+    assert result["attempt"]["labelled"] == result["attempt"]["new"] == 200
     assert world.registry.resolve("colours").number == 2
     assert world.registry.log[-1].evidence == result["attempt"]["evidence"]
     world.wait_for(2)
