@@ -254,7 +254,6 @@ MUTATIONS = [
     ("data/join.py", "base_splits = division.keep(source, base.digests, base_splits, known_positions)", "pass", "data/test_join.py"),
     ("data/duplicates.py", "position)).argmin()", "position)).argmax()", "data/test_join.py"),
     ("data/splits.py", "np.where(known_units < 0, new_units, known_units)", "new_units", "data/test_join.py"),
-    ("data/splits.py", "np.minimum.at(new_units, units, splits)", "new_units[units] = splits", "data/test_join.py"),
     ("data/dataset.py", "records, pixels = scan.scan(listing, preprocessing, sink, track), sink.pixels", "records, pixels = _scan(listing, preprocessing, \"memory\", track)", "data/test_join.py"),
     ("data/join.py", "if row not in copies]", "]", "data/test_join.py"),
     ("data/join.py", "looks = Looks(\n        np.concatenate([base.looks.hashes, log.looks.hashes[new]])", "new = new[np.array([log.source.labels[row] >= 0 for row in new], bool)]\n    looks = Looks(\n        np.concatenate([base.looks.hashes, log.looks.hashes[new]])", "data/test_join.py"),

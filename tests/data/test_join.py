@@ -308,6 +308,14 @@ def _looks(images):
     return Looks(hashes, thumbnails.reshape(-1, THUMBNAIL_VALUES))
 
 
+def test_the_most_similar_near_duplicate_counts():
+    looks = Looks(
+        np.array([0, 1, 1, 0, 2**32 - 1], np.uint64),
+        np.repeat([[40], [41], [41], [41], [41]], THUMBNAIL_VALUES, axis=1).astype(np.uint8),
+    )
+    assert [looks.nearest_before(position) for position in range(5)] == [None, 0, 1, 1, None]
+
+
 def _part(rows, known_splits=None, looks=None):
     """Returns a part of examples with a name, a class and an image each."""
     digests = [repr(image) for _, _, image in rows]
