@@ -90,8 +90,12 @@ class Examples:
     def without(self, requests: Collection[str]) -> "Examples":
         """Returns the examples whose REQUEST_ID/IMAGE_INDEX is not one of `requests`."""
         rows = [row for row, request in enumerate(self.requests) if request not in requests]
-        columns = self.requests, self.labels, self.digests, self.images
-        return Examples(*([column[row] for row in rows] for column in columns))
+        return Examples(
+            requests=[self.requests[row] for row in rows],
+            labels=[self.labels[row] for row in rows],
+            digests=[self.digests[row] for row in rows],
+            images=[self.images[row] for row in rows],
+        )
 
     def count_new(self, earlier: "Examples | None") -> int:
         """Returns the number of examples that earlier examples lack, or have with another label."""
