@@ -540,6 +540,9 @@ class _Pass:
                 if not (attempt.run / "config.json").exists():  # The training has not started.
                     self.state.discard(attempt)
                 raise
+            if text := self._changed_data(attempt):
+                self.state.discard(attempt)
+                return Outcome(NOTHING, text, attempt.record)
             attempt.update(digest=digest(attempt.run / "bundle"))
         version = registry.add(settings.model, attempt.run / "bundle", note).version
         # A pass with another state folder may have added its version during the training.

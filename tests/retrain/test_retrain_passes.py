@@ -282,7 +282,7 @@ def test_an_attempt_whose_data_changes_in_training_is_given_up(world, capsys, qu
     code, result = retrain(world, capsys)
     assert (code, result["action"]) == (0, "nothing")
     assert "is given up, because" in result["text"]
-    assert actions(world) == ["add", "promote", "add"]
+    assert actions(world) == ["add", "promote"]
     assert not list((world / "state" / "attempts").iterdir())
     quick["after"] = None
     assert retrain(world, capsys)[1]["action"] == "promoted"
@@ -456,7 +456,9 @@ def test_a_promoted_version_is_watched_without_its_state_folder(world, capsys, q
 
 
 def test_another_state_folder_gives_no_second_try(world, capsys, quick):
-    assert retrain(world, capsys)[1]["action"] == "promoted"
+    quick["bundle"] = spoil(world)
+    assert retrain(world, capsys)[1]["action"] == "refused"
+    quick["bundle"] = None
     before = actions(world)
     code, result = retrain(world, capsys, f"--state={world / 'other'}", "--when=always")
     assert (code, result["action"]) == (0, "nothing")
