@@ -15,7 +15,6 @@ import pathlib
 from cnn_jax.config.schema import LOG_MARK, SOURCE_FORMS, SOURCE_PATTERN, source_hint
 from cnn_jax.data import Track, no_track, shapes
 from cnn_jax.data.files import open_csv, open_folder
-from cnn_jax.data.labelled_log import open_log
 from cnn_jax.data.source import Source
 from cnn_jax.data.tfds import open_tfds
 from cnn_jax.system.errors import ConfigError
@@ -61,6 +60,9 @@ def open_source(name: str, track: Track = no_track, allow_outside: bool = False)
     source = _open_base(base, track, allow_outside)
     if not logs:
         return source
+    # Importing pyarrow would delay every command, and few sources have a log.
+    from cnn_jax.data.labelled_log import open_log
+
     folders = [pathlib.Path(log).expanduser() for log in logs]
     return dataclasses.replace(source, log=open_log(folders, source.class_names))
 
