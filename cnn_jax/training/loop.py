@@ -53,7 +53,7 @@ from cnn_jax.training.memory import Memory
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_schedule
 from cnn_jax.training.profiling import Trace
-from cnn_jax.training.programs import Programs, default_execution_length, make_train_step
+from cnn_jax.training.programs import Programs, default_execution_length, make_programs
 from cnn_jax.training.run_directory import Heartbeat
 from cnn_jax.training.step import TrainState
 
@@ -278,7 +278,7 @@ def _make_run(
         if not checkpoints.steps():
             raise
         teacher_error = error
-    step = make_train_step(
+    programs = make_programs(
         config,
         model,
         schedule,
@@ -286,7 +286,6 @@ def _make_run(
         dataset.findings.counts["train"],
         distillation,
     )
-    programs = Programs(step, config.train.batch_size, config.mesh.model)
     return _Run(
         config=config,
         workdir=workdir,

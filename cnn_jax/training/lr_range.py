@@ -26,7 +26,7 @@ from cnn_jax.system.errors import TrainingError
 from cnn_jax.training import initial_weights
 from cnn_jax.training.distillation import open_teachers
 from cnn_jax.training.loop import open_dataset
-from cnn_jax.training.programs import Programs, make_train_step
+from cnn_jax.training.programs import make_programs
 
 # Losses are averaged over this fraction of the steps, half of them before a step.
 _WINDOW = 0.1
@@ -146,7 +146,7 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
     rates = np.geomspace(low, high, steps)
     schedule = optax.exponential_decay(low, steps - 1, high / low)
     distillation, teachers = open_teachers(config, dataset) or (None, None)
-    step = make_train_step(
+    programs = make_programs(
         config,
         model,
         schedule,
@@ -154,7 +154,6 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
         dataset.findings.counts["train"],
         distillation,
     )
-    programs = Programs(step, config.train.batch_size, config.mesh.model)
     state = programs.init_state()
     if weights is not None:
         state, _ = initial_weights.start_from(weights, config, state, class_names)

@@ -33,15 +33,16 @@ from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, 
 _COLUMNS = 128
 
 
-def make_train_step(
+def make_programs(
     config: Config,
     model: Network,
     schedule: optax.Schedule,
     preprocessing: Preprocessing,
     class_counts: Int[np.ndarray, " classes"],
     distillation: Distillation | None = None,
-) -> TrainStep:
-    """Returns the training step of a run.
+    devices: Sequence[Any] | None = None,
+) -> "Programs":
+    """Returns the jitted functions of a run, which are not compiled yet.
 
     Args:
       config: The resolved configuration.
@@ -50,6 +51,7 @@ def make_train_step(
       preprocessing: The preprocessing of the images.
       class_counts: The number of training images of each class.
       distillation: The additional term of the loss, or None.
+      devices: The devices; by default all devices of all processes.
     """
     train, optimizer = config.train, config.optimizer
     class_weights = None
@@ -59,7 +61,7 @@ def make_train_step(
         optimizer.learning_rate
     )
     has_factors = optimizer.stage_decay != 1 or head_factor != 1
-    return TrainStep(
+    step = TrainStep(
         model=model,
         optimizer=make_optimizer(
             schedule,
@@ -91,6 +93,7 @@ def make_train_step(
         extra_loss=distillation,
         label_weight=1.0 if distillation is None else 1 - distillation.weight,
     )
+    return Programs(step, train.batch_size, config.mesh.model, devices)
 
 
 def default_execution_length(on_device: bool, platform: str) -> int:

@@ -467,13 +467,13 @@ def test_the_train_step_is_compiled_once(image_folder, tmp_path, monkeypatch):
     # Without this call, the counts below would include the programs of other tests.
     jax.clear_caches()
     made = []
-    real = loop.Programs
+    real = loop.make_programs
 
     def spy(*args):
         made.append(real(*args))
         return made[-1]
 
-    monkeypatch.setattr(loop, "Programs", spy)
+    monkeypatch.setattr(loop, "make_programs", spy)
     train_and_evaluate(_tiny(image_folder), tmp_path / "run")
     (compiled,) = made
     assert compiled.train_step._cache_size() == 1
