@@ -10,7 +10,7 @@ of these layers fails.
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import flax.linen as nn
@@ -250,13 +250,21 @@ def _largest(x: Array, *others: Array) -> tuple[Array, ...]:
       x: The images.
       *others: Arrays with the shape of x, whose pixels at the same positions are returned too.
     """
-    windows = [_windows(array) for array in (x, *others)]
-    first = [pixels[0] for pixels in windows]
-    largest, index = first, jnp.zeros(first[0].shape, jnp.int8)
-    for position in range(1, 4):
-        candidates = [pixels[position] for pixels in windows]
+    return _largest_pixels(list(zip(*map(_windows, (x, *others)), strict=True)))
+
+
+def _largest_pixels(positions: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
+    """Returns the largest pixel of each window, and its index, int8.
+
+    Args:
+      positions: For each position in the windows, the pixels there, and other arrays, whose values
+        at the largest pixels are returned too.
+    """
+    largest, index = positions[0], jnp.zeros(positions[0][0].shape, jnp.int8)
+    for position, candidates in enumerate(positions[1:], start=1):
         is_larger = (candidates[0] > largest[0]) | jnp.isnan(candidates[0])
-        largest = [jnp.where(is_larger, *pair) for pair in zip(candidates, largest, strict=True)]
+        pairs = zip(candidates, largest, strict=True)
+        largest = tuple(jnp.where(is_larger, *pair) for pair in pairs)
         index = jnp.where(is_larger, jnp.int8(position), index)
     return largest[0], index, *largest[1:]
 
@@ -332,15 +340,10 @@ def _max_pool_3x3_forward(x: Array) -> tuple[Array, tuple[Array, tuple[int, ...]
     """Returns the pooled images, and the index, 0 to 8, of the largest pixel of each window."""
     height, width = ((n - 1) // 2 * 2 + 1 for n in x.shape[1:3])
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    largest = padded[:, :height:2, :width:2]
-    index = jnp.zeros(largest.shape, jnp.int8)
-    for position in range(1, 9):
-        i, j = divmod(position, 3)
-        pixels = padded[:, i : i + height : 2, j : j + width : 2]
-        is_larger = (pixels > largest) | jnp.isnan(pixels)
-        largest = jnp.where(is_larger, pixels, largest)
-        index = jnp.where(is_larger, jnp.int8(position), index)
-    largest, index = lax.optimization_barrier((largest, index))
+    positions = [
+        (padded[:, i : i + height : 2, j : j + width : 2],) for i in range(3) for j in range(3)
+    ]
+    largest, index = lax.optimization_barrier(_largest_pixels(positions))
     return largest, (index, x.shape[1:3])
 
 
