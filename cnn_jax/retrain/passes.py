@@ -8,7 +8,7 @@ import json
 import logging
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -198,9 +198,8 @@ class _Pass:
         return next(
             (
                 entry
-                for entry in reversed(self.registry.log)
-                if (entry.action, entry.model, entry.alias)
-                == (action, self.settings.model, CHAMPION)
+                for entry in self._moves()
+                if entry.action == action
                 and all(getattr(entry, name) == value for name, value in fields.items())
             ),
             None,
@@ -214,7 +213,7 @@ class _Pass:
         example because users report mistakes; they would show that any version is worse than
         another one. The test may be repeated after every label.
         """
-        champion, promotion = self.champion, self._last_move()
+        champion, promotion = self.champion, next(self._moves())
         history = self.registry.models[champion.model].aliases[CHAMPION]
         is_own = promotion.action == "promote" and promotion.note.startswith(_NOTE)
         if not is_own or history[-2:] != (promotion.before, champion.number):
@@ -247,7 +246,7 @@ class _Pass:
                 attempt.update(watch=found)
             return None
         self.registry.refresh()
-        if self._last_move() != promotion:  # A person has just moved the alias.
+        if next(self._moves()) != promotion:  # A person has just moved the alias.
             return None
         reason = (
             f"worse than version {previous.number} on {found['images']:,} labelled images since "
@@ -262,14 +261,12 @@ class _Pass:
         text = f"{champion.model}@{CHAMPION} is again version {previous.number}: {champion} is"
         return Outcome(ROLLED_BACK, f"{text} {reason}", attempt and attempt.record)
 
-    def _last_move(self) -> Entry:
-        """Returns the last entry of the registry's log that has moved the alias."""
-        return next(
-            entry
-            for entry in reversed(self.registry.log)
-            if (entry.model, entry.alias) == (self.settings.model, CHAMPION)
-            and entry.action in ("promote", "rollback")
-        )
+    def _moves(self) -> Iterator[Entry]:
+        """Yields the entries of the registry's log that have moved the alias, the latest first."""
+        for entry in reversed(self.registry.log):
+            is_own = (entry.model, entry.alias) == (self.settings.model, CHAMPION)
+            if is_own and entry.action in ("promote", "rollback"):
+                yield entry
 
     def _sampled_labels(self, since: float) -> dict[Key, str]:
         """Returns the labels of a random sample of the images that the champion has answered.
@@ -305,15 +302,14 @@ class _Pass:
         attempt = next((a for a in self.state.attempts() if a.status == STARTED), None)
         if attempt is None:
             return None
-        if "digest" not in attempt.record and (text := self._changed_data(attempt)):
-            logger.warning("%s", text)
-            self.state.discard(attempt)
+        if "digest" not in attempt.record and (outcome := self._give_up_if_changed(attempt)):
+            logger.warning("%s", outcome.text)
             return None
         self.console.print(f"continues the attempt {attempt.folder.name}")
         return self._finish(attempt)
 
-    def _changed_data(self, attempt: Attempt) -> str:
-        """Returns the reason to give an attempt up, or "" if its data has not changed.
+    def _give_up_if_changed(self, attempt: Attempt) -> Outcome | None:
+        """Removes an attempt whose data has changed since it started, and returns the outcome.
 
         Raises:
           DataError: The data cannot be used, or many of its images are missing.
@@ -324,14 +320,16 @@ class _Pass:
         if (attempt.run / "bundle").exists():
             trained = read_bundle(attempt.run / "bundle").data["fingerprint"]
         if dataset.fingerprint == trained == attempt.record["data"]:
-            return ""
+            return None
         # Images may be missing only for now, for example because a disk is not mounted.
         expected = attempt.record["images"]
         _check_complete(expected - len(dataset.source), expected, dataset, config)
-        return (
+        self.state.discard(attempt)
+        text = (
             f"the attempt {attempt.folder.name} is given up, because {self.settings.source} has "
             "changed since it started"
         )
+        return Outcome(NOTHING, text, attempt.record)
 
     def start(self) -> Outcome:
         """Makes a new attempt if there is a reason for it."""
@@ -540,9 +538,8 @@ class _Pass:
                 if not (attempt.run / "config.json").exists():  # The training has not started.
                     self.state.discard(attempt)
                 raise
-            if text := self._changed_data(attempt):
-                self.state.discard(attempt)
-                return Outcome(NOTHING, text, attempt.record)
+            if outcome := self._give_up_if_changed(attempt):
+                return outcome
             attempt.update(digest=digest(attempt.run / "bundle"))
         version = registry.add(settings.model, attempt.run / "bundle", note).version
         # A pass with another state folder may have added its version during the training.
@@ -553,9 +550,8 @@ class _Pass:
         if promotion is None:
             if outcome := self._wait(version, attempt):
                 return outcome
-            if text := self._changed_data(attempt):
-                self.state.discard(attempt)
-                return Outcome(NOTHING, text, attempt.record)
+            if outcome := self._give_up_if_changed(attempt):
+                return outcome
             try:
                 evidence = compare_with_history(
                     registry,
