@@ -271,7 +271,7 @@ def _fixed_values(bundle: Bundle, source: str, epochs: int) -> dict[str, Any]:
       epochs: The number of epochs.
     """
     return bundle_values(bundle) | {
-        # The splits are those of the bundle, so no test image is trained on.
+        # The run has the splits of the bundle, so no test image is used for training.
         "seed": bundle.data["division"]["seed"],
         "data.split_seed": -1,
         "data.source": source,

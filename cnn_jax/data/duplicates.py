@@ -67,7 +67,7 @@ class Looks:
     def nearest_before(self, position: int) -> int | None:
         """Returns the position of the most similar near duplicate that stands before an image.
 
-        The similarity is that of the thumbnails; of equally similar images, the first counts.
+        The images are compared by their thumbnails. Of equally similar images, the first counts.
 
         Returns:
           The position, or None if no near duplicate stands before the image.

@@ -59,7 +59,7 @@ class Joined:
     """The examples of a source and of a request log, divided into splits.
 
     Attributes:
-      source: The examples; those of the log are last.
+      source: The examples; the examples of the log are last.
       records: The record of each example.
       splits: The positions of the examples by split.
       rows: The positions in the log of the examples that come from it.
@@ -136,8 +136,8 @@ def divide_log(
 
     Args:
       digests: The digest of each logged image.
-      looks: The hashes and the thumbnails of the images of the source, followed by those of the
-        logged images.
+      looks: The hashes and the thumbnails: first of the images of the source, then of the logged
+        images.
       base_splits: The position in `SPLITS` of each image of the source.
       division: The fractions and the seed of the splits.
       known_splits: The splits of known images by digest.

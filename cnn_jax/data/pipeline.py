@@ -52,7 +52,7 @@ class Loader:
       on_device: Whether the pixels are on the device. A batch then contains row numbers
         instead of images.
       workers: The number of worker processes that decode; 0: threads of this process.
-      more_pixels: The pixels of further images, whose rows follow those of `pixels`.
+      more_pixels: The pixels of further images; their rows follow the rows of `pixels`.
     """
 
     source: Source

@@ -114,23 +114,23 @@ def compare_with_history(
     """
     predictor, dataset = _open(registry, candidate, source, "test", track)
     new = _measure(candidate, predictor, dataset, "test", track, warn=False)
-    present = registry.resolve(candidate.model, alias)
+    current = registry.resolve(candidate.model, alias)
     found = {}
-    for number in (present.number, *earlier):
+    for number in (current.number, *earlier):
         version = registry.resolve(candidate.model, number)
         try:
             predictor, dataset = _open(registry, version, source, "test", track)
             old = _measure(version, predictor, dataset, "test", track, warn=False)
             found[number] = _compare(new, old, alias, source, margin, "test")
         except (BundleError, ConfigError, DataError) as error:
-            if number == present.number:
+            if number == current.number:
                 raise NotComparedError(f"{version} cannot be compared: {error}") from error
             logger.warning("%s is not compared: %s", version, error)
     # The first of equal versions, which is the present one.
     best = max(found.values(), key=lambda one: one.reference_correct / one.images)
-    if best.reference == present.number:
+    if best.reference == current.number:
         return best
-    return dataclasses.replace(found[present.number], best=best)
+    return dataclasses.replace(found[current.number], best=best)
 
 
 def _compare(

@@ -7,9 +7,9 @@
         [--top=10] [--json=FILE] [--hlo=FOLDER] [--config.KEY=VALUE ...]
 
 XLA compiles a program for a description of devices (`jax.experimental.topologies`) without the
-devices. The topology is that of TPUs, such as v5e:2x2, v4:2x2x1 or v6e:4x4, or h100, or h100:8
-for eight GPUs of one host. No program runs, so this program measures no time. It prints what the
-optimized programs contain:
+devices. The topology is a group of TPUs, such as v5e:2x2, v4:2x2x1 or v6e:4x4, or one GPU (h100),
+or eight GPUs of one host (h100:8). No program runs, so this program measures no time. It prints
+what the optimized programs contain:
 
 - the memory that each device needs;
 - the floating-point operations of a device;
@@ -22,7 +22,7 @@ optimized programs contain:
   and select-and-scatters, so the number of kernels without an estimate is printed too.
 
 On a GPU, XLA normally measures several implementations of each convolution and takes the
-fastest. Without a GPU it takes a default, so the kernels may differ from those of a run.
+fastest. Without a GPU it takes a default, so a run may use other kernels.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ from cnn_jax.models.network import make_model
 from cnn_jax.system import cli
 from cnn_jax.system.errors import UserError
 from cnn_jax.training.optimizer import make_schedule
-from cnn_jax.training.programs import Programs, default_execution_length, make_train_step, pack
+from cnn_jax.training.programs import default_execution_length, make_programs, pack
 
 PROGRAMS = ("train_step", "train_steps", "update_statistics", "eval_step", "prediction")
 
@@ -134,15 +134,15 @@ def abstract_programs(
     config = resolve(config, platform=platform)
     preprocessing = Preprocessing.from_config(config.data)
     model = make_model(config.model.to_dict(), classes, config.precision, config.train.from_stage)
-    step = make_train_step(
+    programs = make_programs(
         config,
         model,
         make_schedule(config.optimizer.learning_rate, 0.0, total_steps=1000),
         preprocessing,
         np.full(classes, images // classes),
+        devices=devices,
     )
     batch_size, size = config.train.batch_size, preprocessing.image_size
-    programs = Programs(step, batch_size, config.mesh.model, devices)
     on_device = config.data.cache in ("auto", "device")
     length = config.train.steps_per_execution or default_execution_length(on_device, platform)
 
@@ -455,7 +455,7 @@ def _total(kernels: Sequence[Kernel]) -> str:
 
 
 def _largest(kernels: Sequence[Kernel], top: int) -> list[Kernel]:
-    """Returns the kernels with the most bytes, and those with the most cycles, in their order."""
+    """Returns the kernels with the most bytes or the most cycles, in their order."""
 
     def names(weight: Callable[[Kernel], int]) -> set[str]:
         return {kernel.name for kernel in sorted(kernels, key=weight)[:top]}

@@ -1,4 +1,4 @@
-"""Kills retraining many times, and compares its results with those of an undisturbed pass.
+"""Kills retraining many times, and compares its results with the results of an undisturbed pass.
 
     python experiments/checks/chaos_retrain.py [--kills=60] [--seed=0] [--workdir=DIR]
 

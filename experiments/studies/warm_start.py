@@ -6,9 +6,9 @@
 A champion is trained on the source. Then users send other images with a corruption, which are
 labelled and stored in a request log. Two networks are trained on the source and the log: one starts
 from the champion's weights and trains for a few epochs, the other starts from random weights and
-trains as long as the champion. The program prints a Markdown table: the accuracy on the test images
-of the log and on those of the source, and the seconds of each training, with the compilation. All
-networks have the same test images. A second start continues.
+trains as long as the champion. The program prints a Markdown table with three columns: the accuracy
+on the test images of the log, the accuracy on the test images of the source, and the seconds of the
+training, with the compilation. All networks have the same test images. A second start continues.
 """
 
 import argparse
@@ -109,7 +109,7 @@ def write_log(
 
 
 def accuracies(predictor: BundlePredictor, source: str) -> tuple[float, float]:
-    """Returns the accuracy on the test images of the log, and on those of the other source."""
+    """Returns the accuracy on the test images of the log, and on the other test images."""
     dataset = open_as_trained(predictor, source)
     indices, labels = labelled_split(predictor, dataset, "test")
     is_correct = predict_split(predictor, dataset.loader, indices).argmax(axis=1) == labels
