@@ -47,9 +47,7 @@ def main() -> None:
     flags = parser.parse_args()
     workdir = flags.workdir or pathlib.Path(tempfile.mkdtemp())
     workdir.mkdir(parents=True, exist_ok=True)
-    start = time.monotonic()
-    end(begin(workdir / "undisturbed", flags.trials, flags.epochs))
-    seconds = time.monotonic() - start
+    seconds = run_undisturbed(workdir / "undisturbed", flags.trials, flags.epochs)
     expected = outcome(workdir / "undisturbed")
     print(f"undisturbed: {seconds:.0f} s, {describe(expected)}", flush=True)
     rng = random.Random(flags.seed)
@@ -84,6 +82,23 @@ def begin(folder: pathlib.Path, trials: int, epochs: int) -> subprocess.Popen:
     )
 
 
+def run_undisturbed(folder: pathlib.Path, trials: int, epochs: int) -> float:
+    """Runs a whole study in `folder`; returns the seconds from its first trial to its end."""
+    process = begin(folder, trials, epochs)
+    wait_for_trial(process)
+    start = time.monotonic()
+    end(process)
+    return time.monotonic() - start
+
+
+def wait_for_trial(process: subprocess.Popen) -> None:
+    """Waits until the process prints the first line about a trial, or ends."""
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("trial"):
+            return
+
+
 def end(process: subprocess.Popen) -> None:
     """Waits until a study ends; exits with an error message if the study failed."""
     _, stderr = process.communicate()
@@ -101,7 +116,7 @@ def kill(
       trials: Number of trials.
       epochs: Number of epochs of a trial.
       kills: Number of kills.
-      seconds: Duration of the undisturbed study.
+      seconds: Duration of the undisturbed study, from its first trial to its end.
       rng: The generator of the random times.
 
     Returns:
@@ -110,10 +125,7 @@ def kill(
     moments = []
     for _ in range(kills):
         process = begin(folder, trials, epochs)
-        assert process.stderr is not None
-        for line in process.stderr:
-            if line.startswith("trial"):
-                break
+        wait_for_trial(process)
         # On average, all kills happen in the first half of the study, so the study rarely ends
         # before the last kill.
         moment = rng.uniform(0, seconds / (kills + 1))
