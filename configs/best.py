@@ -7,7 +7,7 @@ or, from the folder of its JPEGs, with --config.data.source=folder:PATH.
 The network and the image size are those of `eurosat.py`. Satellite images have no upper side,
 so they are mirrored in both directions. The other augmentations and dropout are weaker, and
 training is longer with a smaller final learning rate. The recipe was chosen by validation
-accuracy (experiments/RESULTS.md, "The search for a better recipe").
+accuracy (experiments/RESULTS.md, "Search for a better recipe").
 
 Expect a validation accuracy of 97.56 % and a test accuracy of 96.41 % (seed 0,
 --config.data.stratify=exact, `experiments/studies/reproduce.sh best`), measured with running
