@@ -72,7 +72,8 @@ def measure(
         accuracy = make_soup(recipe, run, _MEMBERS, epochs, console=console)["test"]
         logs = [run / f"continuation-{number}" for number in range(1, _MEMBERS + 1)]
     else:
-        changes = {"seed": seed, "report.detail": "none", **OPTIONS[option]}
+        changes = {"seed": seed, "report.detail": "none", "report.reference": False}
+        changes |= OPTIONS[option]
         if option == DISTILLED:
             changes["distill.bundles"] = str(recipe)
         with config.ignore_type():
