@@ -78,6 +78,18 @@ def _is_known(name: str, value: str | bool) -> bool:
     return True
 
 
+def compute_in_calling_thread() -> None:
+    """Makes JAX run a program on a CPU in the thread that calls it, and not in another thread.
+
+    A prediction of one small image then takes up to a third less time. The function must be called
+    before JAX uses a device. Training does not use it, because the training loop prepares the next
+    batch during a step.
+    """
+    import jax
+
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+
 def keep_freed_memory() -> None:
     """Makes the C library reuse the memory that a step on the CPU frees.
 
