@@ -9,6 +9,7 @@
 or, on the command line, `cnn_jax train`; `cnn_jax --help` lists all commands.
 """
 
+import gc
 import importlib
 import re
 import sys
@@ -52,6 +53,8 @@ def _check_start() -> None:
         named = (re.fullmatch(r"(?:-\w*m)?(cnn_jax[\w.]*)", text) for text in sys.orig_argv[1:])
         if module := next(filter(None, named), None):
             check_module(module[1])
+            # The collector would visit all imported objects many times; `cli.run` enables it.
+            gc.disable()
 
 
 _check_start()

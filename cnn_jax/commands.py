@@ -5,6 +5,7 @@
 or `python -m cnn_jax COMMAND`; `python -m cnn_jax.MODULE` is the same command.
 """
 
+import gc
 import runpy
 import sys
 from typing import NoReturn
@@ -53,6 +54,7 @@ def main() -> NoReturn:
         )
     module = f"cnn_jax.{COMMANDS[command][0]}"
     del sys.argv[1]
+    gc.disable()  # See `cnn_jax._check_start`.
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit()
 

@@ -90,8 +90,8 @@ def main(argv: Sequence[str]) -> None:
 
     runtime.keep_freed_memory()
     keep_compiled()
-    predictor = load_predictor(flags.bundle)
     paths = list_inputs(flags.input, flags.allow_outside)
+    predictor = load_predictor(flags.bundle, runs_once=len(paths) == 1)
     with cli.open_output(flags.output) as file:
         num_errors = write_predictions(predictor, paths, file, flags.top)
     if num_errors:

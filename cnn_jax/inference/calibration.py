@@ -8,8 +8,6 @@ import math
 from typing import Any
 
 import numpy as np
-import scipy.optimize
-import scipy.special
 from jaxtyping import Float, Int
 
 NUM_BINS = 15
@@ -34,7 +32,9 @@ def log_probabilities(probabilities: Probabilities) -> Float[np.ndarray, "n clas
 
 def apply_temperature(probabilities: Probabilities, temperature: float) -> Probabilities:
     """Returns the probabilities, float64, after the logits are divided by a temperature."""
-    return scipy.special.softmax(log_probabilities(probabilities) / temperature, axis=1)
+    logits = log_probabilities(probabilities) / temperature
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return exponentials / exponentials.sum(axis=1, keepdims=True)
 
 
 def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
@@ -53,6 +53,10 @@ def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
     """
     if not len(labels):
         return 1.0
+    # The import takes 0.2 s, and prediction does not need it.
+    import scipy.optimize
+    import scipy.special
+
     # If there are more than _MAX_PROBABILITIES probabilities, only every k-th image is used. Data
     # sets are sorted by class, so the fraction of each class hardly changes.
     step = math.ceil(probabilities.size / _MAX_PROBABILITIES)
@@ -148,10 +152,16 @@ def mutual_information(
       predictors, or of classes if there are fewer.
     """
     predictions = predictions.astype(np.float64)
-    entropy_of_mean = scipy.special.entr(predictions.mean(axis=0)).sum(axis=-1)
-    mean_entropy = scipy.special.entr(predictions).sum(axis=-1).mean(axis=0)
+    entropy_of_mean = _entropy(predictions.mean(axis=0))
+    mean_entropy = _entropy(predictions).mean(axis=0)
     # A rounding error can make the difference of equal numbers negative.
     return np.maximum(entropy_of_mean - mean_entropy, 0.0)
+
+
+def _entropy(probabilities: Float[np.ndarray, "*n classes"]) -> Float[np.ndarray, "*n"]:
+    """Returns the entropy in nats; a probability of 0 adds nothing."""
+    logarithms = np.log(np.where(probabilities > 0, probabilities, 1))
+    return -(probabilities * logarithms).sum(axis=-1)
 
 
 def describe(probabilities: Probabilities, labels: Labels) -> dict[str, Any]:

@@ -33,13 +33,14 @@ class EnsemblePredictor(TrainedPredictor, EnsembleLike):
       flip, shift: The views of an image; see `views`.
     """
 
-    def __init__(self, ensemble: Ensemble):
+    def __init__(self, ensemble: Ensemble, runs_once: bool = False):
+        """Creates the predictor of an ensemble; see `BundlePredictor` for `runs_once`."""
         self.class_names = ensemble.class_names
         self.preprocessing = ensemble.preprocessing
         self.temperature = ensemble.temperature
         self.data = ensemble.data
         self.metrics = ensemble.metrics
-        self.members = [BundlePredictor(member) for member in ensemble.members]
+        self.members = [BundlePredictor(member, runs_once) for member in ensemble.members]
         self.flip = ensemble.flip
         self.shift = ensemble.shift
 
@@ -115,8 +116,10 @@ def _shifted(images: _Images, axis: int, pixels: int) -> _Images:
     return xp.concatenate([edge] * pixels + [images[(*before, slice(None, -pixels))]], axis)
 
 
-def make_predictor(contents: Bundle | Ensemble) -> BundlePredictor | EnsemblePredictor:
-    """Returns the predictor of a bundle or of an ensemble."""
+def make_predictor(
+    contents: Bundle | Ensemble, runs_once: bool = False
+) -> BundlePredictor | EnsemblePredictor:
+    """Returns the predictor of a bundle or an ensemble; see `BundlePredictor` for `runs_once`."""
     if isinstance(contents, Ensemble):
-        return EnsemblePredictor(contents)
-    return BundlePredictor(contents)
+        return EnsemblePredictor(contents, runs_once)
+    return BundlePredictor(contents, runs_once)

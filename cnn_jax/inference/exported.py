@@ -122,8 +122,12 @@ def read_model(path: str | os.PathLike[str]) -> Bundle | Ensemble | OnnxPredicto
     return OnnxPredictor(path) if "export" in read_description(path) else read_networks(path)
 
 
-def load_predictor(path: str | os.PathLike[str]) -> TrainedPredictor:
+def load_predictor(path: str | os.PathLike[str], runs_once: bool = False) -> TrainedPredictor:
     """Returns the predictor of a bundle, an ensemble, a run that has a bundle, or an ONNX export.
+
+    Args:
+      path: The folder.
+      runs_once: See `BundlePredictor`.
 
     Raises:
       BundleError: There is none of these, or a file is damaged.
@@ -134,4 +138,4 @@ def load_predictor(path: str | os.PathLike[str]) -> TrainedPredictor:
         return model
     from cnn_jax.inference.ensemble import make_predictor
 
-    return make_predictor(model)
+    return make_predictor(model, runs_once)

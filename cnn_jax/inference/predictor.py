@@ -7,7 +7,8 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,11 @@ from cnn_jax.system.errors import BundleError, DataError
 
 logger = logging.getLogger(__name__)
 
+# On a CPU, the program for one image contains the weights as constants if they have at most this
+# number of bytes. XLA then arranges them for its convolutions once, and not for each image. The
+# program needs their memory once more, and each predictor compiles its own.
+_MAX_CONSTANT_BYTES = 2**26
+
 
 class BundlePredictor(TrainedPredictor):
     """A predictor that runs the network of a bundle.
@@ -44,7 +50,17 @@ class BundlePredictor(TrainedPredictor):
       variables: The parameters and statistics of the network, on the device.
     """
 
-    def __init__(self, bundle: Bundle):
+    def __init__(self, bundle: Bundle, runs_once: bool = False):
+        """Creates the predictor of a bundle.
+
+        Args:
+          bundle: The bundle.
+          runs_once: Whether the process predicts only one batch. The program is then slower, but
+            on a CPU it can be found in the cache of compiled programs.
+
+        Raises:
+          BundleError: The weights do not fit the network.
+        """
         self.class_names = bundle.class_names
         self.preprocessing = bundle.preprocessing
         self.temperature = bundle.temperature
@@ -53,6 +69,16 @@ class BundlePredictor(TrainedPredictor):
         self.model = make_model(bundle.model, len(bundle.class_names), bundle.precision)
         _check_weights(self.model, bundle)
         self.variables = jax.device_put(bundle.variables)
+        self._runs_once = runs_once
+
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        return self._variables
+
+    @variables.setter
+    def variables(self, variables: Mapping[str, Any]) -> None:
+        self._variables = variables
+        self._predict_one: Callable[[np.ndarray], Array] | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "BundlePredictor":
@@ -75,11 +101,26 @@ class BundlePredictor(TrainedPredictor):
           ValueError: The images are not uint8, or their size is not the bundle's.
         """
         check_images(images, self.preprocessing)
-        return np.asarray(jax.device_get(self.dispatch(images)))
+        if len(images) > 1 or self._runs_once:
+            return np.asarray(self.dispatch(images))
+        if self._predict_one is None:
+            self._predict_one = self._make_predict_one()
+        return np.asarray(self._predict_one(images))
+
+    def _make_predict_one(self) -> Callable[[np.ndarray], Array]:
+        """Returns the fastest function for one image, which contains the weights if possible."""
+        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.variables))
+        if jax.default_backend() != "cpu" or weight_bytes > _MAX_CONSTANT_BYTES:
+            return self.dispatch
+        temperature = np.float32(self.temperature)
+        run = functools.partial(
+            _probabilities, self.model, self.preprocessing, self.variables, temperature
+        )
+        return jax.jit(run, compiler_options=runtime.compiler_options())
 
     def dispatch(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Array:
         """Starts the computation of the class probabilities; does not wait for the result."""
-        run = jit_prediction(self.model, self.preprocessing)
+        run = jit_prediction(self.model, self.preprocessing, is_storable=self._runs_once)
         return run(self.variables, np.float32(self.temperature), images)
 
     def predict_with_embeddings(
@@ -100,7 +141,10 @@ class BundlePredictor(TrainedPredictor):
 
 @functools.lru_cache(64)
 def jit_prediction(
-    model: Network, preprocessing: Preprocessing, platform: str | None = None
+    model: Network,
+    preprocessing: Preprocessing,
+    platform: str | None = None,
+    is_storable: bool = False,
 ) -> Callable[..., Array]:
     """Returns the jitted function (variables, temperature, images) -> class probabilities.
 
@@ -110,13 +154,22 @@ def jit_prediction(
     Args:
       model: The network.
       preprocessing: The mean and the standard deviation of the normalisation.
-      platform: The platform of the device, such as "tpu"; None for JAX's default backend.
+      platform: See `runtime.compiler_options`.
+      is_storable: See `runtime.compiler_options`.
     """
+    run = functools.partial(_probabilities, model, preprocessing)
+    return jax.jit(run, compiler_options=runtime.compiler_options(platform, is_storable))
 
-    def probabilities(variables: PyTree, temperature: Array, images: Array) -> Array:
-        return jax.nn.softmax(forward(model, variables, images, preprocessing) / temperature)
 
-    return jax.jit(probabilities, compiler_options=runtime.compiler_options(platform))
+def _probabilities(
+    model: Network,
+    preprocessing: Preprocessing,
+    variables: PyTree,
+    temperature: Array | np.float32,
+    images: Array,
+) -> Array:
+    """Returns the class probabilities of images."""
+    return jax.nn.softmax(forward(model, variables, images, preprocessing) / temperature)
 
 
 @functools.lru_cache(64)

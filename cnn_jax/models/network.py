@@ -333,7 +333,8 @@ def layer_names(model: Network, image_size: tuple[int, int]) -> list[str]:
 def abstract_variables(model: Network, image_size: tuple[int, int]) -> dict[str, Any]:
     """Returns the shapes and dtypes of a network's variables, without computing their values."""
     images = jax.ShapeDtypeStruct((1, *image_size, 3), jnp.float32)
-    return jax.eval_shape(model.init, jax.random.key(0), images)
+    # Within the traced function, the key needs no compiled program.
+    return jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
 
 
 def has_batch_norm(model: Network, image_size: tuple[int, int]) -> bool:

@@ -20,6 +20,7 @@ from cnn_jax.inference.exported import OnnxPredictor
 from cnn_jax.inference.images import ImageReader
 from cnn_jax.inference.protocol import TrainedPredictor
 from cnn_jax.serve.engine import Program, time_program
+from cnn_jax.system import runtime
 from cnn_jax.system.errors import BundleError
 
 # The batch sizes to compile by default.
@@ -161,6 +162,7 @@ def _predictor_and_functions(
     from cnn_jax.inference.ensemble import EnsemblePredictor, make_predictor
     from cnn_jax.system.compilation_cache import keep_compiled
 
+    runtime.compute_in_calling_thread()
     keep_compiled()
     predictor = make_predictor(bundle)
 

@@ -4,6 +4,7 @@ import argparse
 import codecs
 import contextlib
 import errno
+import gc
 import json
 import logging
 import math
@@ -48,6 +49,9 @@ def run(main: Callable[[Sequence[str]], None], if_interrupted: int = 130) -> NoR
     The other exit codes are 0 after success, 2 if the command line or the configuration must
     be changed, and 1 after any other failure.
     """
+    # The imported objects are used until the end, so the collector need not visit them.
+    gc.freeze()
+    gc.enable()
     messages = logging.StreamHandler()
     messages.setFormatter(_MessageFormatter("%(levelname)s: %(message)s"))
     # force=True removes the handler that absl added when Orbax imported absl.

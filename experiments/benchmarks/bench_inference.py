@@ -7,12 +7,14 @@ libraries use the same weights, each in a separate process; they take turns, as 
 `bench_train.py`. Before that, their probabilities must agree within --tolerance, in float32
 without TensorFloat-32. The numbers are medians and do not include compilation.
 
-This project keeps freed memory, as its commands do (`cnn_jax.system.runtime`); the other
-libraries use their defaults. "best peer" is the fastest peer except plain Linen; "floor" is the
+This project keeps freed memory and computes in the calling thread, as its server does
+(`cnn_jax.system.runtime`); the other libraries use their defaults. --cores=1 gives each library
+one processor core. "best peer" is the fastest peer except plain Linen; "floor" is the
 shortest possible time by `experiments/benchmarks/roofline.py`.
 """
 
 import contextlib
+import os
 import pathlib
 import sys
 import tempfile
@@ -38,6 +40,8 @@ from roofline import parse_shapes
 # Each pair is the side of an image in pixels and a batch size.
 SHAPES = ((32, 1), (32, 32), (64, 1), (64, 32), (224, 1), (224, 32))
 TOLERANCE = 1e-5
+# This environment variable has the same effect as `runtime.compute_in_calling_thread`.
+_IN_CALLING_THREAD = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
 
 
 def check_agreement(
@@ -77,12 +81,24 @@ def check_agreement(
 
 
 def main() -> None:
-    flags = make_parser(list(peers.PEERS)[:7], seconds=6, tolerance=TOLERANCE).parse_args()
+    parser = make_parser(list(peers.PEERS)[:7], seconds=6, tolerance=TOLERANCE)
+    parser.add_argument("--cores", type=int, help="number of processor cores (Linux)")
+    flags = parser.parse_args()
+    if flags.cores:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: flags.cores])
     shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
     floors = floor_milliseconds(shapes, flags.precision, flags.peaks, kind="inference")
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
-        started = [Process(name, name == "cnn_jax", flags.peer_python) for name in flags.peers]
+        started = [
+            Process(
+                name,
+                name == "cnn_jax",
+                flags.peer_python,
+                _IN_CALLING_THREAD if is_own(name) else None,
+            )
+            for name in flags.peers
+        ]
         for process in started:
             stack.callback(process.close)
         folder = pathlib.Path(temporary)

@@ -79,7 +79,11 @@ class Process:
         # The log is a file, because an unread pipe would block a process that prints many warnings.
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable if is_own(name) else peer_python, peers.__file__, name],
+            [
+                sys.executable if peers.PEERS[name].needs_cnn_jax else peer_python,
+                peers.__file__,
+                name,
+            ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if os.environ.get("BENCH_VERBOSE") else self._log,

@@ -57,7 +57,13 @@ def load_task(path: str | os.PathLike[str], precision: str, dropout: float) -> T
 
 
 class Peer:
-    """The interface that the benchmarks use for each compared library."""
+    """The interface that the benchmarks use for each compared library.
+
+    Attributes:
+      needs_cnn_jax: Whether the library runs in an environment that has this project.
+    """
+
+    needs_cnn_jax = False
 
     def __init__(self, task: Task):
         """Creates the network, the optimizer and one batch from a task."""
@@ -86,14 +92,35 @@ class Peer:
         return 0
 
 
+def _make_predictor(task: Task) -> Any:
+    """Returns the `BundlePredictor` of a task."""
+    from cnn_jax.data.preprocessing import Preprocessing
+    from cnn_jax.inference.bundle import Bundle
+    from cnn_jax.inference.predictor import BundlePredictor
+
+    config = {"name": "cnn", "features": FEATURES, "dense": DENSE, "dropout": task.dropout}
+    bundle = Bundle(
+        model={**config, "batch_norm": True},
+        precision=task.precision,
+        class_names=[str(i) for i in range(CLASSES)],
+        preprocessing=Preprocessing(image_size=task.images.shape[1:3]),
+        temperature=1.0,
+        data={},
+        metrics={},
+        variables=_nested(task.weights),
+    )
+    return BundlePredictor(bundle)
+
+
 class Ours(Peer):
-    """The training step and forward pass of this project, compiled with the project's options."""
+    """The training step and the predictor of this project, compiled with the project's options."""
+
+    needs_cnn_jax = True
 
     def __init__(self, task: Task):
         import jax
 
         from cnn_jax.data.preprocessing import Preprocessing
-        from cnn_jax.models.network import forward
         from cnn_jax.training.optimizer import make_optimizer, make_schedule
         from cnn_jax.training.step import TrainState, TrainStep
 
@@ -108,7 +135,7 @@ class Ours(Peer):
             preprocessing=preprocessing,
             label_smoothing=LABEL_SMOOTHING,
         )
-        self._jax, self._images = jax, task.images
+        self._jax, self._images, self._task = jax, task.images, task
         self._batch = jax.device_put(
             {"image": task.images, "label": task.labels, "mask": np.ones(len(task.labels), bool)}
         )
@@ -120,19 +147,12 @@ class Ours(Peer):
                 opt_state=optimizer.init(tree["params"]),
             )
         )
-        self._variables = jax.device_put(dict(tree))
         self._step = jax.jit(
             step,
             donate_argnums=0,
             compiler_options=self._options,
         )
         self._plain_step = step
-        self._forward = jax.jit(
-            lambda variables, images: jax.nn.softmax(
-                forward(model, variables, images, preprocessing)
-            ),
-            compiler_options=self._options,
-        )
 
     def _model(self, precision: str, dropout: float) -> Any:
         from cnn_jax.models.network import make_model
@@ -191,7 +211,11 @@ class Ours(Peer):
         self._jax.block_until_ready(self._state)
 
     def predict(self) -> np.ndarray:
-        return np.asarray(self._jax.device_get(self._forward(self._variables, self._images)))
+        return self._predictor(self._images)
+
+    @functools.cached_property
+    def _predictor(self) -> Callable[[np.ndarray], np.ndarray]:
+        return _make_predictor(self._task)
 
     def exact(self) -> contextlib.AbstractContextManager[Any]:
         return self._jax.default_matmul_precision("highest")
@@ -218,6 +242,19 @@ class Variant(Ours):
 
     linen: tuple[str, ...] = ()
     without: str | None = None
+
+    @functools.cached_property
+    def _predictor(self) -> Callable[[np.ndarray], np.ndarray]:
+        from cnn_jax.models.network import forward
+
+        variables, step = self._state.variables, self._plain_step
+        run = self._jax.jit(
+            lambda variables, images: self._jax.nn.softmax(
+                forward(step.model, variables, images, step.preprocessing)
+            ),
+            compiler_options=self._options,
+        )
+        return lambda images: np.asarray(run(variables, images))
 
     def _compiler_options(self) -> dict[str, str | bool]:
         options = super()._compiler_options()
@@ -516,32 +553,26 @@ class Keras(Peer):
 
 
 class OnnxRuntime(Peer):
-    """ONNX Runtime with default settings, for inference only, with the exported PyTorch network."""
+    """ONNX Runtime with this project's ONNX export, for inference only.
+
+    With one processor core, ONNX Runtime gets one thread; otherwise it has its default settings.
+    """
+
+    needs_cnn_jax = True
 
     def __init__(self, task: Task):
-        import io
-
         import onnxruntime  # pyright: ignore
-        import torch  # pyright: ignore
 
-        torch_peer = Torch(dataclasses.replace(task, precision="float32"))
-        torch_peer._net.eval()
+        from cnn_jax.export.function import flat_function
+        from cnn_jax.export.onnx_model import images_model
 
-        class Whole(torch.nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.net = torch_peer._net
-
-            def forward(self, images: torch.Tensor) -> torch.Tensor:
-                return torch.softmax(
-                    self.net((images.permute(0, 3, 1, 2).float() - GREY) / GREY), -1
-                )
-
-        file = io.BytesIO()
-        example = torch.from_numpy(task.images).to(torch_peer._device)
-        torch.onnx.export(Whole(), (example,), file, dynamo=False, input_names=["images"])
+        predictor = _make_predictor(dataclasses.replace(task, precision="float32"))
+        model = images_model(flat_function(predictor), predictor).SerializeToString()
+        options = onnxruntime.SessionOptions()
+        if sys.platform == "linux" and len(os.sched_getaffinity(0)) == 1:
+            options.intra_op_num_threads = 1
         available = onnxruntime.get_available_providers()
-        self._session = onnxruntime.InferenceSession(file.getvalue(), providers=available)
+        self._session = onnxruntime.InferenceSession(model, options, providers=available)
         self._images = task.images
 
     def predict(self) -> np.ndarray:

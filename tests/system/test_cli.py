@@ -69,6 +69,14 @@ def _run_main(body, **environment):
     return process.stdout
 
 
+def test_the_garbage_collector_runs_in_a_command():
+    code = (
+        "import gc; gc.disable(); from cnn_jax.system import cli\n"
+        "cli.run(lambda argv: print(gc.isenabled()))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=REPOSITORY) == b"True\n"
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
