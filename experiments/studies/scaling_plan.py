@@ -17,7 +17,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-# The default of each flag, and its meaning. The rates of a chip are those of a TPU v5e.
+# The default and the meaning of each flag. The rates of a chip are those of a TPU v5e.
 ASSUMED = {
     "clock_ghz": (1.5, "GHz, clock of a chip"),
     "peak_tflops": (197.0, "TFLOP/s of a chip in bfloat16"),
@@ -85,7 +85,7 @@ def plan(
     yield "epoch", "steps + validation of 20 %, at a third", epoch / 60, "min"
     wait, upload = state / a.copy_gbps / 1e9, state / a.network_gbps / 1e9
     yield "checkpoint", "the train state", state / 1e6, "MB"
-    yield "training waits", "checkpoint / copy to the host", wait, "s"
+    yield "training waits", "checkpoint / copy to the host", wait * 1e3, "ms"
     yield "upload in the background", "checkpoint / network", upload, "s"
     # Young 1974, "A first order approximation to the optimum checkpoint interval".
     interval = max(math.sqrt(2 * wait * a.uptime_hours * 3600), upload)

@@ -78,7 +78,7 @@ def test_the_rows_are_those_computed_by_hand(tmp_path, monkeypatch, capsys):
         "steps of an epoch": "875",  # 700,000 / 800
         "epoch": "0.5 min",  # (875 + 250 / 3) * 30 ms = 28.75 s
         "checkpoint": "1,000 MB",
-        "training waits": "0.1 s",
+        "training waits": "100 ms",
         "upload in the background": "2.0 s",
         "time between checkpoints": "37.9 s",  # sqrt(2 * 0.1 * 7,200)
         "checkpoint.every_steps": "1,264",

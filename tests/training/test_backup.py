@@ -69,6 +69,7 @@ def test_another_machine_gets_the_finished_files(machine, copy):
         write(a, step10="x", config="{}", lock="pid", **{"heartbeat.json": "", ".log.partial": ""})
         unfinished.mkdir()
         (unfinished / "array").touch()
+    assert not (copy / unfinished.relative_to(a)).exists()
     with Backup(copy).running(b):
         assert read(b) == {"config": "{}", "checkpoints/10/array": "x"}
         assert (b / "checkpoints/10/_CHECKPOINT_METADATA").read_text() == "{}"
