@@ -76,14 +76,14 @@ class Backup:
         thread = threading.Thread(target=watch, daemon=True)
         thread.start()
         try:
-            yield
+            try:
+                yield
+            finally:
+                ended.set()
+                thread.join()
         except BaseException:
-            ended.set()
-            thread.join()
             self._try_to_copy()
             raise
-        ended.set()
-        thread.join()
         self.copy()
 
     def copy(self) -> None:
