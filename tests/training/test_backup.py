@@ -11,9 +11,12 @@ import pytest
 from conftest import REPOSITORY
 from s3 import BUCKET, s3_service
 
+from cnn_jax import api, main
 from cnn_jax.config import files
 from cnn_jax.registry.store import Store, StoreError
+from cnn_jax.report import run_report
 from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
+from cnn_jax.training import loop, sharding, summary
 from cnn_jax.training.backup import Backup
 from cnn_jax.training.loop import train_and_evaluate
 from experiments.checks import chaos
@@ -197,7 +200,34 @@ def test_an_interruption_keeps_its_exit_code_if_the_store_fails(machine, copy, m
     assert caplog.messages == ["gone"]
 
 
-# Trains the run of `_config` in a new process, which stops for ever after the second epoch.
+@pytest.mark.parametrize("start", ["command", "function"])
+def test_the_report_is_copied_too(machine, copy, monkeypatch, start):
+    folder = machine("a")
+
+    def train(config, workdir, *_, backup, **options):
+        with backup.running(workdir):
+            write(workdir, log="1")
+
+    def report(workdir, *_):
+        write(folder, report="html")
+        return "report"
+
+    for module in (api, loop):
+        monkeypatch.setattr(module, "train_and_evaluate", train)
+    for module in (api, run_report):
+        monkeypatch.setattr(module, "report_after_training", report)
+    monkeypatch.setattr(sharding, "start_processes", lambda *_: None)
+    monkeypatch.setattr(summary, "show_commands", lambda *_: None)
+    monkeypatch.setattr(api, "Run", lambda *_: None)
+    monkeypatch.setattr(api, "_results", lambda *_: {})
+    if start == "command":
+        main.main(["--config=smoke", f"--workdir={folder}", f"--backup={copy}"])
+    else:
+        api.train("shapes", workdir=folder, backup=str(copy))
+    assert read(copy) == {"log": "1", "report": "html"}
+
+
+# Trains a run in a new process, which stops for ever after the second epoch.
 _TRAIN = """
 import json, sys, time
 from cnn_jax.config import files
