@@ -26,9 +26,10 @@ from cnn_jax.registry.mlflow import log_run, tracking_uri
 from cnn_jax.report.run_report import report_after_training
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console, default_console
-from cnn_jax.system.errors import ConfigError, Interrupted, UserError
+from cnn_jax.system.errors import ConfigError, Interrupted, UserError, is_url
 from cnn_jax.system.runtime import keep_freed_memory
 from cnn_jax.training import summary
+from cnn_jax.training.backup import Backup
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.metrics import HEADLINE
 
@@ -45,6 +46,7 @@ def train(
     *,
     config: str | os.PathLike[str] | ConfigDict = "folder",
     workdir: str | os.PathLike[str] | None = None,
+    backup: str | None = None,
     console: Console | None = None,
     mlflow: str | None = None,
     **changes: Any,
@@ -60,6 +62,8 @@ def train(
       config: The name of a shipped configuration, the path of a configuration file, or a
         configuration.
       workdir: The run's folder; by default a new folder below `runs`, whose path is shown.
+      backup: The URL of a copy of the run's folder, such as s3://BUCKET/PATH. If the folder is
+        missing on this machine, it is restored from the copy.
       console: The place where progress is shown; by default the notebook, or stderr.
       mlflow: The MLflow server or database to which the finished run is logged; by default the
         variable MLFLOW_TRACKING_URI. If MLflow reports an error, a warning is logged instead.
@@ -77,6 +81,11 @@ def train(
       TrainingError: Training cannot continue.
       Interrupted: Ctrl-C was pressed; the state is saved, and the message says how to continue.
     """
+    if workdir is not None and is_url(os.fspath(workdir)):
+        raise ConfigError(
+            f"workdir: must be a folder, got {workdir}; backup={str(workdir)!r} keeps a copy of "
+            "the folder there"
+        )
     uri = tracking_uri(mlflow)
     new_config = _changed_config(config, changes, source)
     folder = pathlib.Path(workdir).expanduser() if workdir is not None else _new_folder(new_config)
@@ -84,8 +93,11 @@ def train(
     keep_freed_memory()
     keep_compiled()
     try:
-        train_and_evaluate(new_config, folder, console)
+        copy = None if backup is None else Backup(backup)
+        train_and_evaluate(new_config, folder, console, backup=copy)
         page_or_command = report_after_training(folder, new_config, console)
+        if copy is not None:
+            copy.copy()  # The report is new.
     except KeyboardInterrupt as error:
         progress = str(error).partition(";")[0] or "interrupted"
         message = f"{progress}; the same call with workdir={str(folder)!r} continues"
@@ -182,7 +194,7 @@ def load(path: str | os.PathLike[str]) -> "Run":
     Raises:
       BundleError: The folder has no bundle, or the bundle is damaged.
     """
-    bundle = find_bundle(pathlib.Path(path).expanduser().absolute())
+    bundle = find_bundle(pathlib.Path(path).expanduser()).absolute()
     is_in_run = bundle.name == "bundle" and (bundle.parent / "config.json").is_file()
     return Run(bundle.parent if is_in_run else None, bundle)
 

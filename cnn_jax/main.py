@@ -1,5 +1,6 @@
 """Trains and evaluates a classifier, and writes its bundle and its report."""
 
+import argparse
 import functools
 import logging
 import pathlib
@@ -7,14 +8,20 @@ from collections.abc import Sequence
 
 from cnn_jax.config import files
 from cnn_jax.system import cli
-from cnn_jax.system.errors import ConfigError, UserError
+from cnn_jax.system.errors import ConfigError, UserError, is_url
 
 logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str]) -> None:
     parser = files.ConfigParser(prog="cnn_jax train", description=__doc__)
-    parser.add_argument("--workdir", type=cli.path, metavar="DIR", help="the run's folder")
+    parser.add_argument("--workdir", type=_folder, metavar="DIR", help="the run's folder")
+    parser.add_argument(
+        "--backup",
+        metavar="URL",
+        help="keep a copy of the run's folder, from which another machine can continue the run, at "
+        "s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or in another folder",
+    )
     parser.add_argument(
         "--mlflow",
         metavar="URI",
@@ -44,17 +51,19 @@ def main(argv: Sequence[str]) -> None:
         from cnn_jax.system.compilation_cache import keep_compiled
         from cnn_jax.system.runtime import keep_freed_memory
         from cnn_jax.training import summary
+        from cnn_jax.training.backup import Backup
         from cnn_jax.training.loop import train_and_evaluate
         from cnn_jax.training.sharding import is_primary, start_processes
 
     uri = mlflow.tracking_uri(flags.mlflow)
     config = files.load(flags.config, overrides)
+    backup = Backup(flags.backup) if flags.backup is not None else None
     keep_freed_memory()
     start_processes(flags.coordinator, flags.process_id, flags.process_count)
     keep_compiled()
     workdir = pathlib.Path(flags.workdir)
     show = functools.partial(summary.show_metrics, workdir) if is_primary() else None
-    train_and_evaluate(config, workdir, profile=flags.profile, on_metrics=show)
+    train_and_evaluate(config, workdir, profile=flags.profile, on_metrics=show, backup=backup)
     if is_primary():
         summary.show_commands(workdir)
     with cli.blocked_interrupts():
@@ -64,6 +73,8 @@ def main(argv: Sequence[str]) -> None:
     console = Console(is_silent=not is_primary())
     page_or_command = report_after_training(flags.workdir, config, console)
     if is_primary():
+        if backup is not None:
+            backup.copy()  # The report is new.
         print(f"report      {page_or_command}")
         if uri is not None:
             try:
@@ -75,6 +86,16 @@ def main(argv: Sequence[str]) -> None:
                 if flags.mlflow:
                     raise type(error)(message) from error
                 logger.warning(message)
+
+
+def _folder(text: str) -> str:
+    """An argparse type for the folder of a run."""
+    if is_url(text):
+        raise argparse.ArgumentTypeError(
+            f"must be a folder on this machine, got {text}; --backup={text} keeps a copy of the "
+            "folder there"
+        )
+    return cli.path(text)
 
 
 if __name__ == "__main__":

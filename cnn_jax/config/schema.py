@@ -27,7 +27,7 @@ from cnn_jax.config.keys import (
     text,
 )
 from cnn_jax.models import NETWORKS
-from cnn_jax.system.errors import ConfigError, closest, did_you_mean
+from cnn_jax.system.errors import COPY_FIRST, URL, ConfigError, closest, did_you_mean, is_url
 
 # The type of a configuration, which is an `ml_collections.ConfigDict`. The type is Any, because a
 # type checker cannot know the keys of a ConfigDict.
@@ -48,7 +48,7 @@ SOURCE_FORMS = (
 )
 # Text in the name of a source before the folder of a request log.
 LOG_MARK = "+log:"
-_PATH = r"((?!\+log:).)+"
+_PATH = rf"(?!{URL})((?!\+log:).)+"
 SOURCE_PATTERN = re.compile(
     rf"(shapes(:[1-9]\d*)?|(folder|classes|splits|csv|tfds):{_PATH})(\+log:{_PATH})*", re.DOTALL
 )
@@ -366,8 +366,8 @@ _SECTIONS: dict[str, dict[str, Key]] = {
             "",
             "The paths of bundles or runs, with commas between them, whose mean prediction is an "
             "additional target of training (teachers).",
-            "paths with commas between them, or empty",
-            lambda v: not v or all(map(str.strip, v.split(","))),
+            "paths on this machine with commas between them, or empty",
+            lambda v: not v or all(p.strip() and not is_url(p.strip()) for p in v.split(",")),
         ),
         "weight": number(
             0.5,
@@ -398,8 +398,8 @@ _SECTIONS: dict[str, dict[str, Key]] = {
         "init_from": text(
             "",
             "The path of a bundle or a run with the initial weights of a new run.",
-            "a path, or empty",
-            lambda v: True,
+            "a path on this machine, or empty",
+            lambda v: not is_url(v),
         ),
     },
     "report": {
@@ -578,12 +578,14 @@ def wrong_value(key: str, value: object, network: str | None = None) -> ConfigEr
 
 
 def source_hint(value: object) -> str:
-    """Returns a hint such as "; did you mean folder:PATH?" if a value is a path; else "".
+    """Returns a hint such as "; did you mean folder:PATH?" if a value is a path or a URL; else "".
 
     A value is a path if it has a slash, or if such a file or folder exists.
     """
     if not isinstance(value, str) or not value or SOURCE_PATTERN.fullmatch(value):
         return ""
+    if "://" in value:
+        return f"; {COPY_FIRST}"
     if "/" not in value and not pathlib.Path(value).expanduser().exists():
         return ""
     return f"; did you mean {path_source(value)}?"

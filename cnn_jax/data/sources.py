@@ -23,12 +23,17 @@ _FOLDERS = ("folder", "classes", "splits")
 
 
 def absolute(name: str) -> str:
-    """Makes the paths in a source's name absolute, so that any working directory can be used."""
+    """Makes the paths in a source's name absolute, so that any working directory can be used.
+
+    A name that `open_source` refuses is unchanged.
+    """
+    if not SOURCE_PATTERN.fullmatch(name):
+        return name
     base, *logs = name.split(LOG_MARK)
     kind, _, path = base.partition(":")
-    if kind in (*_FOLDERS, "csv") and path:
+    if kind in (*_FOLDERS, "csv"):
         base = f"{kind}:{_absolute_path(path)}"
-    return LOG_MARK.join([base, *(log and str(_absolute_path(log)) for log in logs)])
+    return LOG_MARK.join([base, *(str(_absolute_path(log)) for log in logs)])
 
 
 def _absolute_path(path: str) -> pathlib.Path:

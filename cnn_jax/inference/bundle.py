@@ -32,10 +32,12 @@ from cnn_jax.models import NETWORKS
 from cnn_jax.quality.reference import Reference
 from cnn_jax.system.atomic import sync
 from cnn_jax.system.errors import (
+    COPY_FIRST,
     BundleError,
     ConfigError,
     MissingBundleError,
     file_errors,
+    is_url,
     printable,
 )
 
@@ -423,8 +425,10 @@ def find_bundle(path: str | os.PathLike[str]) -> pathlib.Path:
     """Returns the directory of a bundle: the path itself, or `bundle/` in a run's directory.
 
     Raises:
-      BundleError: The path is a run without a bundle.
+      BundleError: The path is a URL, or a run without a bundle.
     """
+    if is_url(os.fspath(path)):
+        raise MissingBundleError(f"{path} is not a folder; {COPY_FIRST}")
     path = pathlib.Path(path)
     with contextlib.suppress(OSError):  # `read_bundle` reports an unreadable path.
         if not (path / _DESCRIPTION).exists():

@@ -81,13 +81,17 @@ class Store:
     """
 
     def __init__(
-        self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None
+        self,
+        url: str | os.PathLike[str],
+        options: Mapping[str, Any] | None = None,
+        flag: str = "--registry",
     ) -> None:
         """Creates the object without reading or writing files.
 
         Args:
           url: A folder, or a URL such as s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH.
           options: The configuration of obstore for this store, such as {"endpoint": ...}.
+          flag: The flag that names the store, for messages.
 
         Raises:
           ConfigError: The URL is empty or invalid.
@@ -103,11 +107,11 @@ class Store:
         self.url, self._prefix = printable(hide_passwords(url)), ""
         if protocol not in _REMOTE:
             raise ConfigError(
-                "--registry: must be a folder, or a URL that begins with s3://, gs:// or az://, "
+                f"{flag}: must be a folder, or a URL that begins with s3://, gs:// or az://, "
                 f"got '{self.url}'"
             )
         if "?" in rest or "#" in rest:
-            raise ConfigError(f"--registry: {self.url}: must not contain ? or #")
+            raise ConfigError(f"{flag}: {self.url}: must not contain ? or #")
         names = {*(options or {}), *os.environ}
         needs_profile = protocol.startswith("s3") and not names & _KEYS
         try:
@@ -119,7 +123,7 @@ class Store:
                 credential_provider=_aws_profile() if needs_profile else None,
             )
         except Exception as error:
-            raise ConfigError(f"--registry: {self.url}: {error_line(error)}") from error
+            raise ConfigError(f"{flag}: {self.url}: {error_line(error)}") from error
 
     def create(self, name: str, data: bytes) -> None:
         """Creates a new file, completely or not at all.
@@ -193,6 +197,13 @@ class Store:
             found = self._call(lambda: obstore.list_with_delimiter(self._files, path))
             paths = [*found["common_prefixes"], *(item["path"] for item in found["objects"])]
             return sorted(path.rpartition("/")[2] for path in paths)
+
+    def all_names(self) -> list[str]:
+        """Returns the names of all files, also in sub-folders, in no particular order."""
+        prefix = self._prefix.lstrip("/")
+        with self._one_line_errors(""):
+            parts = self._call(lambda: list(obstore.list(self._files, self._prefix or None)))
+            return [item["path"].removeprefix(prefix) for items in parts for item in items]
 
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with its content; does nothing if the name does not exist."""

@@ -20,11 +20,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import IO, Any, NoReturn
 
 from cnn_jax.system.errors import (
+    COPY_FIRST,
     ConfigError,
     Interrupted,
     UserError,
     closest,
     did_you_mean,
+    is_url,
     printable,
 )
 from cnn_jax.system.text import fill
@@ -252,6 +254,8 @@ def path(text: str) -> str:
     """An argparse type that converts text to a path, and expands `~`."""
     if not text:
         raise argparse.ArgumentTypeError("must not be empty")
+    if is_url(text):
+        raise argparse.ArgumentTypeError(f"must be a path, got {text}; {COPY_FIRST}")
     return str(pathlib.Path(text).expanduser())
 
 

@@ -3,11 +3,18 @@
 import contextlib
 import difflib
 import os
+import re
 from collections.abc import Iterable, Iterator
 
 # The minimum similarity of a misspelt name and a suggested name, from 0 to 1, by `difflib`. Below
 # this value, the names are mostly different words, such as model.width and model.dense.
 _SIMILARITY = 0.75
+# `pathlib` changes "s3://" to "s3:/".
+URL = r"(s3a?|gs|gcs|az|adl|azure|abfss?|hf|hdfs|https?):/"
+COPY_FIRST = (
+    "URLs are not supported here: copy the files to or from a folder (aws s3 cp --recursive, "
+    "gcloud storage cp --recursive), or mount the bucket"
+)
 
 
 class _OneLine(BaseException):
@@ -79,6 +86,11 @@ def file_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except OSError as error:
         error.filename = error.filename or os.fspath(path)
         raise
+
+
+def is_url(text: str) -> bool:
+    """Returns whether a text that should be a path is the URL of an object store or a server."""
+    return bool(re.match(URL, text))
 
 
 def printable(text: str) -> str:

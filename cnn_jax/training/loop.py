@@ -46,6 +46,7 @@ from cnn_jax.training import (
     sharding,
     summary,
 )
+from cnn_jax.training.backup import Backup
 from cnn_jax.training.checkpoint import Checkpoints, History, best_record
 from cnn_jax.training.distillation import open_teachers
 from cnn_jax.training.loss import balanced_weights
@@ -71,6 +72,7 @@ def train_and_evaluate(
     on_epoch: Callable[[History], None] | None = None,
     on_metrics: Callable[[Mapping[str, Any]], None] | None = None,
     deadline: float | None = None,
+    backup: Backup | None = None,
 ) -> dict[str, Any]:
     """Trains a network and writes checkpoints, a log, metrics and a bundle to `workdir`.
 
@@ -91,6 +93,7 @@ def train_and_evaluate(
         is written, before the bundle is written.
       deadline: The value of `time.monotonic()`, in seconds, at which the run is saved and
         stopped as after Ctrl-C.
+      backup: A copy of `workdir`, from which a run without its folder is restored.
 
     Returns:
       The content of `report/metrics.json`.
@@ -101,6 +104,7 @@ def train_and_evaluate(
       DataError: The data cannot be used, or has become unreadable.
       TrainingError: The loss is not finite, the memory is not enough, or a checkpoint
         cannot be saved or restored.
+      StoreError: The backup cannot be read, or cannot be completed.
       Interrupted: The run was saved and stopped after Ctrl-C, SIGTERM or the deadline.
     """
     console = console or Console(is_silent=not sharding.is_primary())
@@ -112,6 +116,8 @@ def train_and_evaluate(
             if sharding.is_primary():
                 run_directory.check_apart(workdir, config.data.source)
                 stack.enter_context(run_directory.lock(workdir))
+                if backup is not None:
+                    stack.enter_context(backup.running(workdir))
         heartbeat = Heartbeat(workdir)
         track = heartbeat.wrap(console.track)
         with sharding.synchronized_errors():

@@ -50,10 +50,10 @@ INDIFFERENT_KEYS = frozenset(
 )
 # The keys that may change when a run resumes. No result of a finished epoch depends on these keys.
 FREE_KEYS = INDIFFERENT_KEYS | {"train.epochs", "train.patience", "checkpoint.restore_step"}
-_CONFIG, _LOCK, _HEARTBEAT = "config.json", "lock", "heartbeat.json"
-_PRETRAINED, _CHECKPOINTS = "pretrained.json", "checkpoints"
+LOCK, HEARTBEAT, BACKUP, CHECKPOINTS = "lock", "heartbeat.json", "backup.json", "checkpoints"
+_CONFIG, _PRETRAINED = "config.json", "pretrained.json"
 # The sub-folders of a run's folder.
-_FOLDERS = (_CHECKPOINTS, "bundle", "damaged", "narrowed", "profile", "report", "tensorboard")
+_FOLDERS = (CHECKPOINTS, "bundle", "damaged", "narrowed", "profile", "report", "tensorboard")
 # The minimum time between two heartbeats of the same activity.
 _HEARTBEAT_SECONDS = 5.0
 
@@ -82,9 +82,9 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
             yield
         except BaseException:
             if not (workdir / _CONFIG).exists() and not _has_checkpoints(workdir):
-                for name in (_HEARTBEAT, _LOCK):
+                for name in (HEARTBEAT, LOCK, BACKUP):
                     (workdir / name).unlink(missing_ok=True)
-                _remove_empty([workdir / _CHECKPOINTS, *created])
+                _remove_empty([workdir / CHECKPOINTS, *created])
             raise
 
 
@@ -95,7 +95,7 @@ def _open_lock(workdir: pathlib.Path) -> IO[str]:
       ConfigError: Another run has locked the file.
       OSError: The file cannot be written.
     """
-    path = workdir / _LOCK
+    path = workdir / LOCK
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -129,7 +129,7 @@ def _remove_empty(folders: Iterable[pathlib.Path]) -> None:
 
 def _has_checkpoints(workdir: pathlib.Path) -> bool:
     """Returns whether a run has saved a checkpoint in its folder."""
-    return any(entry.name.isdecimal() for entry in (workdir / _CHECKPOINTS).glob("*"))
+    return any(entry.name.isdecimal() for entry in (workdir / CHECKPOINTS).glob("*"))
 
 
 def check_apart(workdir: pathlib.Path, source: str) -> None:
@@ -298,7 +298,7 @@ class Heartbeat:
 
     def __init__(self, workdir: pathlib.Path):
         """Creates the heartbeat of a run; the first call of `beat` writes heartbeat.json."""
-        self._path = workdir / _HEARTBEAT
+        self._path = workdir / HEARTBEAT
         self._step = 0
         self._activity = ""
         self._last = -math.inf

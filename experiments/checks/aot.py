@@ -42,7 +42,7 @@ from jax.experimental import topologies
 
 from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import resolve
-from cnn_jax.config.schema import Config
+from cnn_jax.config.schema import Config, image_size
 from cnn_jax.data import augment
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.preprocessing import Preprocessing
@@ -226,6 +226,7 @@ class Analysis:
       flops: Floating-point operations, as XLA counts them; None if XLA does not count them.
       kernels: The kernels.
       collectives: The operations that exchange data between devices.
+      exchanged: The bytes of the results of the collectives, in any memory of a device.
       copies: The kernels that only change the layout of an array.
     """
 
@@ -233,6 +234,7 @@ class Analysis:
     flops: float | None
     kernels: Sequence[Kernel]
     collectives: Sequence[Kernel]
+    exchanged: int
     copies: Sequence[Kernel]
 
     @property
@@ -254,6 +256,7 @@ def analyse(compiled: jax.stages.Compiled) -> Analysis:
     costs = compiled.cost_analysis() or {}
     module = Module(text)
     kernels = list(module.kernels())
+    collectives = [kernel for kernel in kernels if kernel.is_collective]
     return Analysis(
         memory={
             "arguments": memory.argument_size_in_bytes,
@@ -262,7 +265,8 @@ def analyse(compiled: jax.stages.Compiled) -> Analysis:
         },
         flops=costs.get("flops"),
         kernels=kernels,
-        collectives=[kernel for kernel in kernels if kernel.is_collective],
+        collectives=collectives,
+        exchanged=sum(each.calls * _size(each.type, main_only=False) for each in collectives),
         copies=[kernel for kernel in kernels if module.changes_layout(kernel.name)],
     )
 
@@ -404,11 +408,12 @@ def _closing(text: str) -> int:
     return len(text)
 
 
-def _size(type_text: str) -> int:
-    """Returns the bytes of all arrays of an HLO type that are in main memory."""
+def _size(type_text: str, main_only: bool = True) -> int:
+    """Returns the bytes of the arrays of an HLO type, by default only of those in main memory."""
     total = 0
     for dtype, sides, layout in _ARRAY.findall(type_text):
-        if "S(" in layout:  # Another memory space, such as the vector memory of a TPU core.
+        # Another memory space, such as the vector memory of a TPU core.
+        if main_only and "S(" in layout:
             continue
         bits = re.search(r"\d+", dtype)
         item = _ITEM_BYTES.get(dtype, int(bits[0]) / 8 if bits else 0)
@@ -426,11 +431,12 @@ def report(analysis: Analysis, top: int) -> str:
     """
     memory = ", ".join(f"{key} {size / 1e6:,.1f} MB" for key, size in analysis.memory.items())
     flops = "unknown" if analysis.flops is None else f"{analysis.flops / 1e9:,.1f} GFLOP"
+    exchanged = f"results {analysis.exchanged / 1e6:,.1f} MB"
     lines = [
         f"  memory       {memory}",
         f"  operations   {flops}",
         f"  kernels      {_total(analysis.kernels)}",
-        f"  collectives  {_total(analysis.collectives)}",
+        f"  collectives  {_total(analysis.collectives)}; {exchanged}",
         f"  new layouts  {_total(analysis.copies)}",
     ]
     if analysis.cycles:
@@ -489,9 +495,12 @@ def main(argv: Sequence[str]) -> None:
     config.train.batch_size = flags.batch_per_device * len(devices) // config.mesh.model
     schema.validate(config, len(devices))
     programs = abstract_programs(config, devices, images=flags.images, classes=flags.classes)
+    hosts = len({device.process_index for device in devices})
+    state = jax.tree.leaves(programs["train_step"][1][0])
+    state_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
     print(
-        f"JAX {jax.__version__}, {len(devices)} x {devices[0].device_kind}, "
-        f"{flags.batch_per_device} images each"
+        f"JAX {jax.__version__}, {len(devices)} x {devices[0].device_kind} of {hosts} hosts, "
+        f"{flags.batch_per_device} images each; the train state has {state_bytes / 1e6:,.1f} MB"
     )
     results = {}
     for name in names:
@@ -506,7 +515,14 @@ def main(argv: Sequence[str]) -> None:
             flags.hlo.mkdir(parents=True, exist_ok=True)
             (flags.hlo / f"{name}.txt").write_text(str(compiled.as_text()))
     if flags.json:
-        values = {name: dataclasses.asdict(result) for name, result in results.items()}
+        values = {
+            "devices": len(devices),
+            "hosts": hosts,
+            "batch_per_device": flags.batch_per_device,
+            "image_size": image_size(config),
+            "state_bytes": state_bytes,
+            "programs": {name: dataclasses.asdict(result) for name, result in results.items()},
+        }
         flags.json.write_text(json.dumps(values, indent=1) + "\n")
 
 

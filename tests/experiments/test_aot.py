@@ -5,6 +5,7 @@ a GPU. A program takes about a minute to compile.
 """
 
 import importlib.util
+import types
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +69,22 @@ def test_collectives_and_copies_are_found():
     found = [kernel.name for kernel in module.kernels() if kernel.is_collective]
     assert found == ["all-reduce.1"]
     assert [k.name for k in module.kernels() if module.changes_layout(k.name)] == ["copy.1"]
+
+
+def test_the_results_of_collectives_count_in_any_memory():
+    text = MODULE.replace("all-reduce.1 = f32[32]{0}", "all-reduce.1 = f32[32]{0:T(128)S(1)}")
+    assert text != MODULE
+    sizes = dict.fromkeys(
+        ("argument_size_in_bytes", "output_size_in_bytes", "alias_size_in_bytes"), 0
+    )
+    compiled = types.SimpleNamespace(
+        memory_analysis=lambda: types.SimpleNamespace(**sizes, temp_size_in_bytes=0),
+        as_text=lambda: text,
+        cost_analysis=dict,
+    )
+    analysis = aot.analyse(compiled)
+    assert analysis.exchanged == 8 * 32 * 4
+    assert "; results 0.0 MB" in aot.report(analysis, top=0)
 
 
 def test_a_program_for_this_machine_is_analysed():

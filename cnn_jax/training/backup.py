@@ -1,0 +1,202 @@
+"""A copy of a run's folder in object storage, from which another machine can continue the run.
+
+Orbax 0.12 cannot write checkpoints to s3:// (docs/scaling.md). The checkpoints are therefore
+written to a local folder, and a thread copies the finished files.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import shutil
+import socket
+import threading
+import uuid
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from cnn_jax.registry.store import Store
+from cnn_jax.system.atomic import write_bytes
+from cnn_jax.system.errors import ConfigError, TrainingError, UserError
+from cnn_jax.training.run_directory import BACKUP, CHECKPOINTS, HEARTBEAT, LOCK
+
+logger = logging.getLogger(__name__)
+
+_NOT_COPIED = {BACKUP, LOCK, HEARTBEAT, "damaged"}
+# Orbax writes this file into each checkpoint. In the copy, it marks a complete checkpoint.
+_COMPLETE = "_CHECKPOINT_METADATA"
+
+
+class Backup:
+    """The copy of a run's folder in an object store, or in a folder on another disk.
+
+    The file `backup.json` has an id of the run and an id of its latest start. If the folder and the
+    copy have the same `backup.json`, no other machine has used the copy since.
+    """
+
+    def __init__(self, url: str | os.PathLike[str], seconds: float = 10.0) -> None:
+        """Creates the object without reading or writing files.
+
+        Args:
+          url: A URL such as s3://BUCKET/PATH, or a folder; it contains nothing but this copy.
+          seconds: The time between two searches for new files.
+
+        Raises:
+          ConfigError: The URL is invalid.
+        """
+        self._store = Store(url, flag="--backup")
+        self._seconds = seconds
+        self._folder = pathlib.Path()
+        self._owner = b""  # The content of backup.json of this start.
+        self._copied: dict[str, Any] = {}  # The time and the size of each copied file, by name.
+        self._warning = ""
+
+    @contextlib.contextmanager
+    def running(self, folder: pathlib.Path) -> Iterator[None]:
+        """Restores the folder of a run from the copy, and updates the copy inside the context.
+
+        The folder is restored if another machine has used the copy since this folder was used. At
+        the end of the context the copy is complete. If the context raises an error, and the copy
+        cannot be completed, only a warning is logged.
+
+        Raises:
+          ConfigError: The copy contains another run or other files.
+          StoreError: The object store cannot be read or written.
+          TrainingError: The run was started on another machine, which now writes the copy.
+        """
+        self._folder = folder
+        self._start()
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(self._seconds):
+                self._try_to_copy()
+
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            try:
+                yield
+            finally:
+                ended.set()
+                thread.join()
+        except BaseException:
+            self._try_to_copy()
+            raise
+        self.copy()
+
+    def copy(self) -> None:
+        """Copies the files that are new or have changed; removes files that no longer exist.
+
+        A new checkpoint is complete in the copy before an older checkpoint is removed.
+
+        Raises:
+          StoreError: The object store cannot be read or written.
+          TrainingError: The run was started on another machine, which now writes the copy.
+        """
+        owner = self._read_owner()
+        if owner != self._owner:
+            raise TrainingError(
+                f"--backup: the run was started again on {_value(owner, 'host')}, which now writes "
+                f"{self._store.url}; {self._folder} is no longer copied"
+            )
+        files = self._files()
+        for name in _in_order(files):
+            if self._copied.get(name) != files[name]:
+                try:
+                    content = (self._folder / name).read_bytes()
+                except FileNotFoundError:
+                    return  # The file was removed after it was listed. The next call continues.
+                self._store.write(name, content)
+                self._copied[name] = files[name]
+        for name in reversed(_in_order(self._copied.keys() - files.keys())):
+            self._store.remove(name)
+            del self._copied[name]
+
+    def _try_to_copy(self) -> None:
+        try:
+            self.copy()
+            self._warning = ""
+        except (UserError, OSError) as error:
+            if str(error) != self._warning:
+                logger.warning("%s", error)
+            self._warning = str(error)
+
+    def _start(self) -> None:
+        """Restores the folder if necessary, and replaces backup.json in the folder and the copy."""
+        copy = self._store.local("")
+        if copy is not None and copy.is_relative_to(self._folder.resolve()):
+            raise ConfigError(f"--backup: {copy} is inside the run's folder; use another folder")
+        path = self._folder / BACKUP
+        known = path.read_bytes() if path.exists() else b""
+        names = set(self._store.all_names())
+        if names and BACKUP not in names:
+            raise ConfigError(f"--backup: {self._store.url} contains other files; use another URL")
+        owner = self._read_owner() if names else known
+        has_run = (self._folder / CHECKPOINTS).exists()
+        if has_run and _value(owner, "run") != _value(known, "run"):
+            raise ConfigError(
+                f"--backup: {self._store.url} has the copy of another run than {self._folder}; use "
+                "another URL"
+            )
+        names.discard(BACKUP)
+        self._copied = dict.fromkeys(names)
+        if owner != known:
+            self._restore(names)
+        run, start = _value(owner, "run") or uuid.uuid4().hex, uuid.uuid4().hex
+        owner = {"run": run, "start": start, "host": socket.gethostname()}
+        self._owner = json.dumps(owner).encode()
+        self._store.write(BACKUP, self._owner)
+        write_bytes(path, self._owner)
+
+    def _restore(self, names: set[str]) -> None:
+        """Replaces the checkpoints of the folder, and writes the other files of the copy."""
+        shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
+        for name in _in_order(names):
+            step = pathlib.PurePath(name).parts[:2]
+            if step[0] == CHECKPOINTS and "/".join((*step, _COMPLETE)) not in names:
+                continue
+            path = self._folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._store.read(name))
+            self._copied[name] = _version(path)
+
+    def _files(self) -> dict[str, Any]:
+        """Returns the time and the size of each finished file, by its name in the copy."""
+        files = {}
+        for parent, folders, names in os.walk(self._folder):
+            place = pathlib.Path(parent).relative_to(self._folder)
+            if place.as_posix() == CHECKPOINTS:  # A checkpoint that is being written has a suffix.
+                folders[:] = filter(str.isdecimal, folders)
+            elif parent == str(self._folder):
+                folders[:] = set(folders) - _NOT_COPIED
+                names = set(names) - _NOT_COPIED
+            for name in names:
+                with contextlib.suppress(FileNotFoundError):
+                    if not name.startswith("."):  # `atomic.replacing` writes such a file.
+                        files[(place / name).as_posix()] = _version(pathlib.Path(parent, name))
+        return files
+
+    def _read_owner(self) -> bytes:
+        try:
+            return self._store.read(BACKUP)
+        except FileNotFoundError:
+            return b""
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Returns sorted names, in which the files that mark complete checkpoints are the last."""
+    return sorted(names, key=lambda name: (name.endswith(f"/{_COMPLETE}"), name))
+
+
+def _version(path: pathlib.Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+def _value(owner: bytes, key: str) -> str:
+    """Returns a value of backup.json; "" if the content is empty or damaged."""
+    with contextlib.suppress(ValueError):
+        return json.loads(owner)[key]
+    return ""
