@@ -172,8 +172,8 @@ def importance(
     def sums(variables: Mapping[str, Any], images: Array, labels: Array) -> dict[str, Array]:
         ones = {name: jnp.ones((len(images), one.width)) for name, one in prunable.items()}
         gradients = jax.grad(loss)(unflatten_dict(ones, sep="/"), variables, images, labels)
-        by_path = cast(dict[str, Array], flatten_dict(gradients, sep="/"))
-        return {name: jnp.abs(gradient).sum(axis=0) for name, gradient in by_path.items()}
+        flat = cast(dict[str, Array], flatten_dict(gradients, sep="/"))
+        return {name: jnp.abs(gradient).sum(axis=0) for name, gradient in flat.items()}
 
     total: dict[str, Any] = dict.fromkeys(prunable, 0.0)
     count = 0
