@@ -82,6 +82,10 @@ def compress(
     overrides = overrides or {}
     workdir, path = pathlib.Path(workdir), find_bundle(bundle)
     original = read_bundle(path)
+    is_pretrained = bool(original.model.get("pretrained"))
+    if is_pretrained:
+        # Training starts with the narrowed network, not with the pretrained weights.
+        original = dataclasses.replace(original, model={**original.model, "pretrained": ""})
     prune.widths(original.model)  # Raises ConfigError if the network cannot be pruned.
     if path.resolve().is_relative_to(workdir.resolve()):
         raise ConfigError(f"--workdir: {workdir} contains the bundle; use another folder")
@@ -118,6 +122,9 @@ def compress(
         del model["dropout"]
     with config.ignore_type(), config.unlocked():
         config.model.update_from_flattened_dict(files.flat(model))
+        if is_pretrained and "optimizer.l2" not in overrides:
+            # The L2 penalty of pretrained networks is on the kernel of the head only.
+            config.optimizer.l2 = 0.0
     report = train_and_evaluate(config, workdir, console)
     after = {name: record["narrowed"][name] for name in ("parameters", "flops")} | {
         split: report[split]["accuracy"] for split in _SPLITS if split in report
@@ -167,13 +174,12 @@ def _narrow(
         predictor.variables,
         original.preprocessing,
         _labelled_batches(dataset, track),
-        widths,
     )
     channels = prune.most_important(scores, widths)
     narrowed = dataclasses.replace(
         original,
         model=_narrowed_section(original, channels, keep),
-        variables=prune.narrow(predictor.model, original.variables, size, channels),
+        variables=prune.narrow(predictor.model, original.variables, channels),
         metrics={},
     )
     record = {

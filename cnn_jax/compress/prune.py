@@ -1,20 +1,24 @@
 """Structured pruning of a network: the importance of channels, and the network without some.
 
-Only networks that are a chain of layers can be pruned: a layer reads all channels of the layer
-before it, and nothing else. Of the networks in `cnn_jax.models.NETWORKS`, this is "cnn".
+Channels can be pruned if exactly one layer reads them. In "cnn", these are all channels. In a
+residual network, these are the channels between two convolutions of the same block; the shortcuts
+add the outputs of several blocks, so the blocks of a group must have the same output channels.
 """
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
-from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.models.network import Network, forward_flops, layer_names, make_model, stages
+from cnn_jax.data.preprocessing import Preprocessing, normalize
+from cnn_jax.models.cnn import CNN
+from cnn_jax.models.network import GATES, Network, forward_flops, make_model
+from cnn_jax.models.resnet import Bottleneck, ResNet
 from cnn_jax.system.errors import ConfigError
 from cnn_jax.training.loss import cross_entropy
 
@@ -22,28 +26,70 @@ from cnn_jax.training.loss import cross_entropy
 WIDTH_MULTIPLE = 16
 
 
+class _Channels(NamedTuple):
+    """Channels that can be pruned.
+
+    Attributes:
+      width: The number of channels.
+      layers: The layers that compute the channels; the channels are the last axis of their arrays.
+      reader: The layer that reads the channels; they are the second last axis of its kernel.
+    """
+
+    width: int
+    layers: tuple[str, ...]
+    reader: str
+
+
+def _prunable_channels(model: Network) -> dict[str, _Channels]:
+    """Returns the channels that can be pruned, by the path of their gate; see `network.gate`."""
+    found = {}
+    if isinstance(model, CNN):
+        layers = [f"conv{i + 1}" for i in range(len(model.features))]
+        layers += ["dense"] * (model.dense > 0)
+        for layer, reader, width in zip(
+            layers, [*layers[1:], "head"], [*model.features, model.dense], strict=False
+        ):
+            name = "embedding" if layer == "dense" else layer
+            found[name] = _Channels(width, (layer, layer.replace("conv", "norm")), reader)
+    if isinstance(model, ResNet):
+        for group, (blocks, width) in enumerate(
+            zip(model.blocks, model.inner_features, strict=True), start=1
+        ):
+            for block in (f"layer{group}_{i}" for i in range(blocks)):
+                for i in range(1, 3 if model.block is Bottleneck else 2):
+                    layers = (f"{block}/conv{i}", f"{block}/bn{i}")
+                    found[layers[0]] = _Channels(width, layers, f"{block}/conv{i + 1}")
+    return found
+
+
 def widths(section: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the number of channels of each stage that can be pruned.
+    """Returns the numbers of channels that can be pruned, by the path of the gate.
 
     Args:
       section: The section `model` of a configuration or bundle.
 
     Raises:
-      ConfigError: The network is not a chain of layers.
+      ConfigError: The network has no such channels.
     """
-    if section["name"] != "cnn":
+    found = _prunable_channels(make_model(section, 1, "float32"))
+    if not found:
         raise ConfigError(
-            f"--bundle: the network {section['name']} cannot be pruned, because its blocks share "
-            "their channels; only cnn can be pruned"
+            f"--bundle: the network {section['name']} cannot be pruned; cnn, resnet18, resnet34 "
+            "and resnet50 can be pruned"
         )
-    found = {f"conv{i}": width for i, width in enumerate(section["features"], start=1)}
-    return found | ({"embedding": section["dense"]} if section["dense"] else {})
+    return {name: channels.width for name, channels in found.items()}
 
 
 def with_widths(section: Mapping[str, Any], new_widths: Mapping[str, int]) -> dict[str, Any]:
-    """Returns a copy of the section `model` with other numbers of channels, by stage."""
-    features = [width for stage, width in new_widths.items() if stage != "embedding"]
-    return {**section, "features": features, "dense": new_widths.get("embedding", 0)}
+    """Returns a copy of the section `model` with other numbers of channels; see `widths`.
+
+    The blocks of a group of a residual network have the same number of channels.
+    """
+    if section["name"] == "cnn":
+        features = [width for name, width in new_widths.items() if name != "embedding"]
+        return {**section, "features": features, "dense": new_widths.get("embedding", 0)}
+    inner = {name.partition("_")[0]: width for name, width in new_widths.items()}
+    return {**section, "inner_features": list(inner.values())}
 
 
 def choose_widths(
@@ -55,8 +101,8 @@ def choose_widths(
 ) -> dict[str, int]:
     """Returns the numbers of channels of the largest network within a number of operations.
 
-    All stages keep the same fraction of their channels, rounded to a multiple of
-    `WIDTH_MULTIPLE`. A stage keeps at least this number of channels, if it has them.
+    All layers keep the same fraction of their channels, rounded to a multiple of
+    `WIDTH_MULTIPLE`. A layer keeps at least this number of channels, if it has them.
 
     Args:
       section: The section `model` of the original network.
@@ -71,7 +117,7 @@ def choose_widths(
     original = widths(section)
     flops: dict[tuple[int, ...], float] = {}
     for percent in range(100, -1, -1):
-        new_widths = {stage: _reduced(width, percent) for stage, width in original.items()}
+        new_widths = {name: _reduced(width, percent) for name, width in original.items()}
         key = tuple(new_widths.values())
         if key not in flops:
             model = make_model(with_widths(section, new_widths), num_classes, precision)
@@ -98,88 +144,80 @@ def _reduced(width: int, percent: int) -> int:
 
 def importance(
     model: Network,
-    variables: PyTree,
+    variables: Mapping[str, Any],
     preprocessing: Preprocessing,
     batches: Iterable[tuple[UInt8[np.ndarray, "_ height width 3"], Int[np.ndarray, " _"]]],
-    stage_names: Iterable[str],
 ) -> dict[str, Float[np.ndarray, " channels"]]:
-    """Returns the importance of each channel of the stages.
+    """Returns the importance of each channel that can be pruned, by the path of the gate.
 
     The importance of a channel is the mean over the images of |d|, where d is the change of the
     image's loss to first order if the channel is set to zero: the sum over the pixels of the
     activation times its gradient (Molchanov et al. 2017, "Pruning Convolutional Neural Networks
-    for Resource Efficient Inference", equation 8).
+    for Resource Efficient Inference", equation 8). This is the gradient with respect to a gate.
 
     Args:
       model: The network.
       variables: {"params", "batch_stats"} of the network.
       preprocessing: The mean and the standard deviation of the normalisation.
       batches: Images, and the class of each image; one or more batches.
-      stage_names: The names of the stages.
     """
-    names = list(stage_names)
+    prunable = _prunable_channels(model)
 
-    def outputs_and_losses(
-        offsets: Mapping[str, Array], variables: PyTree, images: Array, labels: Array
-    ) -> tuple[Array, dict[str, Array]]:
-        outputs = stages(model, variables, images, preprocessing, offsets)
-        return jnp.sum(cross_entropy(outputs["logits"], labels)), outputs
+    def loss(gates: PyTree, variables: Mapping[str, Any], images: Array, labels: Array) -> Array:
+        normalized = normalize(images, preprocessing)
+        logits = cast(Array, model.apply({**variables, GATES: gates}, normalized))
+        return jnp.sum(cross_entropy(logits, labels))
 
     @jax.jit
-    def sums(variables: PyTree, images: Array, labels: Array) -> dict[str, Array]:
-        shapes = jax.eval_shape(lambda v, x: stages(model, v, x, preprocessing), variables, images)
-        zeros = {name: jnp.zeros(shapes[name].shape, jnp.float32) for name in names}
-        gradients, outputs = jax.grad(outputs_and_losses, has_aux=True)(
-            zeros, variables, images, labels
-        )
-        changes = {
-            name: jnp.reshape(outputs[name] * gradients[name], (len(images), -1, shape.shape[-1]))
-            for name, shape in zeros.items()
-        }
-        return {name: jnp.abs(change.sum(axis=1)).sum(axis=0) for name, change in changes.items()}
+    def sums(variables: Mapping[str, Any], images: Array, labels: Array) -> dict[str, Array]:
+        ones = {name: jnp.ones((len(images), one.width)) for name, one in prunable.items()}
+        gradients = jax.grad(loss)(unflatten_dict(ones, sep="/"), variables, images, labels)
+        flat = cast(dict[str, Array], flatten_dict(gradients, sep="/"))
+        return {name: jnp.abs(gradient).sum(axis=0) for name, gradient in flat.items()}
 
-    total: dict[str, Any] = dict.fromkeys(names, 0.0)
+    total: dict[str, Any] = dict.fromkeys(prunable, 0.0)
     count = 0
     for images, labels in batches:
         part = jax.device_get(sums(variables, images, labels))
-        total = {name: total[name] + part[name].astype(np.float64) for name in names}
+        total = {name: total[name] + part[name].astype(np.float64) for name in total}
         count += len(images)
-    return {name: total[name] / count for name in names}
+    return {name: total[name] / count for name in total}
 
 
 def most_important(
     scores: Mapping[str, Float[np.ndarray, " channels"]], new_widths: Mapping[str, int]
 ) -> dict[str, Int[np.ndarray, " kept"]]:
-    """Returns the positions, in ascending order, of the most important channels of each stage."""
+    """Returns the positions, in ascending order, of the most important channels."""
     return {
-        stage: np.sort(np.argsort(-scores[stage], kind="stable")[:width])
-        for stage, width in new_widths.items()
+        name: np.sort(np.argsort(-scores[name], kind="stable")[:width])
+        for name, width in new_widths.items()
     }
 
 
 def narrow(
     model: Network,
     variables: Mapping[str, Any],
-    image_size: tuple[int, int],
     channels: Mapping[str, Int[np.ndarray, " kept"]],
 ) -> dict[str, Any]:
     """Returns the variables of the network without some channels.
 
     Args:
-      model: The original network, which must be a chain of layers.
+      model: The original network.
       variables: {"params", "batch_stats"} of the original network.
-      image_size: The height and the width of the images.
-      channels: The positions of the channels to keep, by stage. Other stages keep all channels.
+      channels: The positions of the channels to keep, by the path of the gate.
     """
-    narrowed: dict[str, Any] = {name: {} for name in variables}
-    inputs: Any = slice(None)
-    for layer in layer_names(model, image_size):
-        outputs: Any = channels.get(model.find_stage(layer), slice(None))
-        for collection, layers in variables.items():
-            for name, array in layers.get(layer, {}).items():
-                array = np.asarray(array)
-                if name == "kernel":
-                    array = array[..., inputs, :]
-                narrowed[collection].setdefault(layer, {})[name] = array[..., outputs]
-        inputs = outputs
-    return narrowed
+    prunable = _prunable_channels(model)
+    outputs = {layer: kept for name, kept in channels.items() for layer in prunable[name].layers}
+    inputs = {prunable[name].reader: kept for name, kept in channels.items()}
+
+    def select(path: str, array: Any) -> np.ndarray:
+        layer, _, name = path.rpartition("/")
+        array = np.asarray(array)
+        if name == "kernel":
+            array = array[..., inputs.get(layer, slice(None)), :]
+        return array[..., outputs.get(layer, slice(None))]
+
+    flat = flatten_dict(variables, sep="/")
+    # A path starts with the name of the collection, such as "params".
+    selected = {path: select(path.partition("/")[2], array) for path, array in flat.items()}
+    return unflatten_dict(selected, sep="/")

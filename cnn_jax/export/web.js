@@ -154,3 +154,6 @@ start().catch((error) => {
   element("check").textContent = "The model cannot be used.";
   show(error);
 });
+
+// A program can time the session (experiments/benchmarks/bench_export.py).
+export { ort, session };

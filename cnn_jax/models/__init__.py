@@ -35,14 +35,15 @@ class NetworkEntry:
 # size.
 
 
-def _channels(default: Sequence[int], comment: str) -> Key:
-    """Creates a key whose value is a list of channel counts, one for each block of a network."""
+def _channels(default: Sequence[int], comment: str, length: int | None = None) -> Key:
+    """Creates a key whose value is a list of channel counts; None means any length above 0."""
 
     def accepts(value: Any) -> bool:
-        is_list = isinstance(value, tuple | list) and len(value) > 0
+        is_list = isinstance(value, tuple | list) and len(value) == (length or len(value) or 1)
         return is_list and all(keys.is_int(count) and count > 0 for count in value)
 
-    return Key(default, "one or more channel counts, each 1 or more", accepts, comment)
+    requirement = f"{length or 'one or more'} channel counts, each 1 or more"
+    return Key(default, requirement, accepts, comment)
 
 
 def _divisor_of_pools(section: Mapping[str, Any]) -> int:
@@ -90,7 +91,12 @@ _DROP_PATH_KEYS = {
 
 
 def _resnet(name: str) -> NetworkEntry:
-    own = _BACKBONE_KEYS | _BATCH_NORM_KEYS
+    inner_features = _channels(
+        (64, 128, 256, 512),
+        "Channels between the convolutions of a block, for each of the four groups of blocks.",
+        length=4,
+    )
+    own = _BACKBONE_KEYS | _BATCH_NORM_KEYS | {"inner_features": inner_features}
     return NetworkEntry(f"cnn_jax.models.resnet:{name}", own, weights=f"timm/{name}.a1_in1k")
 
 

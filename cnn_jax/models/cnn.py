@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnn_jax.models.layers import BatchNorm, Conv, max_pool_2x2
-from cnn_jax.models.network import Network, Stages
+from cnn_jax.models.network import Network, Stages, gate
 
 
 class CNN(Network):
@@ -66,9 +66,9 @@ class CNN(Network):
                     maps, pooled = normalization.with_max_pool(maps)
                 else:
                     maps = normalization(maps)
-            x = stages.add(f"conv{i}", maps)
+            x = gate(self, f"conv{i}", stages.add(f"conv{i}", maps))
             if i < len(self.features):
-                # An explanation may have added an offset to the maps.
+                # An offset or a gate may have changed the maps.
                 x = max_pool_2x2(x) if pooled is None or x is not maps else pooled
         x = jnp.mean(x, axis=(1, 2))
         if self.dense:
@@ -79,6 +79,6 @@ class CNN(Network):
                 name="dense",
             )(x)
             x = nn.relu(x)
-        x = stages.add("embedding", x)
+        x = gate(self, "embedding", stages.add("embedding", x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         stages.add("logits", nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x))

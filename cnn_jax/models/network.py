@@ -14,6 +14,9 @@ from cnn_jax.data.preprocessing import Preprocessing, normalize
 from cnn_jax.models import NETWORKS
 from cnn_jax.system.errors import ConfigError, did_you_mean
 
+# The collection of the variables that `gate` reads. Only pruning sets them.
+GATES = "gates"
+
 
 class NetworkParts(NamedTuple):
     """The parameters that explanation methods need, under names common to all networks.
@@ -206,6 +209,22 @@ def _moments(
     variance = jnp.var(maps, axis=(1, 2))
     # The gradient of a square root at 0 is infinite.
     return jnp.mean(maps, axis=(1, 2)), jnp.sqrt(variance + 1e-6)
+
+
+def gate(module: nn.Module, name: str, x: Float[Array, "batch ... channel"]) -> Array:
+    """Multiplies the channels of each image by a variable, if the variable is given.
+
+    The gradient with respect to gates of ones tells the effect of each channel on the loss.
+
+    Args:
+      module: The module that has the variable in its collection `GATES`, float32 [batch, channel].
+      name: The name of the variable.
+      x: The outputs of a layer.
+    """
+    if not module.has_variable(GATES, name):
+        return x
+    gates = module.get_variable(GATES, name)
+    return x * jnp.expand_dims(gates, tuple(range(1, x.ndim - 1))).astype(x.dtype)
 
 
 def compute_dtype(precision: str, platform: str | None = None) -> jnp.dtype:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from cnn_jax.models.convolutions import ConvolutionalBackbone
 from cnn_jax.models.layers import max_pool_3x3
-from cnn_jax.models.network import Stages
+from cnn_jax.models.network import Stages, gate
 
 
 class BasicBlock(nn.Module):
@@ -18,11 +18,13 @@ class BasicBlock(nn.Module):
 
     Attributes:
       features: The number of output channels.
+      inner_features: The number of channels between the two convolutions.
       stride: The stride of the first convolution and of the shortcut.
       conv_norm: `convolve_and_normalize` with the options of the network.
     """
 
     features: int
+    inner_features: int
     stride: int
     conv_norm: Callable[..., Array]
 
@@ -31,24 +33,27 @@ class BasicBlock(nn.Module):
         self, x: Float[Array, "batch height width channel"]
     ) -> Float[Array, "batch new_height new_width features"]:
         shortcut = _shortcut(x, self.features, self.stride, self.conv_norm)
-        x = self.conv_norm(x, self.features, 3, self.stride, conv="conv1", norm="bn1")
-        x = self.conv_norm(nn.relu(x), self.features, 3, conv="conv2", norm="bn2")
+        x = self.conv_norm(x, self.inner_features, 3, self.stride, conv="conv1", norm="bn1")
+        x = gate(self, "conv1", nn.relu(x))
+        x = self.conv_norm(x, self.features, 3, conv="conv2", norm="bn2")
         return nn.relu(x + shortcut)
 
 
 class Bottleneck(nn.Module):
     """Three convolutions (1 x 1, 3 x 3 and 1 x 1) and a shortcut.
 
-    The first two convolutions have a quarter of the output channels. The 3 x 3 convolution has the
-    stride; in the paper, the first convolution has the stride.
+    The 3 x 3 convolution has the stride; in the paper, the first convolution has the stride.
 
     Attributes:
       features: The number of output channels.
+      inner_features: The number of output channels of the first two convolutions; in the paper, a
+        quarter of `features`.
       stride: The stride of the 3 x 3 convolution and of the shortcut.
       conv_norm: `convolve_and_normalize` with the options of the network.
     """
 
     features: int
+    inner_features: int
     stride: int
     conv_norm: Callable[..., Array]
 
@@ -56,11 +61,13 @@ class Bottleneck(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channel"]
     ) -> Float[Array, "batch new_height new_width features"]:
-        width = self.features // 4
+        width = self.inner_features
         shortcut = _shortcut(x, self.features, self.stride, self.conv_norm)
         x = self.conv_norm(x, width, 1, conv="conv1", norm="bn1")
-        x = self.conv_norm(nn.relu(x), width, 3, self.stride, conv="conv2", norm="bn2")
-        x = self.conv_norm(nn.relu(x), self.features, 1, conv="conv3", norm="bn3")
+        x = gate(self, "conv1", nn.relu(x))
+        x = self.conv_norm(x, width, 3, self.stride, conv="conv2", norm="bn2")
+        x = gate(self, "conv2", nn.relu(x))
+        x = self.conv_norm(x, self.features, 1, conv="conv3", norm="bn3")
         return nn.relu(x + shortcut)
 
 
@@ -87,10 +94,12 @@ class ResNet(ConvolutionalBackbone):
     Attributes:
       blocks: The number of blocks of each group.
       block: The class of the blocks: `BasicBlock` or `Bottleneck`.
+      inner_features: The number of channels between the convolutions of a block, for each group.
     """
 
     blocks: Sequence[int] = (2, 2, 2, 2)
     block: type[BasicBlock] | type[Bottleneck] = BasicBlock
+    inner_features: Sequence[int] = (64, 128, 256, 512)
 
     first_layer = ("conv1",)
 
@@ -117,7 +126,8 @@ class ResNet(ConvolutionalBackbone):
             features = 64 * 2 ** (group - 1) * (4 if self.block is Bottleneck else 1)
             for i in range(blocks):
                 stride = 2 if group > 1 and i == 0 else 1
-                x = self.block(features, stride, conv_norm, name=f"layer{group}_{i}")(x)
+                inner = self.inner_features[group - 1]
+                x = self.block(features, inner, stride, conv_norm, name=f"layer{group}_{i}")(x)
             x = stages.add(f"layer{group}", x)
         self.classify(stages, jnp.mean(x, axis=(1, 2)), train=train)
 

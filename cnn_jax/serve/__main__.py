@@ -104,7 +104,6 @@ def main(argv: Sequence[str]) -> None:
             ) from error
     # The modules below need the packages in `_NEEDED`, so the modules are imported after the check.
     from cnn_jax.inference.bundle import find_bundle
-    from cnn_jax.registry.registry import Registry
     from cnn_jax.serve.limits import Limits
     from cnn_jax.serve.loader import BundleSource, RegistrySource
     from cnn_jax.serve.logs import start_logging
@@ -117,6 +116,9 @@ def main(argv: Sequence[str]) -> None:
     if flags.bundle:
         source = BundleSource(find_bundle(flags.bundle), (flags.model or ["default"])[0])
     else:
+        # Importing obstore would delay the start of a server without a registry.
+        from cnn_jax.registry.registry import Registry
+
         source = RegistrySource(
             Registry(flags.registry),
             flags.model or (),

@@ -12,17 +12,19 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from cnn_jax.inference.bundle import Bundle, Ensemble, digest
 from cnn_jax.inference.exported import OnnxPredictor, read_model
 from cnn_jax.registry import ledger
 from cnn_jax.registry.ledger import CHAMPION, RegistryError
-from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.split import Experiment
 from cnn_jax.serve.service import END, LOADING, Service
 from cnn_jax.serve.versions import Version, make_version
 from cnn_jax.system.errors import UserError
+
+if TYPE_CHECKING:  # Importing obstore would delay the start of a server without a registry.
+    from cnn_jax.registry.registry import Registry
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -99,7 +101,7 @@ class RegistrySource(Source):
 
     def __init__(
         self,
-        registry: Registry,
+        registry: "Registry",
         models: Sequence[str],
         alias: str,
         extra: Sequence[int | str],

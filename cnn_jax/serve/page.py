@@ -1,12 +1,11 @@
 """The web page and the API documentation page, which load no resources from other servers."""
 
 import base64
+import functools
 import hashlib
 import importlib.resources
 from typing import Any
 
-import jinja2
-import markupsafe
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import HTMLResponse
 
@@ -25,18 +24,19 @@ def make_router(service: Service, app: FastAPI) -> APIRouter:
     router = APIRouter(tags=["page"])
     script = importlib.resources.files("cnn_jax.serve").joinpath("page.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    page = _template("page.html").render(
-        script=markupsafe.Markup(script), version=cnn_jax.__version__
-    )
     headers = {
         "content-security-policy": _POLICY.format(script=f"'sha256-{digest}'"),
         "permissions-policy": "camera=(self)",
     }
 
+    @functools.cache
+    def page() -> str:
+        return _render("page.html", script=script)
+
     @router.head("/", include_in_schema=False)
     @router.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page, headers=headers)
+        return HTMLResponse(page(), headers=headers)
 
     @router.get("/openapi.json", include_in_schema=False)
     async def openapi() -> JSONResponse:
@@ -44,9 +44,7 @@ def make_router(service: Service, app: FastAPI) -> APIRouter:
 
     @router.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        content = _template("docs.html").render(
-            groups=_routes_by_tag(app), version=cnn_jax.__version__
-        )
+        content = _render("docs.html", groups=_routes_by_tag(app))
         policy = _POLICY.format(script="'none'")
         return HTMLResponse(content, headers={"content-security-policy": policy})
 
@@ -57,7 +55,11 @@ def make_router(service: Service, app: FastAPI) -> APIRouter:
     return router
 
 
-def _template(name: str) -> jinja2.Template:
+def _render(name: str, **values: Any) -> str:
+    """Returns a page with the version of cnn_jax and other values."""
+    # Jinja needs 4 MB and delays the start, so it is imported when a page is opened.
+    import jinja2
+
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader(
             [jinja2.PackageLoader(f"cnn_jax.{package}", ".") for package in ("serve", "report")]
@@ -67,7 +69,7 @@ def _template(name: str) -> jinja2.Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(name)
+    return environment.get_template(name).render(values, version=cnn_jax.__version__)
 
 
 def _describe(service: Service, model: str) -> dict[str, Any]:

@@ -115,6 +115,9 @@ def make_version(
       BundleError: The weights do not fit the network, or its outputs are not probabilities.
     """
     predictor, predict, explain = _predictor_and_functions(bundle)
+    if isinstance(bundle, OnnxPredictor):
+        # Larger batches are computed in parts, so they are not faster.
+        sizes = [size for size in sizes if size <= bundle.images_at_once]
     allowed = min(max_pixels, bundle.preprocessing.max_pixels)
     preprocessing = dataclasses.replace(bundle.preprocessing, max_pixels=allowed)
     rng = np.random.default_rng(0)

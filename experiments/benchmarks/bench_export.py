@@ -3,6 +3,7 @@
     pip install -e '.[onnx]'
     python experiments/benchmarks/bench_export.py [--bundle=RUN | --network=resnet18 --size=224]
         [--converter_python=PATH] [--peer_python=PATH] [--peer_models=FILE ...] [--repeats=15]
+        [--npm_package=FILE]
 
 With --bundle, the models are compared on the validation split and the test split of the bundle's
 data. With --network, the weights are random and only the time and the size are measured. The time
@@ -13,6 +14,10 @@ LiteRT models run in a process of --converter_python. "torch.onnx" is the same n
 with random weights (for a pretrained network: that of timm), exported by PyTorch; --peer_python
 names a Python with torch, timm, onnx and onnxscript. --peer_models are ONNX files of other
 projects, with the input float32 [batch, 3, size, size].
+
+With --npm_package, the rows "page" are the pages of `cnn_jax export --format=web`, in headless
+Chromium: the CPU time of the page's thread for `pixels.onnx`, which resizes the image too. This
+needs selenium, chromium and chromedriver; FILE is described in docs/export.md.
 """
 
 import argparse
@@ -21,12 +26,18 @@ import os
 # XLA and ONNX Runtime get one thread, so that CPU time can be compared.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 
+import contextlib
 import dataclasses
+import functools
+import http.server
+import json
 import pathlib
+import shutil
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -36,9 +47,9 @@ import onnxruntime
 from onnxruntime import quantization
 
 from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.export import certificate, litert
+from cnn_jax.export import certificate, litert, web
 from cnn_jax.export.function import flat_function
-from cnn_jax.export.onnx_model import images_model
+from cnn_jax.export.onnx_model import images_model, pixels_model
 from cnn_jax.export.quantize import quantize
 from cnn_jax.inference.bundle import find_bundle, read_bundle
 from cnn_jax.inference.evaluation import image_batches, open_as_trained
@@ -47,6 +58,17 @@ from cnn_jax.models import NETWORKS
 from cnn_jax.models.network import make_model
 
 _CLASSES = 10
+# A page computes each image this number of times, because WebDriver needs CPU time for each call.
+_RUNS_IN_PAGE = 5
+_RUN_IN_PAGE = """
+const [count, height, width, done] = arguments;
+(async () => {
+  const { ort, session } = await import("./page.js");
+  const noise = Uint8Array.from({ length: height * width * 3 }, (_, i) => (i * 2654435761) % 251);
+  window.pixels ??= new ort.Tensor("uint8", noise, [height, width, 3]);
+  for (let i = 0; i < count; i++) await session.run({ pixels: window.pixels });
+})().then(() => done(""), (error) => done(String(error)));
+"""
 _TIMM = """
 import sys, timm, torch
 name, size, path = sys.argv[1:]
@@ -76,6 +98,7 @@ class _Model:
     run: Callable[[np.ndarray], Any]
     bytes: int
     takes_floats: bool = False  # Whether the input is float32 [batch, 3, height, width].
+    has_results: bool = True  # Whether `run` returns the probabilities of images of the data.
     clock: Callable[[], float] = time.process_time  # The CPU time in seconds.
 
 
@@ -122,7 +145,9 @@ def make_models(
     converter_python: str | None,
     peer_python: str | None,
     peer_models: list[str],
+    npm_package: str | None,
     folder: pathlib.Path,
+    stack: contextlib.ExitStack,
 ) -> Iterator[_Model]:
     """Yields the predictor, the exported models and the models of the peers."""
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(predictor.variables))
@@ -149,6 +174,16 @@ def make_models(
     yield _Model(
         "quantize_static", lambda x: session.run(None, {"images": x})[0], after.stat().st_size
     )
+    if npm_package:
+        for name, model in (("page", exact), ("page int8", rounded)):
+            content = pixels_model(model, predictor).SerializeToString()
+            page = web.page_files(npm_package) | {
+                "pixels.onnx": content,
+                "bundle.json": json.dumps({"class_names": predictor.class_names}).encode(),
+                "certificate.json": b'{"golden": []}',
+            }
+            run, clock = stack.enter_context(_opened_page(page, folder / name))
+            yield _Model(name, run, len(content), has_results=False, clock=clock)
     if converter_python:
         kinds: dict[str, dict[str, Any]] = {
             "litert": {},
@@ -175,7 +210,64 @@ def _peer(name: str, path: pathlib.Path) -> _Model:
     session = _session(str(path))
     key = session.get_inputs()[0].name
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
-    return _Model(name, lambda x: session.run(None, {key: x})[0], size, takes_floats=True)
+    return _Model(
+        name, lambda x: session.run(None, {key: x})[0], size, takes_floats=True, has_results=False
+    )
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves the files of a page."""
+
+    extensions_map = http.server.SimpleHTTPRequestHandler.extensions_map | {
+        ".mjs": "text/javascript"
+    }
+
+    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+        """Prints nothing."""
+
+
+@contextlib.contextmanager
+def _opened_page(
+    files: Mapping[str, bytes], folder: pathlib.Path
+) -> Iterator[tuple[Callable[[np.ndarray], None], Callable[[], float]]]:
+    """Opens a page in Chromium; yields a function that classifies, and the clock of its time."""
+    from selenium import webdriver
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    handler = functools.partial(_Handler, directory=str(folder))
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or shutil.which("google-chrome") or ""
+    for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+        options.add_argument(flag)
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        browser = webdriver.Chrome(options=options, service=service)
+        try:
+            browser.set_script_timeout(600)
+            browser.get(f"http://127.0.0.1:{server.server_address[1]}/")
+            status = "return document.getElementById('check').textContent"
+            WebDriverWait(browser, 120).until(lambda _: "ready" in browser.execute_script(status))
+            browser.execute_cdp_cmd("Performance.enable", {})
+
+            def run(images: np.ndarray) -> None:
+                count, height, width, _ = images.shape
+                arguments = (_RUNS_IN_PAGE * count, height, width)
+                if error := browser.execute_async_script(_RUN_IN_PAGE, *arguments):
+                    raise RuntimeError(error)
+
+            def clock() -> float:
+                metrics = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
+                values = {metric["name"]: metric["value"] for metric in metrics}
+                return values["ThreadTime"] / _RUNS_IN_PAGE
+
+            yield run, clock
+        finally:
+            browser.quit()
+            server.shutdown()
 
 
 def _process_clock(pid: int) -> Callable[[], float]:
@@ -209,6 +301,7 @@ def main() -> None:
     parser.add_argument("--converter_python")
     parser.add_argument("--peer_python")
     parser.add_argument("--peer_models", nargs="+", default=[])
+    parser.add_argument("--npm_package")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
     flags = parser.parse_args()
@@ -226,9 +319,16 @@ def main() -> None:
         rng = np.random.default_rng(0)
         batches = [rng.integers(0, 256, (8, flags.size, flags.size, 3), np.uint8)]
     size = predictor.preprocessing.image_size
-    with tempfile.TemporaryDirectory() as folder:
-        peers = (flags.converter_python, flags.peer_python, flags.peer_models)
-        models = list(make_models(predictor, batches, timm_name, *peers, pathlib.Path(folder)))
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        peers = (
+            flags.converter_python,
+            flags.peer_python,
+            flags.peer_models,
+            flags.npm_package,
+        )
+        models = list(
+            make_models(predictor, batches, timm_name, *peers, pathlib.Path(folder), stack)
+        )
         times = {batch: measure(models, size, batch, flags.repeats) for batch in flags.batches}
         heads = [
             "model",
@@ -244,7 +344,7 @@ def main() -> None:
         if dataset is None:
             return
         for model in models[1:]:
-            if model.takes_floats:
+            if not model.has_results:
                 continue
             run = _Callable(predictor, model.run)
             for split, values in certificate.compare(predictor, run, dataset).items():

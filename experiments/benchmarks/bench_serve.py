@@ -60,6 +60,12 @@ def make_bundle(
 ) -> None:
     """Writes a bundle with an untrained network, which is as fast as a trained network."""
     model = make_model(description, 10, "float32")
+    variables = model.init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))
+    # After training, no shift is 0. With shifts of 0, an 8-bit export would be another graph.
+    rng = np.random.default_rng(seed)
+    variables = jax.tree.map(
+        lambda leaf: leaf + np.float32(0.1) * rng.random(leaf.shape, np.float32), variables
+    )
     write_bundle(
         Bundle(
             model=description,
@@ -69,7 +75,7 @@ def make_bundle(
             temperature=1.0,
             data={},
             metrics={},
-            variables=model.init(jax.random.key(seed), jnp.zeros((1, side, side, 3))),
+            variables=variables,
         ),
         path,
     )

@@ -1,69 +1,150 @@
-"""Measures the time from the start of the server's process until the server is ready.
+"""Measures the start, the memory and the CPU time of a server, with a bundle and an 8-bit export.
 
-    pip install -e '.[serve]' && python experiments/benchmarks/bench_serve_start.py
-        [--repository=OTHER_CHECKOUT,...] [--side=224] [--rounds=5]
+    pip install -e '.[bench,onnx,serve]' && python experiments/benchmarks/bench_serve_start.py
+        [--repository=OTHER_CHECKOUT,...] [--bundle=BUNDLE_OR_EXPORT,...] [--side=224] [--rounds=5]
 
-The compilation cache is warm: the first start of each checkout is not measured. Several checkouts
-of this repository take turns, so that two commits can be compared.
+Without --bundle, the servers have the default network with random weights: as a bundle, and as an
+8-bit ONNX export of this bundle. The columns of the table are:
+
+    seconds to ready   the time from the start of the process until the server is ready
+    CPU seconds        the CPU time of the process in this time
+    peak MB            the largest resident memory of the process, after all requests
+    ms an image        the CPU time of the process for an image in requests of 32 JPEGs of the size
+                       --side; this time includes decoding
+
+The compilation cache is warm: the first start of each server is not measured. Several checkouts of
+this repository take turns, so that two commits can be compared. The process has one thread for
+computations, so that CPU times can be compared. The script needs Linux.
 """
 
 import argparse
 import os
 import pathlib
 import platform
-import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
-from bench_serve import make_bundle
+import numpy as np
+import requests
+from bench_serve import make_bundle, make_images
+
+from cnn_jax.export.function import flat_function
+from cnn_jax.export.onnx_model import images_model
+from cnn_jax.export.quantize import quantize
+from cnn_jax.inference.bundle import describe, read_bundle, write_folder
+from cnn_jax.inference.exported import ONNX_MODEL
+from cnn_jax.inference.predictor import BundlePredictor
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+_BATCH = 32
+_REQUESTS = 5
+_TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def seconds_to_ready(repository: pathlib.Path, bundle: pathlib.Path) -> float:
-    """Starts a server, and returns the seconds until it has printed that it is ready."""
+class _Start(NamedTuple):
+    """The measurements of one start of a server; see the description of this module."""
+
+    seconds: float
+    cpu_seconds: float
+    peak_megabytes: float
+    milliseconds: float
+
+
+def make_export(path: pathlib.Path, bundle: pathlib.Path, side: int) -> None:
+    """Writes the 8-bit ONNX export of a bundle; random images determine the ranges."""
+    predictor = BundlePredictor.load(bundle)
+    images = np.random.default_rng(0).integers(0, 256, (8, side, side, 3), np.uint8)
+    model = quantize(images_model(flat_function(predictor), predictor), [images])
+    description = describe(read_bundle(bundle)) | {"export": {"format": "onnx", "int8": True}}
+    write_folder(path, {ONNX_MODEL: model.SerializeToString()}, description)
+
+
+def measure(repository: pathlib.Path, bundle: pathlib.Path, images: Sequence[bytes]) -> _Start:
+    """Starts a server, sends requests, and returns the measurements."""
     start = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, "-m", "cnn_jax.serve", f"--bundle={bundle}", "--port=0"],
         cwd=repository,
-        env=os.environ | {"PYTHONPATH": str(repository), "PYTHONUNBUFFERED": "1"},
+        env=os.environ
+        | {
+            "PYTHONPATH": str(repository),
+            "PYTHONUNBUFFERED": "1",
+            "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     ) as process:
         assert process.stdout is not None
-        line = process.stdout.readline()
-        seconds = time.perf_counter() - start
-        process.send_signal(signal.SIGTERM)
-    if not line.startswith("ready"):
-        sys.exit(f"{repository}: the server has ended with {process.returncode}")
-    return seconds
+        try:
+            line = process.stdout.readline()
+            seconds = time.perf_counter() - start
+            if not line.startswith("ready"):
+                sys.exit(f"{repository}: the server of {bundle} printed {line!r}")
+            cpu_seconds = _cpu_seconds(process.pid)
+            times = []
+            for _ in range(_REQUESTS):
+                before = _cpu_seconds(process.pid)
+                files = [("file", image) for image in images]
+                requests.post(f"{line.split()[-1]}predict", files=files).raise_for_status()
+                times.append(_cpu_seconds(process.pid) - before)
+            memory = _peak_megabytes(process.pid)
+        finally:
+            process.terminate()
+    return _Start(seconds, cpu_seconds, memory, 1000 * statistics.median(times) / len(images))
+
+
+def _cpu_seconds(pid: int) -> float:
+    """Returns the CPU time of all threads of a process."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def _peak_megabytes(pid: int) -> float:
+    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repository", default=str(REPOSITORY), help="checkouts to compare")
+    parser.add_argument("--bundle", help="bundles and exports to compare")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
-    measured: dict[str, list[float]] = {name: [] for name in flags.repository.split(",")}
-    with tempfile.TemporaryDirectory() as folder:
-        bundle = pathlib.Path(folder) / "bundle"
-        make_bundle(bundle, flags.side)
+    images = make_images(_BATCH, flags.side)
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        if flags.bundle:
+            bundles = {path: pathlib.Path(path).resolve() for path in flags.bundle.split(",")}
+        else:
+            bundles = {"bundle": folder / "bundle", "8-bit export": folder / "export"}
+            make_bundle(folder / "bundle", flags.side)
+            make_export(folder / "export", folder / "bundle", flags.side)
+        cases = [(path, name) for path in flags.repository.split(",") for name in bundles]
+        measured: dict[tuple[str, str], list[_Start]] = {case: [] for case in cases}
         for turn in range(flags.rounds + 1):
-            for name, times in measured.items():
-                seconds = seconds_to_ready(pathlib.Path(name).resolve(), bundle)
+            for (repository, name), starts in measured.items():
+                found = measure(pathlib.Path(repository).resolve(), bundles[name], images)
                 if turn:
-                    times.append(seconds)
+                    starts.append(found)
     print(f"Python {platform.python_version()}, JAX {jax.__version__}, {flags.side} pixels\n")
-    print("| checkout | seconds to ready | from - to |")
-    print("| --- | --- | --- |")
-    for name, times in measured.items():
-        print(f"| {name} | {statistics.median(times):.2f} | {min(times):.2f} - {max(times):.2f} |")
+    print("| checkout | server of | seconds to ready | CPU seconds | peak MB | ms an image |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    for (repository, name), starts in measured.items():
+        medians = _Start(*(statistics.median(values) for values in zip(*starts, strict=True)))
+        print(
+            f"| {repository} | {name} | {medians.seconds:.2f} | {medians.cpu_seconds:.2f} | "
+            f"{medians.peak_megabytes:.0f} | {medians.milliseconds:.1f} |"
+        )
 
 
 if __name__ == "__main__":

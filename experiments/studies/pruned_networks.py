@@ -22,6 +22,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from cnn_jax.compress import prune
 from cnn_jax.compress.compressor import compress
@@ -34,12 +35,12 @@ _VARIANTS = ("taylor", "norm", "random", "distillation", "dropout", "fast")
 def rank(variant: str, bundle: Bundle) -> dict[str, np.ndarray]:
     """Returns the importance of each channel by the variant "norm" or "random"."""
     rng = np.random.default_rng(bundle.data["division"]["seed"])
-    scores = {}
-    for stage, width in prune.widths(bundle.model).items():
-        layer = "dense" if stage == "embedding" else stage
-        kernel = np.asarray(bundle.variables["params"][layer]["kernel"], np.float64)
+    scores, params = {}, flatten_dict(bundle.variables["params"], sep="/")
+    for name, width in prune.widths(bundle.model).items():
+        layer = "dense" if name == "embedding" else name
+        kernel = np.asarray(params[f"{layer}/kernel"], np.float64)
         norms = np.sqrt((kernel**2).reshape(-1, width).sum(axis=0))
-        scores[stage] = norms if variant == "norm" else rng.random(width)
+        scores[name] = norms if variant == "norm" else rng.random(width)
     return scores
 
 

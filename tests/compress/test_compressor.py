@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 
-from cnn_jax.compress import compressor
+from cnn_jax.compress import compressor, prune
 from cnn_jax.compress.compressor import compress
+from cnn_jax.config import schema
 from cnn_jax.inference.bundle import read_bundle, write_bundle
 from cnn_jax.inference.evaluation import evaluate, image_batches, open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
@@ -295,11 +296,37 @@ def test_the_operations_are_counted_in_the_precision_of_the_bundle(original, tmp
         compress(tmp_path / "half", tmp_path / "run", 0.7)
 
 
+def test_a_pretrained_network_starts_from_the_narrowed_one(original, tmp_path, monkeypatch):
+    """Otherwise training would start with the pretrained weights, or pull weights to zero."""
+    section = schema.default_config("resnet18").model.to_dict() | {"pretrained": "weights"}
+    bundle = read_bundle(original / "bundle")
+    write_bundle(dataclasses.replace(bundle, model=section), tmp_path / "bundle")
+    narrowed = {"parameters": 1, "flops": 1.0}
+    kept = {name: [0] * 16 for name in prune.widths(section)}
+    record = {"before": narrowed, "narrowed": narrowed, "channels": kept}
+    monkeypatch.setattr(compressor, "_narrow", lambda *_: record)
+    configs = []
+
+    def train(config, workdir, console):
+        configs.append(config.copy_and_resolve_references())
+        return {}
+
+    monkeypatch.setattr(compressor, "train_and_evaluate", train)
+    for number, overrides in enumerate(({}, {"optimizer.l2": "0.5"})):
+        compress(tmp_path / "bundle", tmp_path / str(number), 0.5, overrides=overrides)
+    assert [config.optimizer.l2 for config in configs] == [0.0, 0.5]
+    for config in configs:
+        assert config.model.pretrained == ""
+        assert list(config.model.inner_features) == [16, 16, 16, 16]
+        assert config.checkpoint.init_from.endswith("narrowed")
+
+
 def test_other_networks_and_missing_bundles_are_refused(original, tmp_path):
     bundle = read_bundle(original / "bundle")
-    write_bundle(dataclasses.replace(bundle, model={"name": "resnet18"}), tmp_path / "resnet")
-    with pytest.raises(ConfigError, match="the network resnet18 cannot be pruned"):
-        compress(tmp_path / "resnet", tmp_path / "run", 0.7)
+    section = {"name": "efficientnet_b0"}
+    write_bundle(dataclasses.replace(bundle, model=section), tmp_path / "efficientnet")
+    with pytest.raises(ConfigError, match="the network efficientnet_b0 cannot be pruned; cnn, re"):
+        compress(tmp_path / "efficientnet", tmp_path / "run", 0.7)
     with pytest.raises(BundleError, match="is not a bundle"):
         compress(tmp_path / "nowhere", tmp_path / "run", 0.7)
 

@@ -11,9 +11,11 @@ from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models import NETWORKS
 from cnn_jax.models.network import forward, forward_flops, make_model
 from cnn_jax.system.errors import ConfigError
+from cnn_jax.training.loss import cross_entropy
 
 SPECIFICATION = {"name": "cnn"} | {name: key.default for name, key in NETWORKS["cnn"].keys.items()}
 PREPROCESSING = Preprocessing(image_size=(8, 8))
+RESNET_SIZE = (16, 16)
 
 
 def _section(features, dense, batch_norm=True):
@@ -42,7 +44,7 @@ def test_channels_without_outgoing_weights_change_no_logit(features, dense, batc
         removed = np.setdiff1d(np.arange(prune.widths(section)[stage]), kept[stage])
         variables["params"][layer]["kernel"][..., removed, :] = 0
 
-    narrowed = prune.narrow(model, variables, (8, 8), kept)
+    narrowed = prune.narrow(model, variables, kept)
 
     new_widths = {stage: len(positions) for stage, positions in kept.items()}
     smaller = make_model(prune.with_widths(section, new_widths), 3, "float32")
@@ -64,7 +66,7 @@ def test_a_network_that_keeps_everything_is_unchanged(features, dense):
     assert prune.with_widths(section, widths) == section
     scores = {stage: np.arange(width) % 5.0 for stage, width in widths.items()}
     channels = prune.most_important(scores, widths)
-    narrowed = prune.narrow(model, variables, (8, 8), channels)
+    narrowed = prune.narrow(model, variables, channels)
     jax.tree.map(np.testing.assert_array_equal, narrowed, variables)
 
 
@@ -89,9 +91,7 @@ def test_the_importance_is_the_derivative_with_respect_to_a_gate():
     images, labels = _images(7), np.array([0, 1, 2, 2, 1, 0, 1])
     batches = [(images[:4], labels[:4]), (images[4:], labels[4:])]
 
-    scores = prune.importance(
-        model, as_float32(variables), PREPROCESSING, batches, prune.widths(section)
-    )
+    scores = prune.importance(model, as_float32(variables), PREPROCESSING, batches)
 
     ones = {stage: np.ones(width) for stage, width in prune.widths(section).items()}
     for stage, width in prune.widths(section).items():
@@ -133,7 +133,8 @@ def test_the_operations_are_counted_in_the_given_precision(monkeypatch):
     found = set()
 
     def record(section, num_classes, precision):
-        found.add(precision)
+        if num_classes == 3:
+            found.add(precision)
         return make_model(section, num_classes, precision)
 
     monkeypatch.setattr(prune, "make_model", record)
@@ -166,6 +167,80 @@ def test_too_few_channels_are_one_line_with_the_smallest_fraction():
         prune.choose_widths(_section([4, 8], 16), 3, (16, 16), 0.5)
 
 
-def test_a_network_with_shared_channels_is_refused():
-    with pytest.raises(ConfigError, match="the network resnet18 cannot be pruned"):
-        prune.widths({"name": "resnet18"})
+def test_a_network_with_other_blocks_is_refused():
+    section = {"name": "convnext_tiny"}
+    with pytest.raises(ConfigError, match="the network convnext_tiny cannot be pruned; cnn"):
+        prune.widths(section)
+
+
+def _small_resnet(name):
+    """Returns a residual network with two blocks in two groups, and its random variables."""
+    section = {"name": name} | {key: one.default for key, one in NETWORKS[name].keys.items()}
+    model = make_model(section, 3, "float32").clone(blocks=(1, 1), inner_features=(5, 6))
+    images = jnp.zeros((1, *RESNET_SIZE, 3))
+    return model, jax.tree.map(np.array, random_variables(model, images))
+
+
+def _resnet_images():
+    return np.random.default_rng(0).integers(0, 256, (3, *RESNET_SIZE, 3), np.uint8)
+
+
+@pytest.mark.parametrize(("name", "convolutions"), [("resnet18", 1), ("resnet50", 2)])
+def test_channels_of_a_block_that_are_zero_change_no_logit(name, convolutions):
+    model, variables = _small_resnet(name)
+    kept = {}
+    for group, width in enumerate(model.inner_features, start=1):
+        for i in range(1, convolutions + 1):
+            removed = [0, width - 2] if i == 1 else [1, 2]
+            norm = variables["params"][f"layer{group}_0"][f"bn{i}"]
+            norm["scale"][removed], norm["bias"][removed] = 0, -0.1  # ReLU outputs 0.
+            kept[f"layer{group}_0/conv{i}"] = np.setdiff1d(np.arange(width), removed)
+
+    narrowed = prune.narrow(model, variables, kept)
+
+    smaller = model.clone(inner_features=(3, 4))
+    assert prune._prunable_channels(model).keys() == kept.keys()
+    logits, expected = (
+        jax.jit(forward, static_argnums=(0, 3))(network, arrays, _resnet_images(), PREPROCESSING)
+        for network, arrays in ((smaller, narrowed), (model, variables))
+    )
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_the_importance_in_a_block_is_the_derivative_with_respect_to_the_next_kernel(name):
+    """A factor of a channel is a factor of the part of the next kernel that reads the channel."""
+    model, variables = _small_resnet(name)
+    labels = np.array([0, 1, 2])
+
+    scores = prune.importance(model, variables, PREPROCESSING, [(_resnet_images(), labels)])
+
+    @jax.jit
+    def losses(variables):
+        images = jnp.asarray(_resnet_images())
+        return cross_entropy(forward(model, variables, images, PREPROCESSING), jnp.array(labels))
+
+    assert len(scores) == (2 if name == "resnet18" else 4)
+    for path, score in scores.items():
+        block, layer = path.split("/")
+        reader = variables["params"][block][f"conv{int(layer[-1]) + 1}"]
+        channel, kernel = int(score.argmax()), reader["kernel"]
+        found = []
+        for factor in (1.001, 0.999):
+            reader["kernel"] = kernel.copy()
+            reader["kernel"][:, :, channel] *= factor
+            found.append(losses(variables))
+        reader["kernel"] = kernel
+        expected = np.abs((found[0] - found[1]) / 0.002).mean()
+        assert score[channel] == pytest.approx(expected, rel=0.02)
+
+
+def test_the_blocks_of_a_group_keep_the_same_number_of_channels():
+    section = {"name": "resnet18", "inner_features": (64, 128, 256, 512)}
+    original = prune.widths(section)
+    assert len(original) == 8
+    assert original["layer2_1/conv1"] == 128
+    new_widths = {name: width // 4 for name, width in original.items()}
+    assert prune.with_widths(section, new_widths)["inner_features"] == [16, 32, 64, 128]
+    # A bundle that was written before the key existed has all channels.
+    assert prune.widths({"name": "resnet18"}) == original

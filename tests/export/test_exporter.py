@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from cnn_jax.export import __main__ as command
 from cnn_jax.export import certificate, exporter, onnx_model
 from cnn_jax.export.function import ExportError
 from cnn_jax.inference import evaluation
+from cnn_jax.inference import exported as exported_models
 from cnn_jax.inference.bundle import digest, read_bundle
 from cnn_jax.inference.exported import OnnxPredictor, load_predictor
 from cnn_jax.inference.images import preprocess_for_inference
@@ -130,6 +132,27 @@ def test_an_export_is_a_predictor_with_the_bundles_results(bundle, exported):
     np.testing.assert_allclose(loaded(images), original(images), atol=5e-6)
     with pytest.raises(ValueError, match="of uint8, got"):
         loaded(images[:, :8])
+
+
+def test_a_batch_is_computed_in_parts_so_that_the_memory_stays_small(exported, monkeypatch):
+    loaded = OnnxPredictor(exported)
+    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
+    expected = loaded(images)
+    sizes, session = [], loaded._session
+
+    def run(outputs, inputs):
+        sizes.append(len(inputs["images"]))
+        return session.run(outputs, inputs)
+
+    monkeypatch.setattr(loaded, "_session", types.SimpleNamespace(run=run))
+    monkeypatch.setattr(exported_models, "_PIXELS_OF_CORE", 16 * 16)
+    monkeypatch.setattr(exported_models, "num_cores", lambda: 2)
+    np.testing.assert_allclose(loaded(images), expected, atol=1e-6)
+    assert sizes == [2, 2, 1]
+    monkeypatch.setattr(exported_models, "_PIXELS_OF_CORE", 1)
+    np.testing.assert_allclose(loaded(images), expected, atol=1e-6)
+    assert sizes[3:] == [1] * 5
+    assert loaded(images[:0]).shape == (0, expected.shape[1])
 
 
 @pytest.mark.parametrize("name", ["predict", "evaluate", "robustness"])

@@ -131,7 +131,7 @@ def test_the_folded_normalisation_has_the_gradients_of_two_layers():
     kernel = jax.random.normal(jax.random.key(1), (3, 3, 4, 4))
     scale, bias, mean = (jax.random.normal(jax.random.key(i), (4,)) for i in (2, 3, 4))
     variance = jnp.array([0.5, 1.0, 2.0, 3.0])
-    folded = Layers(4, 1, _FROZEN)
+    folded = Layers(4, 4, 1, _FROZEN)
     variables = folded.init(jax.random.key(0), images)
 
     def expected(kernel, scale, bias):

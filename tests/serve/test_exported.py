@@ -43,6 +43,7 @@ def test_the_server_answers_with_an_export(exported, registry, tmp_path, source)
         if maps.exists():
             assert "onnxruntime" in maps.read_text()
             assert "jaxlib" not in maps.read_text()
+            assert ("obstore" in maps.read_text()) == (source == "registry")
         answer = server.post("/predict?explain=grad_cam", image.read_bytes())
         assert answer.status_code == 400
         assert "maps need the bundle" in answer.json()["error"]
