@@ -77,11 +77,9 @@ def test_no_number_of_workers_changes_a_batch(source):
 
 
 def _decoded(source):
-    """Returns a loader of decoded images; its array contains the images in random order."""
-    rows = np.random.default_rng(0).permutation(len(source))
-    pixels = np.empty((len(source), *PREPROCESSING.image_size, 3), np.uint8)
-    pixels[rows] = Loader(source, PREPROCESSING).load(np.arange(len(source)))["image"]
-    return Loader(source, PREPROCESSING, pixels, rows)
+    """Returns a loader of decoded images."""
+    pixels = Loader(source, PREPROCESSING).load(np.arange(len(source)))["image"]
+    return Loader(source, PREPROCESSING, pixels)
 
 
 def test_decoded_once_or_each_time_is_the_same(source):
