@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import IO
 
 import numpy as np
-from jaxtyping import Bool, Int, Shaped, UInt8
+from jaxtyping import Int, Shaped, UInt8
 
 from cnn_jax.data import cache
 
@@ -97,44 +97,41 @@ class RowCache:
             for row, digest in enumerate(segment.digests):
                 if digest in wanted:
                     places.setdefault(digest, (segment, row))
-        used = _by_use(places)
+        used = _most_used_first(places)
         if len(used) > _MAX_SEGMENTS:
             worn.update(used[_MAX_SEGMENTS // 2 :])
-        if moving := {digest: place for digest, place in places.items() if place[0] in worn}:
-            places.update(self._copy(moving))
-            used = _by_use(places)
-        numbers = {segment: number for number, segment in enumerate(used)}
-        for segment in used:
+        rows = CachedRows([places[digest] for digest in digests], self._shape, compute)
+        if moving := {digest: i for i, digest in enumerate(digests) if places[digest][0] in worn}:
+            places.update(self._copy(moving, rows))
+            rows = CachedRows([places[digest] for digest in digests], self._shape, compute)
+        for segment in _most_used_first(places):
             segment.touch()
         cache.sweep(self._folder)
-        found = [places[digest] for digest in digests]
-        return CachedRows(
-            used,
-            np.array([numbers[segment] for segment, _ in found], int),
-            np.array([row for _, row in found], int),
-            self._shape,
-            compute,
-        )
+        return rows
 
-    def _copy(self, places: dict[str, tuple["_Segment", int]]) -> dict[str, tuple["_Segment", int]]:
-        """Copies rows to a new segment; returns the new places of the rows that could be copied."""
+    def _copy(
+        self, positions: dict[str, int], rows: "CachedRows"
+    ) -> dict[str, tuple["_Segment", int]]:
+        """Copies rows to a new segment; returns their new places, or {} without enough space.
+
+        Args:
+          positions: The position in `rows` of each digest.
+          rows: The rows of all examples.
+        """
         # A copy is not necessary, so it may use at most half of the free disk space.
-        if len(places) * math.prod(self._shape) > cache.free_bytes() / 2:
+        if len(positions) * math.prod(self._shape) > cache.free_bytes() / 2:
             return {}
         try:
-            with self.writer(len(places)) as writer:
-                for digest, (segment, row) in places.items():
-                    rows, is_damaged = segment.read(np.array([row]))
-                    if not is_damaged.any():
-                        writer.write(digest, rows[0])
+            with self.writer(len(positions)) as writer:
+                for digest, position in positions.items():
+                    writer.write(digest, rows[np.array([position])][0])
         except OSError:
             return {}
         copy = self._segments[-1]
-        return {digest: (copy, row) for row, digest in enumerate(copy.digests) if digest in places}
+        return {digest: (copy, row) for row, digest in enumerate(copy.digests)}
 
 
-def _by_use(places: dict[str, tuple["_Segment", int]]) -> list["_Segment"]:
-    """Returns the segments of these places, the one with the largest number of places first."""
+def _most_used_first(places: dict[str, tuple["_Segment", int]]) -> list["_Segment"]:
     return [s for s, _ in Counter(segment for segment, _ in places.values()).most_common()]
 
 
@@ -247,28 +244,29 @@ def _take_room(descriptor: int, size: int) -> None:
 
 
 class CachedRows:
-    """The rows of examples, in segments. A row is checked when it is read for the first time."""
+    """The rows of examples, memory-mapped. A row is checked when it is read for the first time."""
 
     def __init__(
         self,
-        segments: Sequence["_Segment"],
-        numbers: Int[np.ndarray, " n"],
-        rows: Int[np.ndarray, " n"],
+        places: Sequence[tuple["_Segment", int]],
         shape: tuple[int, ...],
         compute: Callable[[int], UInt8[np.ndarray, "..."]],
     ):
-        """Stores the arguments.
+        """Finds the rows of examples.
 
         Args:
-          segments: The segments, the most used one first.
-          numbers: The position in `segments` of the segment of each example.
-          rows: The row of each example in its segment.
+          places: The segment of each example, and its row there.
           shape: The shape of a row.
           compute: See `RowCache.rows`.
         """
-        self._segments = segments
-        self._numbers, self._rows = numbers, rows
         self._shape, self._compute = shape, compute
+        # The first segment is the one with the most rows.
+        uses = Counter(segment for segment, _ in places)
+        self._segments = [segment for segment, _ in uses.most_common()]
+        numbers = {segment: number for number, segment in enumerate(self._segments)}
+        self._numbers = np.array([numbers[segment] for segment, _ in places], int)
+        self._rows = np.array([row for _, row in places], int)
+        self._is_checked = np.array([segment.path is None for segment, _ in places], bool)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -280,64 +278,78 @@ class CachedRows:
 
     def __getitem__(self, indices: Int[np.ndarray, " k"]) -> UInt8[np.ndarray, "k ..."]:
         """Returns the rows of the examples at these positions, as a new array."""
-        numbers, rows = self._numbers[indices], self._rows[indices]
-        # Most rows are in the first segment, so its rows are copied without a loop.
-        result, is_damaged = self._segments[0].read(np.where(numbers == 0, rows, 0))
-        for number in set(numbers.tolist()) - {0}:
-            places = np.flatnonzero(numbers == number)
-            result[places], is_damaged[places] = self._segments[number].read(rows[places])
-        for place in np.flatnonzero(is_damaged).tolist():
-            result[place] = self._compute(int(indices[place]))
+        numbers, rows = self._numbers.take(indices), self._rows.take(indices)
+        if not numbers.any():
+            result = self._segments[0].rows.take(rows, axis=0)
+        else:
+            result = np.empty((len(indices), *self._shape), np.uint8)
+            places = zip(numbers.tolist(), rows.tolist(), strict=True)
+            for i, (number, row) in enumerate(places):
+                result[i] = self._segments[number].rows[row]
+        if not (is_checked := self._is_checked.take(indices)).all():
+            for i in np.flatnonzero(~is_checked).tolist():
+                self._check(int(indices[i]), result[i])
         return result
+
+    def _check(self, index: int, row: UInt8[np.ndarray, "..."]) -> None:
+        """Compares a row with its checksum, and computes it if it is damaged."""
+        segment = self._segments[self._numbers[index]]
+        if zlib.crc32(row) == segment.checksums[self._rows[index]]:
+            self._is_checked[index] = True
+        else:
+            segment.delete_damaged()
+            row[:] = self._compute(index)
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
         """Returns all rows in memory, for `np.asarray`."""
         result = np.empty((len(self), *self._shape), np.uint8)
         for start in range(0, len(self), _BLOCK):
-            block = np.arange(start, min(start + _BLOCK, len(self)))
-            result[block] = self[block]
+            stop = min(start + _BLOCK, len(self))
+            result[start:stop] = self[np.arange(start, stop)]
         return result
 
     def extended(self, rows: UInt8[np.ndarray, "m ..."]) -> "CachedRows":
         """Returns these rows and, after them, rows that are in memory."""
-        segment = _Segment(None, [], np.zeros(len(rows), np.uint32), lambda: rows)
-        return CachedRows(
-            [*self._segments, segment],
-            np.concatenate([self._numbers, np.full(len(rows), len(self._segments))]),
-            np.concatenate([self._rows, np.arange(len(rows))]),
-            self._shape,
-            self._compute,
-        )
+        segment = _Segment(None, [], np.zeros(0, np.uint32), lambda: rows)
+        pairs = zip(self._numbers.tolist(), self._rows.tolist(), strict=True)
+        places = [(self._segments[number], row) for number, row in pairs]
+        places += [(segment, row) for row in range(len(rows))]
+        return CachedRows(places, self._shape, self._compute)
 
 
 class _Segment:
-    """A complete file of rows, or rows in memory."""
+    """A complete file of rows, or rows in memory.
+
+    Attributes:
+      path: The file; None if the rows are in memory.
+      digests: The digest of each row.
+      checksums: The CRC-32 of each row.
+    """
 
     def __init__(
         self,
         path: pathlib.Path | None,
         digests: list[str],
         checksums: Shaped[np.ndarray, " n"],
-        open_rows: Callable[[], UInt8[np.ndarray, "n ..."]],
+        open_rows: Callable[[], UInt8[np.ndarray, "m ..."]],
     ):
         """Stores the arguments.
 
         Args:
-          path: The file; None if the rows are in memory.
-          digests: The digest of each row.
-          checksums: The CRC-32 of each row.
+          path: See above.
+          digests: See above.
+          checksums: See above.
           open_rows: Returns the rows. It is called when a row is read for the first time, so that
-            only the files that are needed are open.
+            only the files that are used stay open.
         """
         self.path = path
         self.digests = digests
-        self._checksums = checksums
+        self.checksums = checksums
         self._open_rows = open_rows
-        self._is_checked = np.full(len(checksums), path is None)
-        self._is_damaged = False
+        self._is_deleted = False
 
     @functools.cached_property
-    def _rows(self) -> UInt8[np.ndarray, "n ..."]:
+    def rows(self) -> UInt8[np.ndarray, "m ..."]:
         return self._open_rows()
 
     def touch(self) -> None:
@@ -346,21 +358,11 @@ class _Segment:
             with contextlib.suppress(OSError):
                 os.utime(self.path)
 
-    def read(
-        self, rows: Int[np.ndarray, " k"]
-    ) -> tuple[UInt8[np.ndarray, "k ..."], Bool[np.ndarray, " k"]]:
-        """Returns a copy of rows, and which of them are damaged."""
-        result = self._rows[rows]
-        is_damaged = np.zeros(len(rows), bool)
-        for place in np.flatnonzero(~self._is_checked[rows]).tolist():
-            if zlib.crc32(result[place]) == self._checksums[rows[place]]:
-                self._is_checked[rows[place]] = True
-            else:
-                is_damaged[place] = True
-        if is_damaged.any() and not self._is_damaged and self.path is not None:
-            self._is_damaged = True
+    def delete_damaged(self) -> None:
+        """Deletes the file, with a warning. Later calls do nothing."""
+        if self.path is not None and not self._is_deleted:
+            self._is_deleted = True
             _delete_damaged(self.path)
-        return result, is_damaged
 
 
 def _open_segment(path: pathlib.Path, shape: tuple[int, ...]) -> _Segment:
