@@ -48,15 +48,13 @@ class RowCache:
           key: 32 hexadecimal digits; all rows with this key have the same meaning.
           shape: The shape of a row.
 
-        Raises:
-          OSError: The cache cannot be read.
         """
         self._folder = cache.cache_dir() / kind
         self._key = key
         self._shape = shape
         self._segments: list[_Segment] = []
         for path in sorted(self._folder.glob(f"{key}-*.rows")):
-            with contextlib.suppress(FileNotFoundError):  # Another process deleted the segment.
+            with contextlib.suppress(OSError):  # For example, another process deleted the segment.
                 try:
                     self._segments.append(_open_segment(path, shape))
                 except ValueError:
@@ -218,10 +216,9 @@ class RowWriter:
         index = np.zeros(len(digests), _INDEX)
         index["digest"] = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 16)
         index["checksum"] = self._checksums
-        self._file.truncate(len(digests) * math.prod(self._shape))
-        self._file.seek(0, os.SEEK_END)
+        self._file.seek(len(digests) * math.prod(self._shape))
         self._file.write(index.tobytes())
-        self._file.flush()
+        self._file.truncate()
         os.fsync(self._file.fileno())
         os.fchmod(self._file.fileno(), 0o644)
         path = self._path.with_name(f"{self._key}-{_set_digest(digests)}.rows")

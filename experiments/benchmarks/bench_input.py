@@ -11,7 +11,7 @@ separate run (proportional set size; it includes the pages of a memory-mapped ca
 the system can reclaim). The benchmark takes about half an hour.
 
 cnn_jax and the two peers do the same work: they decode every JPEG at its full size, with the
-accurate transform and smooth colours, and a smaller image is an average of all pixels
+accurate transform and interpolated colours, and average all pixels when they make it smaller
 (antialiasing). By default, tf.data computes a pixel of the resized image from at most four pixels
 of the picture. This is the row "tf.data, no antialias", which is not a peer.
 
