@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def test_rows_are_found_in_any_order_and_number(folder):
     _write(4, 2, 7, count=10)
     assert _open().digests == {_digest(4), _digest(2), _digest(7)}
     assert _read(7, 4, 2, 4, 4) == []
-    assert _read(2) == []
+    assert _read(2, 7) == []
     (path,) = _files(folder)
     assert path.stat().st_size == 3 * (ROW_BYTES + INDEX_BYTES)
     assert list(folder.iterdir()) == [path]
@@ -186,6 +187,17 @@ def test_a_changed_row_is_computed_and_its_file_deleted(folder, position, caplog
     assert caplog.text.count("is damaged") == 1
     assert not path.exists()
     assert not _open().digests
+
+
+def test_a_row_is_checked_once(monkeypatch):
+    _write(1, 2, 3)
+    checked = []
+    original = zlib.crc32
+    monkeypatch.setattr(zlib, "crc32", lambda row: checked.append(row) or original(row))
+    found = _open().rows(list(map(_digest, (1, 2, 3))), _not_computed)
+    for indices in ([0], [2, 0], [1, 1], [0, 1, 2]):
+        found[np.array(indices)]
+    assert len(checked) == 4  # The third batch checks its row twice.
 
 
 def test_a_changed_row_is_computed_before_it_is_copied(folder):
