@@ -5,27 +5,25 @@ Everything in the folder can be computed again, so it may be removed at any time
 """
 
 import contextlib
-import errno
 import itertools
 import json
 import os
 import pathlib
 import re
 import shutil
-import tempfile
 import time
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 
-from cnn_jax.data.decode import Pixels
 from cnn_jax.system.atomic import replacing, write_text
 
 # Other programs may store files in the cache folder too. Only folders that match _OWN_FOLDER, and
 # files that match the pattern of their folder in _OWN_FILES, belong to this package and may be
 # removed.
 _OWN_FOLDER = re.compile(r"\.?shapes-v\d+-seed.*")
-_OWN_FILE = re.compile(r"[0-9a-f]{32}\.(npy|json)|\.partial-.*")
+_OWN_FILE = re.compile(r"[0-9a-f]{32}(\.npy|\.json|-[0-9a-f]{32}\.rows)|\.partial-.*")
 # The folder of JAX's compilation cache; see `cnn_jax.system.compilation_cache`.
 COMPILED = "compiled"
 _OWN_FILES = {
@@ -131,112 +129,24 @@ def write_array(kind: str, key: str, array: np.ndarray) -> None:
     """
     path = cache_dir() / kind / f"{key}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(path.parent)
+    sweep(path.parent)
     with replacing(path, durable=False, shared=True) as file:
         np.save(file, array)
 
 
-def open_pixels(key: str, count: int, image_size: tuple[int, int]) -> np.ndarray | None:
-    """Returns a memory-mapped array of the pixels that `PixelFile.publish` stored under a key.
+def sweep(folder: pathlib.Path, keep: Collection[pathlib.Path | None] = ()) -> None:
+    """Removes files that were unused for 30 days, and temporary files of killed processes.
 
-    Returns:
-      uint8 [count, height, width, 3]; None if the file is missing or damaged.
+    Args:
+      folder: A folder of arrays (`write_array`) or of rows (`row_cache`).
+      keep: Files that are not removed.
     """
-    try:
-        pixels = np.load(_pixels_path(key), mmap_mode="r")
-    except (OSError, ValueError, EOFError):  # The file is missing or truncated.
-        return None
-    # Update the time of the last use. The update fails if another user owns the file.
-    with contextlib.suppress(OSError):
-        os.utime(_pixels_path(key))
-    is_whole = pixels.dtype == np.uint8 and pixels.shape == (count, *image_size, 3)
-    return pixels if is_whole else None
-
-
-def _pixels_path(key: str) -> pathlib.Path:
-    return cache_dir() / "pixels" / f"{key}.npy"
-
-
-def _sweep(folder: pathlib.Path) -> None:
-    """Removes arrays that were unused for 30 days, and temporary files of killed processes."""
-    for pattern, seconds in ((".partial-*", _A_DAY), ("*.npy", SECONDS_KEPT)):
+    for pattern, seconds in (
+        (".partial-*", _A_DAY),
+        ("*.npy", SECONDS_KEPT),
+        ("*.rows", SECONDS_KEPT),
+    ):
         for path in folder.glob(pattern):
             with contextlib.suppress(OSError):
-                if time.time() - path.stat().st_mtime > seconds:
+                if path not in keep and time.time() - path.stat().st_mtime > seconds:
                     path.unlink()
-
-
-def _take_room(descriptor: int, start: int, length: int) -> None:
-    """Reserves disk space for a part of a file; raises OSError if there is not enough space."""
-    if not length:
-        return
-    if hasattr(os, "posix_fallocate"):
-        os.posix_fallocate(descriptor, start, length)
-        return
-    # macOS cannot reserve disk space, so only the amount of free space is checked.
-    if length > free_bytes():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    os.ftruncate(descriptor, start + length)
-
-
-class PixelFile:
-    """A new cache file for resized images, uint8 [n, height, width, 3].
-
-    The object is a context manager. On exit, it removes the file unless `publish` was called.
-    """
-
-    def __init__(self, count: int, image_size: tuple[int, int]):
-        """Creates the file at its full size, so that no later write fails because the disk is full.
-
-        Raises:
-          OSError: The folder cannot be written, or the disk has too little space.
-        """
-        self._row_bytes = image_size[0] * image_size[1] * 3
-        folder = cache_dir() / "pixels"
-        folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
-        self._descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=folder)
-        self._path = pathlib.Path(name)
-        try:
-            description = {
-                "descr": "|u1",
-                "fortran_order": False,
-                "shape": (count, *image_size, 3),
-            }
-            with os.fdopen(os.dup(self._descriptor), "wb") as file:
-                np.lib.format.write_array_header_2_0(file, description)
-                self._start = file.tell()
-            _take_room(self._descriptor, self._start, count * self._row_bytes)
-        except BaseException:
-            self.__exit__()
-            raise
-
-    def __enter__(self) -> "PixelFile":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        os.close(self._descriptor)
-        self._path.unlink(missing_ok=True)
-
-    def write(self, row: int, pixels: Pixels) -> None:
-        """Writes one image to its row; several threads may write different rows at the same time.
-
-        Raises:
-          OSError: The disk reports an error.
-        """
-        rest = np.ascontiguousarray(pixels).data.cast("B")
-        offset = self._start + row * self._row_bytes
-        while rest:
-            written = os.pwrite(self._descriptor, rest, offset)
-            rest, offset = rest[written:], offset + written
-
-    def publish(self, key: str) -> np.ndarray:
-        """Stores the finished file under a key, and returns its contents as a memory-mapped array.
-
-        Raises:
-          OSError: The disk reports an error.
-        """
-        os.fsync(self._descriptor)
-        os.fchmod(self._descriptor, 0o644)
-        self._path.replace(_pixels_path(key))
-        return np.load(_pixels_path(key), mmap_mode="r")

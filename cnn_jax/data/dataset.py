@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import functools
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ from cnn_jax.data.findings import (
 from cnn_jax.data.join import OTHER_SIZE, Joined, Part, join, make_part
 from cnn_jax.data.pipeline import Loader, choose_workers, load_image
 from cnn_jax.data.preprocessing import Preprocessing, unscaled
+from cnn_jax.data.row_cache import CachedRows, RowCache, RowWriter
 from cnn_jax.data.scan import Record, Unreadable
 from cnn_jax.data.source import Source, fingerprint
 from cnn_jax.data.splits import Division
@@ -86,8 +88,8 @@ def open_dataset(
     """
     # Check data.group before the scan, because the scan may take a long time.
     division.check(listing)
-    records, pixels = _scan(listing, preprocessing, residency, track)
-    if pixels is None and residency != "none":
+    records, stored = _scan(listing, preprocessing, residency, track)
+    if stored is None and residency != "none":
         # The pixels could not be cached, for example because the disk is full. A warning was
         # logged.
         residency = "none"
@@ -96,27 +98,27 @@ def open_dataset(
     _check_readable(listing, unreadable, max_unreadable, values)
     records = [records[row] for row in rows]
     splits = division.divide(source, [record.pixels for record in records])
-    more_pixels = None
+    pixels = _pixels(stored, rows, source, records, preprocessing, residency)
     if listing.log is not None:
+        base, base_pixels = source, pixels
 
         def load(position: int) -> Pixels:
-            if pixels is None:
-                return load_image(source, position, preprocessing)
-            return np.asarray(pixels[rows[position]])
+            if base_pixels is None:
+                return load_image(base, position, preprocessing)
+            return base_pixels[np.array([position])][0]
 
         part = make_part(source, records, preprocessing, load, track)
         joined, more_pixels = join_log(part, listing.log, splits, division, preprocessing, track)
         source, records, splits = joined.source, joined.records, joined.splits
-        rows = np.concatenate([rows, len(listing) + joined.rows])
-        if pixels is not None and residency != "disk":
-            pixels, more_pixels = np.concatenate([pixels, more_pixels]), None
+        if isinstance(pixels, CachedRows):
+            pixels = pixels.extended(more_pixels[joined.rows])
+        elif pixels is not None:
+            pixels = np.concatenate([pixels, more_pixels[joined.rows]])
     return Dataset(
         loader=Loader(
             source,
             preprocessing,
             pixels=pixels,
-            more_pixels=more_pixels if pixels is not None else None,
-            rows=rows if pixels is not None else None,
             on_device=residency == "device",
             workers=choose_workers(workers) if pixels is None else 0,
         ),
@@ -226,53 +228,54 @@ class _InMemory:
     def __init__(self, count: int, image_size: tuple[int, int]):
         self.pixels = np.zeros((count, *image_size, 3), np.uint8)
 
-    def write(self, row: int, pixels: Pixels) -> None:
+    def needs(self, digest: str) -> bool:
+        return True
+
+    def write(self, row: int, digest: str, pixels: Pixels) -> None:
         self.pixels[row] = pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class _ToCache:
+    """A sink that writes the images that the cache lacks."""
+
+    stored: RowCache
+    writer: RowWriter
+
+    def needs(self, digest: str) -> bool:
+        return digest not in self.stored.digests
+
+    def write(self, row: int, digest: str, pixels: Pixels) -> None:
+        self.writer.write(digest, pixels)
 
 
 def _scan(
     listing: Source, preprocessing: Preprocessing, residency: str, track: Track
-) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
-    """Returns the records of all examples, and their pixels unless `residency` is "none".
+) -> tuple[list[Record], RowCache | UInt8[np.ndarray, "n height width 3"] | None]:
+    """Returns the records of all examples, and the cache of their pixels.
 
-    The pixels are read from the cache on disk. If the cache does not contain the pixels, they are
-    computed, and written to the cache if the disk has enough space.
+    Only the images that the cache lacks are decoded. If they cannot be written, for example because
+    the disk is full, the result has an array of the pixels of all examples in place of the cache;
+    or None if `residency` is "disk", as if it were "none".
     """
     if residency == "none":
         return scan.scan(listing, preprocessing, None, track), None
     known = scan.known_records(listing, preprocessing)
-    if 2 * known.count(None) < len(known):
-        # The cache key of the pixels depends on all records. If fewer than half of the records are
-        # missing, complete the records first, and then look for the pixels in the cache.
-        records = scan.scan(listing, preprocessing, None, track, known)
-        key, size = scan.pixels_key(records, preprocessing), preprocessing.image_size
-        pixels = cache.open_pixels(key, len(listing), size)
-        if pixels is not None:
-            return records, _copy_to_memory(pixels, residency)
-        known = records
-    return _decode_all(listing, preprocessing, residency, track, known)
-
-
-def _decode_all(
-    listing: Source,
-    preprocessing: Preprocessing,
-    residency: str,
-    track: Track,
-    known: Sequence[Record | None],
-) -> tuple[list[Record], UInt8[np.ndarray, "n height width 3"] | None]:
-    """Decodes all images; returns the same values as `_scan`: the records and the pixels.
-
-    `_scan` calls this function if the pixels are not in the cache.
-    """
+    shape = (*preprocessing.image_size, 3)
     try:
-        # If `residency` is "disk", this run needs the cache file. Otherwise only later runs benefit
-        # from the file, so the file may use at most half of the free disk space.
-        if residency != "disk" and _decoded_bytes(listing, preprocessing) > cache.free_bytes() / 2:
+        stored = RowCache("pixels", scan.pixels_key(preprocessing), shape)
+        missing = sum(
+            record is None or (record.header is not None and record.digest not in stored.digests)
+            for record in known
+        )
+        if not missing:
+            return scan.scan(listing, preprocessing, None, track, known), stored
+        # If `residency` is "disk", this run needs the cache. Otherwise only later runs benefit from
+        # the cache, so new images may use at most half of the free disk space.
+        if residency != "disk" and missing * math.prod(shape) > cache.free_bytes() / 2:
             raise OSError(errno.ENOSPC, "they would take more than half of the free space")
-        with cache.PixelFile(len(listing), preprocessing.image_size) as file:
-            records = scan.scan(listing, preprocessing, file, track, known)
-            pixels = file.publish(scan.pixels_key(records, preprocessing))
-            return records, _copy_to_memory(pixels, residency)
+        with stored.writer(missing) as writer:
+            return scan.scan(listing, preprocessing, _ToCache(stored, writer), track, known), stored
     except OSError as error:
         hint = "; cnn_jax cache --clear makes room" * (error.errno == errno.ENOSPC)
         logger.warning(
@@ -287,9 +290,29 @@ def _decode_all(
     return scan.scan(listing, preprocessing, sink, track, known), sink.pixels
 
 
-def _copy_to_memory(mapped: np.ndarray, residency: str) -> np.ndarray:
-    """Returns an in-memory copy of the array if `residency` is "memory", else the array itself."""
-    return np.array(mapped) if residency == "memory" else mapped
+def _pixels(
+    stored: RowCache | UInt8[np.ndarray, "rows height width 3"] | None,
+    rows: Int[np.ndarray, " n"],
+    source: Source,
+    records: Sequence[Record],
+    preprocessing: Preprocessing,
+    residency: str,
+) -> CachedRows | UInt8[np.ndarray, "n height width 3"] | None:
+    """Returns the pixels of the readable examples, given the second result of `_scan`.
+
+    Args:
+      stored: The second result of `_scan`.
+      rows: The positions of the readable examples in the listing.
+      source: The readable examples.
+      records: The records of the readable examples.
+      preprocessing: How damaged images are decoded again.
+      residency: The place where the pixels are kept.
+    """
+    if not isinstance(stored, RowCache):
+        return stored if stored is None or len(rows) == len(stored) else stored[rows]
+    decode_again = functools.partial(load_image, source, preprocessing=preprocessing)
+    pixels = stored.rows([record.digest for record in records], decode_again)
+    return np.asarray(pixels) if residency == "memory" else pixels
 
 
 def _check_readable(

@@ -19,10 +19,11 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from cnn_jax.config.schema import SPLITS
-from cnn_jax.data import Track, cache, no_track, scan
+from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.decode import Pixels, pixel_digest
 from cnn_jax.data.duplicates import THUMBNAIL_VALUES, Looks, perceptual_hash, thumbnail
 from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.row_cache import RowCache
 from cnn_jax.data.scan import Record
 from cnn_jax.data.source import Source
 from cnn_jax.data.splits import Division
@@ -30,6 +31,7 @@ from cnn_jax.data.splits import Division
 # The part of the cache key that changes when the meaning of a cached row changes.
 _VERSION = 1
 _DIGEST_BYTES, _HASH_BYTES = 16, 8
+_ROW_BYTES = _DIGEST_BYTES + _HASH_BYTES + THUMBNAIL_VALUES
 
 # The kinds of logged images that are left out.
 KNOWN_COPY = "copies of images of the data"
@@ -95,22 +97,42 @@ def make_part(
     """
     import imagehash  # noqa: F401  Threads must not import it at the same time.
 
-    key = f"{_VERSION} {scan.pixels_key(records, preprocessing)}"
-    key = hashlib.sha256(key.encode()).hexdigest()[:32]
-    table = cache.read_array("looks", key) if cached else None
-    shape = (len(source), _DIGEST_BYTES + _HASH_BYTES + THUMBNAIL_VALUES)
-    if table is None or table.shape != shape or table.dtype != np.uint8:
+    def compute(position: int) -> UInt8[np.ndarray, " bytes"]:
+        return _row(load(position))
+
+    table = None
+    if cached:
+        with contextlib.suppress(OSError):  # The cache cannot be written, or the disk is full.
+            table = _cached_rows(
+                [record.digest for record in records], preprocessing, compute, track
+            )
+    if table is None:
         positions = range(len(source))
-        found = scan.on_all_cores(lambda position: _row(load(position)), positions)
-        rows = list(track(found, "comparing images", len(source)))
-        table = np.array(rows, np.uint8).reshape(shape)
-        if cached:
-            with contextlib.suppress(OSError):  # Without the cache, the next run computes it again.
-                cache.write_array("looks", key, table)
+        rows = track(scan.on_all_cores(compute, positions), "comparing images", len(source))
+        table = np.array(list(rows), np.uint8).reshape(len(source), _ROW_BYTES)
     digests, hashes, thumbnails = np.split(table, (_DIGEST_BYTES, _DIGEST_BYTES + _HASH_BYTES), 1)
     hashes = np.ascontiguousarray(hashes).view(np.uint64).ravel()
     looks = Looks(hashes, np.ascontiguousarray(thumbnails))
     return Part(source, records, [row.tobytes().hex() for row in digests], looks)
+
+
+def _cached_rows(
+    digests: Sequence[str],
+    preprocessing: Preprocessing,
+    compute: Callable[[int], UInt8[np.ndarray, " bytes"]],
+    track: Track,
+) -> UInt8[np.ndarray, "n bytes"]:
+    """Reads the rows of images from the cache; computes missing rows and adds them to the cache."""
+    key = hashlib.sha256(f"{_VERSION} {scan.pixels_key(preprocessing)}".encode()).hexdigest()[:32]
+    stored = RowCache("looks", key, (_ROW_BYTES,))
+    missing = [i for i, digest in enumerate(digests) if digest not in stored.digests]
+    if missing:
+        found = scan.on_all_cores(compute, missing)
+        with stored.writer(len(missing)) as writer:
+            rows = track(found, "comparing images", len(missing))
+            for position, row in zip(missing, rows, strict=True):
+                writer.write(digests[position], row)
+    return np.asarray(stored.rows(digests, compute))
 
 
 def _row(pixels: Pixels) -> UInt8[np.ndarray, " bytes"]:

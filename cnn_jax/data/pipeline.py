@@ -28,6 +28,7 @@ from cnn_jax.data import augment, scan
 from cnn_jax.data.augment import Augmentation
 from cnn_jax.data.decode import load
 from cnn_jax.data.preprocessing import Preprocessing, unscaled
+from cnn_jax.data.row_cache import CachedRows
 from cnn_jax.data.source import Source
 from cnn_jax.system.errors import DataError
 
@@ -46,22 +47,18 @@ class Loader:
     Attributes:
       source: The images.
       preprocessing: How images are decoded and resized.
-      pixels: All images, resized, in memory or memory-mapped; None if an image is decoded
-        each time that it is loaded.
-      rows: The row in `pixels` of each example.
+      pixels: The resized image of each example, in memory or memory-mapped; None if an image is
+        decoded each time that it is loaded.
       on_device: Whether the pixels are on the device. A batch then contains row numbers
         instead of images.
       workers: The number of worker processes that decode; 0: threads of this process.
-      more_pixels: The pixels of further images; their rows follow the rows of `pixels`.
     """
 
     source: Source
     preprocessing: Preprocessing
-    pixels: UInt8[np.ndarray, "rows height width 3"] | None = None
-    rows: Int[np.ndarray, " n"] | None = None
+    pixels: UInt8[np.ndarray, "n height width 3"] | CachedRows | None = None
     on_device: bool = False
     workers: int = 0
-    more_pixels: UInt8[np.ndarray, "more height width 3"] | None = None
 
     def load(self, indices: Int[np.ndarray, " batch"]) -> NumpyBatch:
         """Loads the examples at these positions in the source, and returns them as a batch.
@@ -74,17 +71,10 @@ class Loader:
           DataError: An image cannot be decoded.
         """
         labels = self.source.labels[indices]
-        if self.pixels is not None and self.rows is not None:
-            rows = self.rows[indices]
-            if self.on_device:
-                return {"row": rows.astype(np.int32), "label": labels}
-            if self.more_pixels is None:
-                images = np.asarray(self.pixels[rows])
-            else:
-                last = len(self.pixels) - 1
-                images = np.asarray(self.pixels[np.minimum(rows, last)])
-                is_more = rows > last
-                images[is_more] = self.more_pixels[rows[is_more] - last - 1]
+        if self.pixels is not None and self.on_device:
+            return {"row": indices.astype(np.int32), "label": labels}
+        if self.pixels is not None:
+            images = self.pixels[indices]
         else:
             images = np.empty((len(indices), *self.preprocessing.image_size, 3), np.uint8)
             for row, index in enumerate(indices.tolist()):

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar, runtime_checkable
 
@@ -94,11 +94,8 @@ def examine(encoded: bytes, preprocessing: Preprocessing) -> tuple[Record, Pixel
     return Record(digest, decode.pixel_digest(pixels), header, None, values), pixels
 
 
-def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()[:32]
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
 
 
 def read_example(source: Source, index: int, max_pixels: int) -> bytes:
@@ -131,7 +128,13 @@ def one_large_file_at_a_time(
 class PixelSink(Protocol):
     """A destination to which a scan writes the resized images."""
 
-    def write(self, row: int, pixels: Pixels) -> None: ...
+    def needs(self, digest: str) -> bool:
+        """Returns whether the image with this `Record.digest` must be written."""
+        ...
+
+    def write(self, row: int, digest: str, pixels: Pixels) -> None:
+        """Writes the image of the example at position `row`."""
+        ...
 
 
 def scan(
@@ -146,7 +149,7 @@ def scan(
     Args:
       source: The images.
       preprocessing: How to decode the images, and how to resize them for the sink.
-      sink: Receives row i for every example i that can be decoded; None if only the records
+      sink: Receives the images that it needs and that can be decoded; None if only the records
         are needed.
       track: Shows progress.
       known: The result of `known_records`; None: this function calls it.
@@ -160,7 +163,11 @@ def scan(
     if known is None:
         known = known_records(source, preprocessing)
     records = list(known)
-    rows = [i for i, record in enumerate(records) if record is None or sink is not None]
+
+    def is_needed(record: Record) -> bool:
+        return sink is not None and record.header is not None and sink.needs(record.digest)
+
+    rows = [i for i, record in enumerate(records) if record is None or is_needed(record)]
 
     def work(row: int) -> None:
         with one_large_file_at_a_time(source, row):
@@ -176,21 +183,25 @@ def scan(
         if record is None or record.digest != _digest(encoded):
             record, pixels = examine(encoded, preprocessing)
         records[row] = record
-        if sink is not None and record.header is not None:
+        if sink is not None and is_needed(record):
             if pixels is None:
                 pixels = decode.decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
-            sink.write(row, resize(pixels, preprocessing))
+            sink.write(row, record.digest, resize(pixels, preprocessing))
 
     if rows:
         try:
-            for _ in track(on_all_cores(work, rows), "reading images", len(rows)):
-                pass
+            # At an interruption, `closing` waits until no thread uses the sink any more.
+            with contextlib.closing(on_all_cores(work, rows)) as finished:
+                for _ in track(finished, "reading images", len(rows)):
+                    pass
         finally:  # The records of the finished images are kept even after Ctrl-C.
             _remember(source, preprocessing, records)
     return [record for record in records if record is not None]
 
 
-def on_all_cores(work: Callable[[int], _Result], rows: Sequence[int]) -> Iterator[_Result]:
+def on_all_cores(
+    work: Callable[[int], _Result], rows: Sequence[int]
+) -> Generator[_Result, None, None]:
     """Yields work(row) for each row, in order; one thread per core computes the results.
 
     Threads are fast because decoders and hashes release Python's global lock.
@@ -280,10 +291,9 @@ def readable(
     return source, rows, unreadable
 
 
-def pixels_key(records: Sequence[Record], preprocessing: Preprocessing) -> str:
-    """Returns the cache key of the resized images, a hash of the records and the preprocessing."""
+def pixels_key(preprocessing: Preprocessing) -> str:
+    """Returns the cache key of resized images, a hash of everything except the image itself."""
     height, width = preprocessing.image_size
     limits = f"{preprocessing.max_pixels} {preprocessing.white_level}"
     shape = f"{preprocessing.resize} {preprocessing.crop_ratio} {preprocessing.interpolation}"
-    start = f"{decode.VERSION} {height} {width} {limits} {shape}".encode()
-    return _digest(start, "".join(f"{record.digest:<32}" for record in records).encode())
+    return _digest(f"{decode.VERSION} {height} {width} {limits} {shape}".encode())

@@ -260,7 +260,7 @@ class Programs:
         """
         if not loader.on_device or loader.pixels is None:
             return None
-        return self.layout.to_all_devices(pack(loader.pixels))
+        return self.layout.to_all_devices(pack(np.asarray(loader.pixels)))
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
         """Copies batches to the devices; selects the training function for one or several batches.

@@ -42,7 +42,7 @@ def test_the_pixels_are_the_same_wherever_they_are(folder, residency):
         dataset = _open(folder, residency=residency)
         assert dataset.residency == residency
         assert (dataset.loader.pixels is None) == (residency == "none")
-        assert isinstance(dataset.loader.pixels, np.memmap) == (residency in ("disk", "device"))
+        assert isinstance(dataset.loader.pixels, np.ndarray) == (residency == "memory")
         assert dataset.loader.on_device == (residency == "device")
         np.testing.assert_array_equal(_all_images(dataset), expected)
 
@@ -90,6 +90,64 @@ def test_a_changed_image_is_decoded_again(folder):
     after = _all_images(_open(folder, residency="disk"))
     assert (after[0] == 255).all()
     np.testing.assert_array_equal(after[1:], before[1:])
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """A list that gets an element whenever an image is decoded."""
+    calls = []
+    for name in ("decode", "decode_with_header"):
+        original = getattr(datasets.scan.decode, name)
+        wrapper = lambda *a, original=original: calls.append(a) or original(*a)  # noqa: E731
+        monkeypatch.setattr(datasets.scan.decode, name, wrapper)
+    return calls
+
+
+def _cached_files(folder):
+    return {path: path.stat().st_size for path in (folder.parent / "cache").rglob("*.rows")}
+
+
+@pytest.mark.parametrize("residency", ["disk", "memory", "device"])
+def test_only_new_images_are_decoded_and_written(folder, decoded, monkeypatch, residency):
+    _open(folder, residency=residency)
+    assert len(decoded) == 60
+    old = _cached_files(folder)
+    removed = (folder / "green" / "003.png").read_bytes()
+    (folder / "green" / "003.png").unlink()
+    assert len(_open(folder, residency=residency).source) == 59
+    assert len(decoded) == 60
+    Image.new("RGB", (9, 9), "white").save(folder / "blue" / "0.png")
+    Image.new("RGB", (9, 9), "black").save(folder / "red" / "005.png")
+    dataset = _open(folder, residency=residency)
+    assert len(decoded) == 62
+    assert [size for path, size in _cached_files(folder).items() if path not in old] == [2 * 596]
+    (folder / "green" / "003.png").write_bytes(removed)
+    again = _open(folder, residency=residency)
+    assert len(decoded) == 63  # A record is computed for each file with a new time.
+    assert len(_cached_files(folder)) == 2
+
+    monkeypatch.setenv("CNN_JAX_CACHE", str(folder.parent / "fresh"))
+    fresh = _open(folder, residency=residency)
+    assert again.fingerprint == fresh.fingerprint
+    np.testing.assert_array_equal(_all_images(again), _all_images(fresh))
+    np.testing.assert_array_equal(np.asarray(again.loader.pixels), _all_images(fresh))
+    (folder / "green" / "003.png").unlink()
+    np.testing.assert_array_equal(
+        _all_images(_open(folder, residency=residency)), _all_images(dataset)
+    )
+
+
+@pytest.mark.parametrize("residency", ["disk", "memory", "device"])
+def test_a_damaged_file_of_the_cache_changes_no_image(folder, decoded, caplog, residency):
+    expected = _all_images(_open(folder, residency=residency))
+    ((path, _),) = _cached_files(folder).items()
+    content = bytearray(path.read_bytes())
+    content[1234] ^= 1
+    path.write_bytes(content)
+    for _ in range(2):
+        np.testing.assert_array_equal(_all_images(_open(folder, residency=residency)), expected)
+    assert len(decoded) == 60 + 1 + 60
+    assert caplog.text.count("is damaged") == 1
 
 
 def test_an_untouched_copy_of_a_folder_shares_its_pixels(folder, tmp_path):
