@@ -235,7 +235,7 @@ def _read_ensemble(
     )
 
 
-def read_run(workdir: pathlib.Path, track: Track, source: str | None) -> Run:
+def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> Run:
     """Reads the folder of a run; see `read_folder`."""
     config = _read_config(workdir / "config.json")
     try:

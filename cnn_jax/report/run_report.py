@@ -387,9 +387,10 @@ def _page(
         return style.data_uri(path) if path.is_file() else None
 
     names = list(figures["test"]["per_class"]) if "test" in figures else []
-    shown = {"figures", "classes", *figures, *figures["missing"]}
-    titles = {name: title for name, title in _TITLES.items() if name in shown}
-    if "members" in titles:
+    is_ensemble = "members" in figures or "members" in figures["missing"]
+    omitted = sections.RUN_ONLY if is_ensemble else ("members",)
+    titles = {name: title for name, title in _TITLES.items() if name not in omitted}
+    if is_ensemble:
         titles["run"] = "The ensemble"
     return style.template("run_report.html").render(
         figures=figures,
