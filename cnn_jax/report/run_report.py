@@ -9,7 +9,7 @@ import platform
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container
 from typing import Any
 
 import jax
@@ -140,7 +140,7 @@ def _write(
         figures["summary"]["notice"] = _notice(run, figures)
 
     if run.network is not None:
-        _draw_examples(run.network, new, folder)
+        _draw_examples(run.network, new, folder, detail == "full" and isinstance(run, Run))
         if isinstance(run, Run) and "augmentation" in new:
             _draw_augmentation(run, folder)
     _draw_pictures(run, new, folder)
@@ -247,7 +247,8 @@ def _sections(
     splits = {split: run.figures[split] for split in SPLITS if split in run.figures}
     for name, make in track(wanted.items(), "reporting", len(wanted)):
         if name == "robustness" and run.network is not None:
-            drawings.append(thread.submit(_draw_examples, run.network, dict(made), folder))
+            is_run = isinstance(run, Run)
+            drawings.append(thread.submit(_draw_examples, run.network, dict(made), folder, is_run))
         try:
             made[name] = make()
             drawings.append(thread.submit(_draw_charts, splits | {name: made[name]}, folder))
@@ -262,12 +263,10 @@ def _sections(
 def _wanted_sections(run: Run | Ensemble, detail: str) -> dict[str, Callable[[], Figures]]:
     """Returns the functions that compute the sections of a report, by name."""
     full = _FULL if detail == "full" else {}
-    special: Mapping[str, Callable[[], Figures]] = {}
-    if isinstance(run, Run):
-        special = {name: functools.partial(make, run) for name, make in sections.RUN_ONLY.items()}
-    else:
-        special = {"members": functools.partial(members.members, run)}
     common = {name: functools.partial(make, run) for name, make in (sections.COMMON | full).items()}
+    if isinstance(run, Ensemble):
+        return {"members": functools.partial(members.members, run), **common}
+    special = {name: functools.partial(make, run) for name, make in sections.RUN_ONLY.items()}
     return {**special, **common}
 
 
@@ -295,11 +294,13 @@ def _facts(run: Run | Ensemble, earlier: object, after_training: bool) -> Figure
 # The pictures and charts of the report.
 
 
-def _draw_examples(network: Network, made: Figures, folder: pathlib.Path) -> None:
+def _draw_examples(
+    network: Network, made: Figures, folder: pathlib.Path, are_explained: bool
+) -> None:
     """Draws the example images of sections that have no file yet.
 
-    If there is a section on explanations, the saliency maps of the images are drawn too, with the
-    method that this section names.
+    If `are_explained` is True, the saliency maps of the images are drawn too. The section on
+    explanations names their method.
     """
     new_examples = {
         shown["position"]: shown
@@ -316,11 +317,11 @@ def _draw_examples(network: Network, made: Figures, folder: pathlib.Path) -> Non
     for position, image in images.items():
         if image is not None:
             thumbnails.save_small(image, folder / new_examples[position]["picture"])
-    if "explanations" not in made or not positions:
+    if not are_explained or not positions:
         return
     pixels = network.dataset.loader.load(np.array(positions))["image"]
     classes = [network.class_names.index(shown["predicted"]) for shown in new_examples.values()]
-    method = made["explanations"]["maps"]
+    method = made.get("explanations", {}).get("maps", explanations.REPORT_METHODS[0])
     maps = explanations.maps(network.need_single(), pixels, np.array(classes), method)
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
