@@ -19,7 +19,7 @@ COMMANDS = {
     "predict": ("predict", "classify images"),
     "evaluate": ("evaluate", "measure a bundle on a split"),
     "ensemble": ("ensemble", "average the predictions of several networks"),
-    "report": ("report", "write the report of a run"),
+    "report": ("report", "write the report of a run or an ensemble"),
     "explain": ("explain", "show what a network looks at"),
     "compress": ("compress", "make a smaller and faster network"),
     "export": ("export", "write a model for other runtimes"),

@@ -27,6 +27,13 @@ def main(argv: Sequence[str]) -> None:
         metavar="URI",
         help="MLflow server or database to which the finished run is logged ($MLFLOW_TRACKING_URI)",
     )
+    parser.add_argument(
+        "--members",
+        type=cli.natural,
+        metavar="K",
+        help="train K networks that differ only in their seeds, in one program, as the runs "
+        "DIR/seed-SEED; for a GPU",
+    )
     parser.add_argument("--profile", action="store_true", help="record a trace of a few steps")
     several = parser.add_argument_group(
         "several processes", "Detected automatically on Slurm, Open MPI, Kubernetes and Cloud TPU."
@@ -44,6 +51,12 @@ def main(argv: Sequence[str]) -> None:
             "--workdir is missing: name a folder for the run, such as --workdir=runs/first; the "
             "same command with the same folder continues an interrupted run"
         )
+    if flags.members is not None:
+        if flags.members < 2:
+            raise ConfigError(f"--members: must be 2 or more, got {flags.members}")
+        if flags.profile or flags.backup is not None:
+            other = "--profile" if flags.profile else "--backup"
+            raise ConfigError(f"--members: cannot be used with {other}")
     files.find(flags.config)
     with cli.blocked_interrupts():
         # JAX takes seconds to import, so it is imported after the flags have been checked.
@@ -53,6 +66,7 @@ def main(argv: Sequence[str]) -> None:
         from cnn_jax.training import summary
         from cnn_jax.training.backup import Backup
         from cnn_jax.training.loop import train_and_evaluate
+        from cnn_jax.training.members import train_members
         from cnn_jax.training.sharding import is_primary, start_processes
 
     uri = mlflow.tracking_uri(flags.mlflow)
@@ -62,23 +76,32 @@ def main(argv: Sequence[str]) -> None:
     start_processes(flags.coordinator, flags.process_id, flags.process_count)
     keep_compiled()
     workdir = pathlib.Path(flags.workdir)
-    show = functools.partial(summary.show_metrics, workdir) if is_primary() else None
-    train_and_evaluate(config, workdir, profile=flags.profile, on_metrics=show, backup=backup)
-    if is_primary():
-        summary.show_commands(workdir)
+    if flags.members is not None:
+        reports = train_members(config, workdir, flags.members)
+        for folder, report in reports.items():
+            summary.show_metrics(folder, report)
+        folders = list(reports)
+    else:
+        show = functools.partial(summary.show_metrics, workdir) if is_primary() else None
+        train_and_evaluate(config, workdir, profile=flags.profile, on_metrics=show, backup=backup)
+        if is_primary():
+            summary.show_commands(workdir)
+        folders = [workdir]
     with cli.blocked_interrupts():
         # Matplotlib takes half a second to import, so it is imported after training.
         from cnn_jax.report.run_report import report_after_training
         from cnn_jax.system.console import Console
     console = Console(is_silent=not is_primary())
-    page_or_command = report_after_training(flags.workdir, config, console)
-    if is_primary():
+    for folder in folders:
+        page_or_command = report_after_training(folder, config, console)
+        if not is_primary():
+            continue
         if backup is not None:
             backup.copy()  # The report is new.
         print(f"report      {page_or_command}")
         if uri is not None:
             try:
-                print(f"mlflow      {mlflow.log_run(flags.workdir, uri)}")
+                print(f"mlflow      {mlflow.log_run(folder, uri)}")
             except UserError as error:
                 # Without --mlflow, the URI comes from MLFLOW_TRACKING_URI, which may be meant for
                 # other programs. So the error is only a warning.
@@ -86,6 +109,8 @@ def main(argv: Sequence[str]) -> None:
                 if flags.mlflow:
                     raise type(error)(message) from error
                 logger.warning(message)
+    if flags.members is not None:
+        print(f"ensemble    {summary.ensemble_command(workdir, folders)}")
 
 
 def _folder(text: str) -> str:

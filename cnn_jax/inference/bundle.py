@@ -344,6 +344,8 @@ def read_networks(path: str | os.PathLike[str]) -> Bundle | Ensemble:
 def check_output(output: str | os.PathLike[str], kind: str) -> None:
     """Checks that the folder of a new export or ensemble replaces no other files.
 
+    The report of an earlier ensemble may be replaced.
+
     Args:
       output: The folder to write.
       kind: The key of bundle.json that an earlier folder of the same kind has: "export" or
@@ -363,6 +365,8 @@ def check_output(output: str | os.PathLike[str], kind: str) -> None:
     try:
         description = json.loads((output / _DESCRIPTION).read_text("utf-8"))
         known = {*listed_files(description), _DESCRIPTION} if kind in description else set()
+        if kind == "ensemble" and known:
+            known |= {name for name in names if pathlib.PurePath(name).parts[0] == "report"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         known = set()
     if foreign := sorted(names - known):

@@ -65,8 +65,24 @@ class EnsemblePredictor(TrainedPredictor, EnsembleLike):
         Raises:
           ValueError: The images are not uint8, or their size is not the ensemble's.
         """
+        predictions = self.predict_members(images)
+        probabilities = apply_temperature(predictions.mean(axis=0), self.temperature)
+        disagreement = mutual_information(predictions)
+        return probabilities.astype(np.float32), disagreement.astype(np.float32)
+
+    def predict_members(
+        self, images: UInt8[np.ndarray, "batch height width 3"]
+    ) -> Float[np.ndarray, "predictions batch classes"]:
+        """Returns the class probabilities of each member for each view, float32.
+
+        The first predictions are the predictions of the members for the images themselves, in the
+        order of the members.
+
+        Raises:
+          ValueError: The images are not uint8, or their size is not the ensemble's.
+        """
         check_images(images, self.preprocessing)
-        predictions = np.stack(
+        return np.stack(
             jax.device_get(
                 [
                     member.dispatch(view)
@@ -75,9 +91,6 @@ class EnsemblePredictor(TrainedPredictor, EnsembleLike):
                 ]
             )
         )
-        probabilities = apply_temperature(predictions.mean(axis=0), self.temperature)
-        disagreement = mutual_information(predictions)
-        return probabilities.astype(np.float32), disagreement.astype(np.float32)
 
 
 def views(images: _Images, flip: str, shift: int) -> list[_Images]:

@@ -1,8 +1,9 @@
-"""Writes the HTML report of a run.
+"""Writes the HTML report of a run or an ensemble.
 
     cnn_jax report --run=RUN [--source=folder:PATH]
 
-writes RUN/report/index.html and prints its path. Training writes the same report at its end.
+writes RUN/report/index.html and prints its path. Training writes the same report at its end. RUN
+may also be the folder of an ensemble.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,13 @@ from cnn_jax.system.console import Console
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = cli.Parser(prog="cnn_jax report", description="Write the report of a run.")
-    parser.add_argument("--run", required=True, type=cli.path, help="the run's folder")
-    parser.add_argument("--source", help=f"the run's data if it was moved: {SOURCE_FORMS}")
+    parser = cli.Parser(
+        prog="cnn_jax report", description="Write the report of a run or an ensemble."
+    )
+    parser.add_argument(
+        "--run", required=True, type=cli.path, help="the folder of a run or an ensemble"
+    )
+    parser.add_argument("--source", help=f"the training data if it was moved: {SOURCE_FORMS}")
     flags = parser.parse_args(argv)
 
     runtime.keep_freed_memory()

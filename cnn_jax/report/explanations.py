@@ -23,7 +23,7 @@ from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.quality.robustness import load_images, stratified_sample
 from cnn_jax.report import style, thumbnails, verdicts
 from cnn_jax.report.charts import Chart
-from cnn_jax.report.run import Network, Run
+from cnn_jax.report.run import Measurements, Network
 from cnn_jax.report.sections import Figures, example, most_confident_image
 from cnn_jax.report.style import Theme
 
@@ -52,10 +52,10 @@ _OUTSTANDING = 2.0
 FILTERS, FEATURE_MAPS = "filters.png", "feature_maps_{}.png"
 
 
-def explanations(run: Run) -> Figures:
+def explanations(run: Measurements) -> Figures:
     """Checks saliency-map methods, and measures the importance of image regions and features."""
     network = run.need_network()
-    predictor = network.predictor
+    predictor = network.need_single()
     labels = network.labels("test")
     height, width = predictor.preprocessing.image_size
     number = max(_PIXELS // (height * width), _MIN_IMAGES)
@@ -126,13 +126,14 @@ def _features(network: Network) -> Figures:
     The permutation of a feature can lower the loss only by chance. Therefore a feature stands out
     only if its permutation raises the loss by more than twice the largest decrease of the loss.
     """
-    height, width = network.predictor.preprocessing.image_size
+    predictor = network.need_single()
+    height, width = predictor.preprocessing.image_size
     number = min(_FEATURE_PIXELS // (height * width), _FEATURE_LOGITS // len(network.class_names))
     rows = stratified_sample(network.labels("test"), max(number, _MIN_IMAGES))
     labels = network.labels("test")[rows]
     images = load_images(network.dataset.loader, network.dataset.splits["test"][rows])
-    embedding = features.embeddings(network.predictor, images)
-    importance = features.feature_importance(network.predictor, embedding, labels)
+    embedding = features.embeddings(predictor, images)
+    importance = features.feature_importance(predictor, embedding, labels)
     order = np.argsort(-importance, kind="stable")
     noise = max(-float(importance.min()), 0.0)
     return {
@@ -159,7 +160,7 @@ def _features(network: Network) -> Figures:
     }
 
 
-def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
+def draw_pictures(run: Measurements, folder: pathlib.Path) -> dict[str, str]:
     """Draws the feature maps of a test image, and the filters if the first layer is a convolution.
 
     The image is the correctly classified test image with the highest confidence.
@@ -168,7 +169,7 @@ def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
       A dictionary of file names. The keys are "filters", "feature_maps_of" (the file of the
       input image) and the layer names.
     """
-    predictor = run.need_network().predictor
+    predictor = run.need_network().need_single()
     found = {}
     if pictures.save_filters(folder / FILTERS, predictor):
         found["filters"] = FILTERS

@@ -15,7 +15,7 @@ from cnn_jax.quality import robustness
 from cnn_jax.quality.corruptions import FAMILIES, SEVERITIES
 from cnn_jax.report import style, thumbnails
 from cnn_jax.report.charts import Chart
-from cnn_jax.report.run import MissingError, Run
+from cnn_jax.report.run import Measurements, MissingError
 from cnn_jax.report.sections import Figures, most_confident_image
 from cnn_jax.report.style import Theme
 
@@ -31,7 +31,7 @@ _SIDE = 64
 _NUM_WORST = 3
 
 
-def qualities(run: Run) -> Figures:
+def qualities(run: Measurements) -> Figures:
     """Measures accuracy, confidence and calibration on corrupted images of the test split."""
     network = run.need_network()
     height, width = network.predictor.preprocessing.image_size
@@ -61,7 +61,7 @@ def qualities(run: Run) -> Figures:
     }
 
 
-def draw_pictures(run: Run, folder: pathlib.Path) -> dict[str, str]:
+def draw_pictures(run: Measurements, folder: pathlib.Path) -> dict[str, str]:
     """Draws a test image with each corruption at severities 1 to 5, side by side.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Reads the files of a run for the run's report."""
+"""Reads the files of a run or an ensemble for the report."""
 
 import contextlib
 import dataclasses
@@ -17,9 +17,11 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.mix import Mixing
 from cnn_jax.data.source import Source
 from cnn_jax.data.splits import SPLITS
-from cnn_jax.inference.bundle import read_bundle
+from cnn_jax.inference import bundle as bundles
+from cnn_jax.inference.bundle import read_bundle, read_networks
+from cnn_jax.inference.ensemble import EnsemblePredictor
 from cnn_jax.inference.evaluation import open_as_trained, predict_split, score
-from cnn_jax.inference.predictor import BundlePredictor
+from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor
 from cnn_jax.system.errors import ConfigError, DataError, UserError
 
 # Increase this number when the meaning of a section of metrics.json changes.
@@ -85,16 +87,16 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """The trained network, the data and the predictions of a run.
+    """The trained network or ensemble, the data and the predictions of a report.
 
     Attributes:
-      predictor: The loaded bundle.
+      predictor: The loaded bundle or ensemble.
       dataset: The data that the network was trained on, with the same splits.
       probabilities: The probabilities of each predicted split; images are in the order of the
         split.
     """
 
-    predictor: BundlePredictor
+    predictor: BundlePredictor | EnsemblePredictor
     dataset: Dataset
     probabilities: Mapping[str, Float[np.ndarray, "_ classes"]]
 
@@ -109,34 +111,32 @@ class Network:
     def labels(self, split: str) -> Int[np.ndarray, " _"]:
         return self.source.labels[self.dataset.splits[split]]
 
+    def need_single(self) -> BundlePredictor:
+        """Returns the predictor; raises MissingError if it is an ensemble."""
+        if isinstance(self.predictor, EnsemblePredictor):
+            raise MissingError(
+                "Explanations need a single network. cnn_jax explain explains a member of the "
+                "ensemble, whose bundle is in the folder members/0."
+            )
+        return self.predictor
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Run:
-    """The content of a run's folder.
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Measurements:
+    """The part of a report that runs and ensembles have in common.
 
     Attributes:
-      workdir: The folder.
-      config: The content of config.json.
-      settings: The parts of the configuration that the report uses.
-      history: The complete records of metrics.jsonl, one for each epoch.
-      damaged_records: The number of damaged records.
+      workdir: The folder of the run or the ensemble.
       figures: The content of report/metrics.json. It has the metrics of each split that were
         stored or can be computed, and the sections of an earlier report of the same network.
-      versions: The versions of the libraries that trained the network; empty without a bundle.
-      pretrained: The content of pretrained.json: the weights with which the run started; empty
-        for random weights.
+      versions: The versions of the libraries that wrote the bundle; empty without a bundle.
       network: The trained network; None if the bundle or its data cannot be used.
       why_no_network: A sentence with the reason if `network` is None.
     """
 
     workdir: pathlib.Path
-    config: dict[str, Any]
-    settings: Settings
-    history: list[dict[str, Any]]
-    damaged_records: int
     figures: dict[str, Any]
     versions: dict[str, str]
-    pretrained: dict[str, Any]
     network: Network | None
     why_no_network: str
 
@@ -157,21 +157,86 @@ class Run:
         return self.figures[split]
 
 
-def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> Run:
-    """Reads a run's folder, opens the run's data, and predicts the validation and test splits.
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Run(Measurements):
+    """The content of a run's folder.
 
-    Missing data or a missing bundle is an error only if `source` is given. Without `source`, the
-    run may have been stopped, or its data may have been moved.
+    Attributes:
+      config: The content of config.json.
+      settings: The parts of the configuration that the report uses.
+      history: The complete records of metrics.jsonl, one for each epoch.
+      damaged_records: The number of damaged records.
+      pretrained: The content of pretrained.json: the weights with which the run started; empty
+        for random weights.
+    """
+
+    config: dict[str, Any]
+    settings: Settings
+    history: list[dict[str, Any]]
+    damaged_records: int
+    pretrained: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Ensemble(Measurements):
+    """The content of an ensemble's folder.
+
+    Attributes:
+      predictor: The loaded ensemble.
+    """
+
+    predictor: EnsemblePredictor
+
+
+def read_folder(workdir: pathlib.Path, track: Track, source: str | None = None) -> Run | Ensemble:
+    """Reads the folder of a run or an ensemble, opens its data, and predicts its splits.
+
+    The training split is predicted only if its metrics are not stored. Missing data, or a missing
+    bundle of a run, is an error only if `source` is given. Without `source`, the run may have been
+    stopped, or its data may have been moved.
 
     Args:
-      workdir: The run's folder.
+      workdir: The folder of the run or the ensemble.
       track: Shows progress.
-      source: The name of the run's data if it was moved; by default the name in the bundle.
+      source: The name of the data if it was moved; by default the name in the bundle.
 
     Raises:
-      ConfigError: The folder is not the folder of a run, or `source` is not a source's name.
+      BundleError: The ensemble is damaged.
+      ConfigError: The folder is neither of a run nor of an ensemble, or `source` is not a source's
+        name.
       DataError: `source` cannot be read, or is not the data that the network was trained on.
     """
+    description = _read_json(workdir / "bundle.json")
+    if "ensemble" in description and "export" not in description:
+        return _read_ensemble(workdir, description, track, source)
+    return read_run(workdir, track, source)
+
+
+def _read_ensemble(
+    workdir: pathlib.Path, description: dict[str, Any], track: Track, source: str | None
+) -> Ensemble:
+    """Reads the folder of an ensemble, whose bundle.json has the content `description`."""
+    contents = read_networks(workdir)
+    assert isinstance(contents, bundles.Ensemble)
+    predictor = EnsemblePredictor(contents)
+    figures = _read_figures(workdir)
+    network, reason = None, ""
+    try:
+        network = _open_network(predictor, figures, track, source)
+    except MissingError as missing:
+        reason = str(missing)
+    return Ensemble(
+        workdir=workdir,
+        figures=figures,
+        versions=description["versions"],
+        network=network,
+        why_no_network=reason,
+        predictor=predictor,
+    )
+
+
+def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> Run:
+    """Reads the folder of a run; see `read_folder`."""
     config = _read_config(workdir / "config.json")
     try:
         settings = Settings.from_config(config)
@@ -181,15 +246,10 @@ def read_run(workdir: pathlib.Path, track: Track, source: str | None = None) -> 
             f"{error!r}"
         ) from error
     history, damaged_records = _read_history(workdir / "metrics.jsonl")
-    figures = _read_json(workdir / "report" / "metrics.json")
-    if figures.get("format") != FORMAT or not all(_are_figures(figures.get(s)) for s in SPLITS):
-        # Keep only the metrics of the splits, not the report's sections. Sections in another format
-        # cannot be shown. If the metrics of a split are missing, the sections may belong to another
-        # network.
-        figures = {s: figures[s] for s in SPLITS if _are_figures(figures.get(s))}
+    figures = _read_figures(workdir)
     network, reason = None, ""
     try:
-        network = _open_network(workdir, figures, track, source)
+        network = _open_network(_open_bundle(workdir), figures, track, source)
     except MissingError as missing:
         reason = str(missing)
     return Run(
@@ -211,9 +271,10 @@ def _read_config(path: pathlib.Path) -> Any:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         is_bundle = (path.parent / "bundle.json").is_file()
-        advice = "; cnn_jax evaluate measures a bundle or an ensemble" * is_bundle
+        advice = "; cnn_jax evaluate measures a bundle" * is_bundle
         raise ConfigError(
-            f"--run: {path.parent} is not the folder of a run: there is no {path.name}{advice}"
+            f"--run: {path.parent} is not the folder of a run or an ensemble: there is no "
+            f"{path.name}{advice}"
         ) from error
     except (OSError, ValueError) as error:
         raise ConfigError(f"--run: {path} cannot be read: {error}") from error
@@ -227,6 +288,17 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
     return {}
+
+
+def _read_figures(workdir: pathlib.Path) -> dict[str, Any]:
+    """Reads the usable part of report/metrics.json; returns {} if there is none."""
+    figures = _read_json(workdir / "report" / "metrics.json")
+    if figures.get("format") != FORMAT or not all(_are_figures(figures.get(s)) for s in SPLITS):
+        # Keep only the metrics of the splits, not the report's sections. Sections in another format
+        # cannot be shown. If the metrics of a split are missing, the sections may belong to another
+        # network.
+        figures = {s: figures[s] for s in SPLITS if _are_figures(figures.get(s))}
+    return figures
 
 
 def _read_history(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
@@ -257,27 +329,34 @@ def _are_figures(figures: object) -> bool:
     return isinstance(figures, dict) and figures.keys() >= _SPLIT_KEYS
 
 
-def _open_network(
-    workdir: pathlib.Path, figures: dict[str, Any], track: Track, source: str | None
-) -> Network:
-    """Opens a run's bundle and data, and computes the metrics that are missing in `figures`.
-
-    The new metrics are added to `figures`.
-
-    Raises:
-      MissingError: The bundle is missing, or the bundle or its data cannot be used.
-      ConfigError: `source` is not the name of a source.
-      DataError: `source` cannot be read, or is not the data that the network was trained on.
-    """
+def _open_bundle(workdir: pathlib.Path) -> BundlePredictor:
+    """Opens a run's bundle; raises MissingError if it is missing or cannot be used."""
     if not (workdir / "bundle").is_dir():
         raise MissingError(
             "There is no bundle, because the run is not finished. To continue the run, start it "
             "again with the same command."
         )
     try:
-        predictor = BundlePredictor(read_bundle(workdir / "bundle"))
+        return BundlePredictor(read_bundle(workdir / "bundle"))
     except UserError as error:
         raise MissingError(f"The bundle cannot be used: {error}.") from error
+
+
+def _open_network(
+    predictor: BundlePredictor | EnsemblePredictor,
+    figures: dict[str, Any],
+    track: Track,
+    source: str | None,
+) -> Network:
+    """Opens the data of a predictor, and computes the metrics that are missing in `figures`.
+
+    The new metrics are added to `figures`.
+
+    Raises:
+      MissingError: The data cannot be used.
+      ConfigError: `source` is not the name of a source.
+      DataError: `source` cannot be read, or is not the data that the network was trained on.
+    """
     try:
         dataset = open_as_trained(predictor, source, track)
         _check_fingerprint(dataset, predictor, is_new_source=source is not None)
@@ -301,7 +380,7 @@ def _open_network(
 
 
 def _check_fingerprint(
-    dataset: Dataset, predictor: BundlePredictor, *, is_new_source: bool
+    dataset: Dataset, predictor: TrainedPredictor, *, is_new_source: bool
 ) -> None:
     """Checks that a data set is the data set on which a bundle's network was trained.
 

@@ -1,6 +1,7 @@
-"""Writes the report of a run: an HTML page, picture files, and all numbers as JSON."""
+"""Writes the report of a run or an ensemble: a page, picture files, and all numbers as JSON."""
 
 import concurrent.futures
+import functools
 import json
 import os
 import pathlib
@@ -20,8 +21,17 @@ from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.splits import SPLITS
 from cnn_jax.explain.overlay import draw_overlay
-from cnn_jax.report import charts, explanations, qualities, sections, style, texts, thumbnails
-from cnn_jax.report.run import FORMAT, MissingError, Network, Run, read_run
+from cnn_jax.report import (
+    charts,
+    explanations,
+    members,
+    qualities,
+    sections,
+    style,
+    texts,
+    thumbnails,
+)
+from cnn_jax.report.run import FORMAT, Ensemble, MissingError, Network, Run, read_folder
 from cnn_jax.report.sections import Figures
 from cnn_jax.system.atomic import write_text
 from cnn_jax.system.console import Console
@@ -31,12 +41,16 @@ from cnn_jax.training import run_directory
 # Maps the names of the two slowest sections in metrics.json to the functions that compute the
 # sections. Only a full report has these sections. The explanations are first, because they choose
 # the method of the maps, which are drawn while the robustness is measured.
-_FULL = {"explanations": explanations.explanations, "robustness": qualities.qualities}
+_FULL: dict[str, Callable[[Run | Ensemble], Figures]] = {
+    "explanations": explanations.explanations,
+    "robustness": qualities.qualities,
+}
 # The longer side of the image files on the page, in pixels.
 _SIDE = 144
 # The titles of the sections, in the order of the page.
 _TITLES = {
     "figures": "Metrics",
+    "members": "Members and disagreement",
     "classes": "Classes",
     "curves": "Learning curves",
     "confusion": "Confusions",
@@ -67,10 +81,10 @@ def write_report(
     and keeps the sections of an earlier report of the same network.
 
     Args:
-      workdir: The run's folder.
+      workdir: The folder of a run or an ensemble.
       track: Shows progress.
       detail: "full", or "figures" for a report without explanations and corruptions.
-      source: The name of the run's data if it was moved; by default the name in the bundle.
+      source: The name of the training data if it was moved; by default the name in the bundle.
       after_training: Whether this process has just trained the network; the page then names
         the device and the time of this process.
       warn: Receives the sentence at the top of the page if the network cannot be used.
@@ -79,7 +93,9 @@ def write_report(
       The page's path.
 
     Raises:
-      ConfigError: The folder is not the folder of a run, or `source` is not a source's name.
+      BundleError: The ensemble is damaged.
+      ConfigError: The folder is neither of a run nor of an ensemble, or `source` is not a source's
+        name.
       DataError: `source` cannot be read, or is not the data that the network was trained on.
         Nothing is written.
       OSError: The report cannot be written.
@@ -101,7 +117,7 @@ def _write(
     workdir = pathlib.Path(workdir)
     watch = _Stopwatch()
     measuring = _seconds_since_training(workdir) if after_training else 0.0
-    run = read_run(workdir, track, source)
+    run = read_folder(workdir, track, source)
     watch.lap("predictions")
     folder = workdir / "report"
     folder.mkdir(exist_ok=True)
@@ -124,8 +140,8 @@ def _write(
         figures["summary"]["notice"] = _notice(run, figures)
 
     if run.network is not None:
-        _draw_examples(run.network, new, folder, detail == "full")
-        if "augmentation" in new:
+        _draw_examples(run.network, new, folder, detail == "full" and isinstance(run, Run))
+        if isinstance(run, Run) and "augmentation" in new:
             _draw_augmentation(run, folder)
     _draw_pictures(run, new, folder)
     watch.lap("images")
@@ -140,8 +156,8 @@ def _write(
     return folder / "index.html", figures
 
 
-def _notice(run: Run, figures: Figures) -> str:
-    """Returns the notice at the top of the page of a run whose network or data cannot be used."""
+def _notice(run: Run | Ensemble, figures: Figures) -> str:
+    """Returns the notice at the top of the page if the network or its data cannot be used."""
     is_kept = any(name in figures for name in figures["missing"])
     kept = " The sections marked below are from an earlier report." if is_kept else ""
     return f"This report is not complete. {run.why_no_network}{kept}"
@@ -212,7 +228,7 @@ def report_after_training(workdir: str | os.PathLike[str], config: Config, conso
 
 
 def _sections(
-    run: Run,
+    run: Run | Ensemble,
     detail: str,
     track: Track,
     watch: _Stopwatch,
@@ -227,14 +243,14 @@ def _sections(
     made, missing, drawings = {}, {}, []
     if not run.is_measured():
         missing["figures"] = run.why_no_network
-    full = _FULL if detail == "full" else {}
-    wanted = sections.SECTIONS | full
+    wanted = _wanted_sections(run, detail)
     splits = {split: run.figures[split] for split in SPLITS if split in run.figures}
     for name, make in track(wanted.items(), "reporting", len(wanted)):
         if name == "robustness" and run.network is not None:
-            drawings.append(thread.submit(_draw_examples, run.network, dict(made), folder, True))
+            is_run = isinstance(run, Run)
+            drawings.append(thread.submit(_draw_examples, run.network, dict(made), folder, is_run))
         try:
-            made[name] = make(run)
+            made[name] = make()
             drawings.append(thread.submit(_draw_charts, splits | {name: made[name]}, folder))
         except MissingError as reason:
             missing[name] = str(reason)
@@ -244,11 +260,23 @@ def _sections(
     return made, missing, drawings
 
 
-def _facts(run: Run, earlier: object, after_training: bool) -> Figures:
-    """Returns details of a run, such as its configuration, data, training time and device.
+def _wanted_sections(run: Run | Ensemble, detail: str) -> dict[str, Callable[[], Figures]]:
+    """Returns the functions that compute the sections of a report, by name."""
+    full = _FULL if detail == "full" else {}
+    common = {name: functools.partial(make, run) for name, make in (sections.COMMON | full).items()}
+    if isinstance(run, Ensemble):
+        return {"members": functools.partial(members.members, run), **common}
+    special = {name: functools.partial(make, run) for name, make in sections.RUN_ONLY.items()}
+    return {**special, **common}
 
-    Device and time are kept from the report that was written directly after training.
+
+def _facts(run: Run | Ensemble, earlier: object, after_training: bool) -> Figures:
+    """Returns details of a run or an ensemble, such as its data and its library versions.
+
+    Device and time of a run are kept from the report that was written directly after training.
     """
+    if isinstance(run, Ensemble):
+        return members.facts(run)
     facts = sections.facts(run)
     if after_training:
         devices = jax.devices()
@@ -294,7 +322,7 @@ def _draw_examples(
     pixels = network.dataset.loader.load(np.array(positions))["image"]
     classes = [network.class_names.index(shown["predicted"]) for shown in new_examples.values()]
     method = made.get("explanations", {}).get("maps", explanations.REPORT_METHODS[0])
-    maps = explanations.maps(network.predictor, pixels, np.array(classes), method)
+    maps = explanations.maps(network.need_single(), pixels, np.array(classes), method)
     for position, values in zip(positions, maps, strict=True):
         if (image := images[position]) is not None:
             path = folder / new_examples[position]["picture"]
@@ -313,7 +341,7 @@ def _draw_augmentation(run: Run, folder: pathlib.Path) -> None:
         row.save(folder / "examples" / f"augmented_{number:02d}.png")
 
 
-def _draw_pictures(run: Run, made: Figures, folder: pathlib.Path) -> None:
+def _draw_pictures(run: Run | Ensemble, made: Figures, folder: pathlib.Path) -> None:
     """Draws the pictures of the sections on explanations and on robustness.
 
     The file names of the pictures are added to these two sections in `made`.
@@ -360,10 +388,15 @@ def _page(
         return style.data_uri(path) if path.is_file() else None
 
     names = list(figures["test"]["per_class"]) if "test" in figures else []
+    is_ensemble = "members" in figures or "members" in figures["missing"]
+    omitted = sections.RUN_ONLY if is_ensemble else ("members",)
+    titles = {name: title for name, title in _TITLES.items() if name not in omitted}
+    if is_ensemble:
+        titles["run"] = "The ensemble"
     return style.template("run_report.html").render(
         figures=figures,
         run=figures["run"],
-        titles=_TITLES,
+        titles=titles,
         charts={name: style.embedded(folder / f"{name}.png") for name in drawn},
         picture=picture,
         map_of=lambda name: picture(str(_map_path(pathlib.Path(name)))),
@@ -373,7 +406,7 @@ def _page(
         are_numbered=style.tick_names(names) != [style.shorten(name) for name in names],
         configuration={
             key: json.dumps(value, ensure_ascii=False)
-            for key, value in files.flat(figures["run"]["configuration"]).items()
+            for key, value in files.flat(figures["run"].get("configuration", {})).items()
         },
         **style.sorting_script(),
     )

@@ -1,4 +1,4 @@
-"""Computes the sections of a run's report; each function takes a run and returns JSON values.
+"""Computes the sections of a report; each function returns JSON values.
 
 A function raises MissingError with the reason if its section cannot be computed. An image for the
 page is described by a dictionary, which the function `example` makes.
@@ -14,10 +14,11 @@ from jaxtyping import Int, UInt8
 
 import cnn_jax
 from cnn_jax.data import pipeline
+from cnn_jax.data.splits import SPLITS
 from cnn_jax.inference import calibration
 from cnn_jax.models.network import count_parameters
 from cnn_jax.report import charts, label_errors, texts, verdicts
-from cnn_jax.report.run import MissingError, Network, Run
+from cnn_jax.report.run import Measurements, MissingError, Network, Run
 from cnn_jax.training.checkpoint import best_record
 
 # The number of images of each kind on the page: wrong predictions, uncertain predictions, suspected
@@ -74,7 +75,7 @@ def most_confident_image(network: Network) -> UInt8[np.ndarray, "height width 3"
     return network.dataset.loader.load(position)["image"][0]
 
 
-def guessing(run: Run) -> Figures:
+def guessing(run: Measurements) -> Figures:
     """Compares the network with a classifier that always predicts the most common test class."""
     return verdicts.guessing(run.need_figures("test"))
 
@@ -103,7 +104,7 @@ def curves(run: Run) -> Figures:
 _CURVES = ("loss", "accuracy")
 
 
-def confusion(run: Run) -> Figures:
+def confusion(run: Measurements) -> Figures:
     """Returns the order of the classes in the confusion matrix, and the most confused pairs."""
     if run.network is None and "confusion" in run.figures:
         # Without the network, no new example images can be selected. Keep the section of an earlier
@@ -146,7 +147,7 @@ def _pair_examples(network: Network | None, true: int, predicted: int) -> list[F
     return [example(network, "test", int(row)) for row in rows[:_PAIR_IMAGES]]
 
 
-def calibration_section(run: Run) -> Figures:
+def calibration_section(run: Measurements) -> Figures:
     """Measures the calibration of the test predictions before and after temperature scaling."""
     network = run.need_network()
     after, labels = network.probabilities["test"], network.labels("test")
@@ -162,7 +163,7 @@ def calibration_section(run: Run) -> Figures:
     }
 
 
-def coverage(run: Run) -> Figures:
+def coverage(run: Measurements) -> Figures:
     """Measures the test accuracy when the images with the lowest confidence are rejected."""
     network = run.need_network()
     probabilities, labels = network.probabilities["test"], network.labels("test")
@@ -179,7 +180,7 @@ def coverage(run: Run) -> Figures:
     }
 
 
-def mistakes(run: Run) -> Figures:
+def mistakes(run: Measurements) -> Figures:
     """Selects test images with confident wrong predictions or uncertain correct predictions."""
     network = run.need_network()
     probabilities, labels = network.probabilities["test"], network.labels("test")
@@ -201,7 +202,7 @@ def mistakes(run: Run) -> Figures:
     }
 
 
-def suspected_labels(run: Run) -> Figures:
+def suspected_labels(run: Measurements) -> Figures:
     """Finds validation and test images whose label is probably wrong, and suggests other labels."""
     network = run.need_network()
     splits = ("validation", "test")
@@ -268,9 +269,7 @@ def facts(run: Run) -> Figures:
     """Returns the configuration, data, time and library versions of a run."""
     settings = run.settings
     seconds = math.fsum(record["seconds"] for record in run.history)
-    figures: Figures = {
-        "name": run.workdir.resolve().name,
-        "folder": str(run.workdir),
+    figures = common_facts(run) | {
         "source": settings.source,
         "network": settings.model,
         "image_size": list(settings.image_size),
@@ -279,16 +278,8 @@ def facts(run: Run) -> Figures:
         "epochs_wanted": settings.epochs,
         "configuration": run.config,
         "mixing": settings.mixing.describe(),
-        "warnings": [],
         "seconds": seconds,
         "duration": texts.duration(seconds),
-        "versions": run.versions,
-        "made_by": f"cnn_jax {cnn_jax.__version__}",
-        "images": {
-            split: run.figures[split]["count"]
-            for split in ("train", "validation", "test")
-            if split in run.figures
-        },
     }
     if run.pretrained:
         names = ("source", "license", "sha256")
@@ -297,28 +288,45 @@ def facts(run: Run) -> Figures:
         rates = [record["images_per_second"] for record in run.history]
         figures["images_per_second"] = float(np.median(rates))
     if run.network is not None:
-        predictor, dataset = run.network.predictor, run.network.dataset
+        predictor = run.network.need_single()
+        figures["parameters"] = count_parameters(
+            predictor.model, predictor.preprocessing.image_size
+        )
+    return figures
+
+
+def common_facts(run: Measurements) -> Figures:
+    """Returns the facts that the reports of runs and of ensembles have in common."""
+    figures: Figures = {
+        "name": run.workdir.resolve().name,
+        "folder": str(run.workdir),
+        "versions": run.versions,
+        "made_by": f"cnn_jax {cnn_jax.__version__}",
+        "images": {split: run.figures[split]["count"] for split in SPLITS if split in run.figures},
+        "warnings": [],
+    }
+    if run.network is not None:
+        dataset = run.network.dataset
         figures |= {
-            "classes": len(predictor.class_names),
-            "parameters": count_parameters(predictor.model, predictor.preprocessing.image_size),
+            "classes": len(run.network.class_names),
             "fingerprint": dataset.fingerprint,
             "warnings": dataset.findings.warnings(),
         }
     return figures
 
 
-# Maps the names of sections in metrics.json to the functions that compute the sections, in the
-# order of the page.
-SECTIONS: dict[str, Callable[[Run], Figures]] = {
+# Maps the names of sections in metrics.json to the functions that compute the sections. The
+# reports of runs and of ensembles have these sections.
+COMMON: dict[str, Callable[[Measurements], Figures]] = {
     "guessing": guessing,
-    "curves": curves,
     "confusion": confusion,
     "calibration": calibration_section,
     "coverage": coverage,
     "mistakes": mistakes,
     "label_errors": suspected_labels,
-    "augmentation": augmentation,
 }
+# The sections of the report of a run only.
+RUN_ONLY: dict[str, Callable[[Run], Figures]] = {"curves": curves, "augmentation": augmentation}
 
 
 def examples(figures: object) -> list[Figures]:

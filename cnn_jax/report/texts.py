@@ -37,6 +37,8 @@ _METHODS = {
     "equal to its confidence. Brier score: the mean squared distance from the true class over "
     "all classes, 0 to 2 (Brier 1950). Temperature scaling: Guo et al. 2017.",
     "coverage": "Selective prediction (El-Yaniv and Wiener 2010) on the test images.",
+    "members": "Disagreement: the mutual information between the class and the choice of the "
+    "prediction, in nats (Houlsby et al. 2011, BALD). It is 0 if all predictions are equal.",
     "label_errors": "Confident learning (Northcutt, Jiang and Chuang 2021) on validation and "
     "test, because the network was not trained on these images. A label is suspect if the network "
     "predicts another class with at least the confidence that it usually has for images of that "
@@ -152,13 +154,14 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
     if test is None:
         return {"headline": "There is no finished network to measure yet.", "remarks": []}
     low, high = test["confidence_intervals"]["accuracy"]
+    subject = "ensemble" if "members" in figures else "network"
     headline = (
-        f"The network classifies {percent(test['accuracy'], 2)} of "
+        f"The {subject} classifies {percent(test['accuracy'], 2)} of "
         f"{count(test['count'], 'test image')} correctly (95 % interval {percent(low)} to "
         f"{percent(high)})."
     )
     if "guessing" in figures:
-        headline += f" {_compared_with_guessing(figures['guessing'], test)}"
+        headline += f" {_compared_with_guessing(figures['guessing'], test, subject)}"
     absent = _absent_classes(test)
     remarks = [
         *([{"text": absent, "section": "figures"}] if absent else []),
@@ -175,7 +178,7 @@ def summary(figures: Mapping[str, Any]) -> dict[str, Any]:
     found = {"headline": headline, "remarks": remarks[:_MAX_REMARKS]}
     if absent:
         found["absent_classes"] = absent
-    if _size_remarks(test) and "run" in figures:
+    if _size_remarks(test) and "configuration" in figures.get("run", {}):
         found["small_test_split"] = _small_test_split(test, figures["run"])
     return found
 
@@ -215,8 +218,10 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:_MAX_NAMED]) + more
 
 
-def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]) -> str:
-    """Compares the network with a classifier that always predicts the most common class."""
+def _compared_with_guessing(
+    guessing: Mapping[str, Any], test: Mapping[str, Any], subject: str
+) -> str:
+    """Compares the predictions with a classifier that always predicts the most common class."""
     guess = (
         f"Always naming {guessing['class']}, the most common class of the test images, would be "
         f"correct for {percent(guessing['accuracy'])}"
@@ -225,13 +230,13 @@ def _compared_with_guessing(guessing: Mapping[str, Any], test: Mapping[str, Any]
         return f"{guess}."
     if guessing["verdict"] == "informative":
         return (
-            f"{guess}, and the network is not shown to have a higher accuracy. But its predictions "
-            f"depend on the class: its mean recall is {percent(test['recall'])}; that of guessing "
-            f"is {percent(1 / len(test['per_class']))}."
+            f"{guess}, and the {subject} is not shown to have a higher accuracy. But its "
+            f"predictions depend on the class: its mean recall is {percent(test['recall'])}; that "
+            f"of guessing is {percent(1 / len(test['per_class']))}."
         )
     if guessing["verdict"] == "worse":
-        return f"{guess}: the network is worse than guessing."
-    return f"{guess}: the network is not shown to be better than guessing."
+        return f"{guess}: the {subject} is worse than guessing."
+    return f"{guess}: the {subject} is not shown to be better than guessing."
 
 
 def _size_remarks(test: Mapping[str, Any]) -> list[dict[str, str]]:

@@ -258,8 +258,14 @@ class TrainingDisplay:
                 rate=rate,
             )
 
-    def epoch(self, record: Mapping[str, Any], *, is_best: bool) -> None:
-        """Prints the line of a finished epoch; `is_best` marks the best epoch so far."""
+    def epoch(self, record: Mapping[str, Any], *, is_best: bool, note: str = "") -> None:
+        """Prints the line of a finished epoch.
+
+        Args:
+          record: The record of the epoch.
+          is_best: Whether the epoch is the best so far, which is marked.
+          note: A text at the end of the line, such as the name of a member.
+        """
 
         def cell(group: str, name: str) -> str:
             value = record[f"{group}_{name.lower()}"] if group else record["images_per_second"]
@@ -267,7 +273,7 @@ class TrainingDisplay:
             return f"{value:{form}}"
 
         line = self._row(f"{record['epoch']:>4}/{self._epochs}", self._cells(cell))
-        self._console.print_epoch(line + "  best" * is_best)
+        self._console.print_epoch(line + f"  {note}" * bool(note) + "  best" * is_best)
 
     def _row(self, first: str, groups: Sequence[str]) -> str:
         return f"{first:<11} {'   '.join(groups)}".rstrip()

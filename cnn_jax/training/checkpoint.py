@@ -348,9 +348,14 @@ class Checkpoints:
                 f"{self._path}; the steps of its checkpoints are {kept}"
             )
         saved = self.restore(step, state, epoch_metrics)
-        for later in steps[: steps.index(step)]:
-            self._manager.delete(later)
+        self.delete_after(step)
         return saved
+
+    def delete_after(self, step: int) -> None:
+        """Deletes all checkpoints of later steps."""
+        for later in self.steps():
+            if later > step:
+                self._manager.delete(later)
 
     def _move_aside(self, steps: Sequence[int]) -> None:
         """Moves the checkpoints of the given steps to the folder `damaged`."""

@@ -121,15 +121,8 @@ def train_and_evaluate(
         heartbeat = Heartbeat(workdir)
         track = heartbeat.wrap(console.track)
         with sharding.synchronized_errors():
-            previous = run_directory.read_config(workdir)
-            config = resolve(config, previous)
-            changes = run_directory.changes(workdir, previous, config)
-            if previous is None:
-                weights = initial_weights.open_initial_weights(config)
-                record = weights and weights.record()
-            else:
-                weights, record = None, run_directory.read_pretrained(workdir)
-                initial_weights.check_unchanged(config, record)
+            folder = open_folder(config, workdir)
+            config = folder.config
             heartbeat.beat("opening data")
             stopping = interrupted.stopping(
                 track, "nothing is lost; run the same command to continue"
@@ -156,28 +149,93 @@ def train_and_evaluate(
         )
         with contextlib.closing(checkpoints):
             checkpoints.check_data(dataset.fingerprint)
-            summary.show_plan(console, config, workdir, dataset, model, changes, record)
-            run = _make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
-            progress = _restore_or_start(run, previous, weights, stopping)
-            # Write config.json only after the run is known to start.
-            run_directory.write_pretrained(workdir, record)
-            run_directory.write_config(workdir, config)
-            run_directory.write_unreadable(workdir, dataset.findings.unreadable)
+            summary.show_plan(
+                console, config, workdir, dataset, model, folder.changes, folder.pretrained
+            )
+            run = make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
+            progress = restore_or_start(run, folder, stopping)
+            folder.write(dataset)
             trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
             _train(run, progress, interrupted, trace, on_epoch or (lambda history: None))
-            variables, best_epoch = _best_variables(run, progress)
+            variables, best_epoch = best_variables(run, progress)
         track = interrupted.stopping(
             track, "training is done; run the same command to write the results"
         )
-        features = None
-        if best_epoch == 0 or (config.train.probe and config.train.from_stage == "head"):
-            # The layers below the head are unchanged since the probe, so the stored features are
-            # used again.
-            features = probe.embeddings(model, variables, config, dataset, track)
-        report = results.write_results(
-            config, workdir, dataset, variables, track, features, on_metrics
-        )
-        heartbeat.beat("done")
+        return write_results(run, variables, best_epoch, track, on_metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """The folder of a run before the run starts.
+
+    Attributes:
+      workdir: The folder.
+      config: The resolved configuration.
+      previous: The values of the configuration at the last start, by key; None for a new run.
+      changes: A line for each key that has changed since the last start.
+      weights: The weights with which a new run starts; None for random weights.
+      pretrained: The content of pretrained.json; None for random weights.
+    """
+
+    workdir: pathlib.Path
+    config: Config
+    previous: Mapping[str, Any] | None
+    changes: list[str]
+    weights: PretrainedWeights | None
+    pretrained: Mapping[str, Any] | None
+
+    def write(self, dataset: Dataset) -> None:
+        """Writes config.json and the other files of a run that is known to start."""
+        run_directory.write_pretrained(self.workdir, self.pretrained)
+        run_directory.write_config(self.workdir, self.config)
+        run_directory.write_unreadable(self.workdir, dataset.findings.unreadable)
+
+
+def open_folder(config: Config, workdir: pathlib.Path) -> Folder:
+    """Resolves the configuration of a run, and compares it with an earlier start in the folder.
+
+    Raises:
+      ConfigError: The folder has a run with another configuration, or the initial weights cannot
+        be used.
+    """
+    previous = run_directory.read_config(workdir)
+    config = resolve(config, previous)
+    changes = run_directory.changes(workdir, previous, config)
+    if previous is None:
+        weights = initial_weights.open_initial_weights(config)
+        record = weights and weights.record()
+    else:
+        weights, record = None, run_directory.read_pretrained(workdir)
+        initial_weights.check_unchanged(config, record)
+    return Folder(workdir, config, previous, changes, weights, record)
+
+
+def write_results(
+    run: "Run",
+    variables: PyTree,
+    best_epoch: int,
+    track: Track,
+    on_metrics: Callable[[Mapping[str, Any]], None] | None = None,
+) -> dict[str, Any]:
+    """Writes the metrics and the bundle of a run; see `results.write_results`.
+
+    Args:
+      run: The run.
+      variables: The variables of the best epoch, arrays on the host.
+      best_epoch: The number of the best epoch; 0 is the probe.
+      track: Shows the progress of a loop.
+      on_metrics: A function of the content of `report/metrics.json`.
+    """
+    config, dataset = run.config, run.dataset
+    features = None
+    if best_epoch == 0 or (config.train.probe and config.train.from_stage == "head"):
+        # The layers below the head are unchanged since the probe, so the stored features are used
+        # again.
+        features = probe.embeddings(run.programs.model, variables, config, dataset, track)
+    report = results.write_results(
+        config, run.workdir, dataset, variables, track, features, on_metrics
+    )
+    run.heartbeat.beat("done")
     return report
 
 
@@ -212,7 +270,7 @@ def open_dataset(config: Config, track: Track) -> Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
+class Run:
     """The objects of a run that are the same for all training steps.
 
     Attributes:
@@ -257,8 +315,13 @@ class _Run:
         fits = step_in_epoch % length == 0 and step_in_epoch + length <= self.steps_per_epoch
         return length if fits else 1
 
+    def is_finished(self, progress: "Progress") -> bool:
+        """Returns whether the last epoch or early stopping has ended the training."""
+        last_step = self.config.train.epochs * self.steps_per_epoch
+        return progress.step >= last_step or _patience_is_over(progress.history, self.config)
 
-def _make_run(
+
+def make_run(
     config: Config,
     workdir: pathlib.Path,
     dataset: Dataset,
@@ -266,7 +329,7 @@ def _make_run(
     checkpoints: Checkpoints,
     console: Console,
     heartbeat: Heartbeat,
-) -> _Run:
+) -> Run:
     """Creates the learning-rate schedule and the jitted functions of a run."""
     steps_per_epoch = math.ceil(len(dataset.splits["train"]) / config.train.batch_size)
     schedule = make_schedule(
@@ -292,7 +355,7 @@ def _make_run(
         dataset.findings.counts["train"],
         distillation,
     )
-    return _Run(
+    return Run(
         config=config,
         workdir=workdir,
         dataset=dataset,
@@ -310,7 +373,7 @@ def _make_run(
 
 
 @dataclasses.dataclass
-class _Progress:
+class Progress:
     """The part of a run's state that a checkpoint stores.
 
     Attributes:
@@ -325,11 +388,11 @@ class _Progress:
     state: TrainState
     totals: Metrics
     history: History
-    clock: "_Clock"
+    clock: "Clock"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Execution:
+class Execution:
     """Training steps that were dispatched to the devices together, and may still be running.
 
     Attributes:
@@ -351,8 +414,8 @@ class _Execution:
 
 
 def _train(
-    run: _Run,
-    progress: _Progress,
+    run: Run,
+    progress: Progress,
     interrupted: Interruption,
     trace: Trace,
     on_epoch: Callable[[History], None],
@@ -364,19 +427,19 @@ def _train(
     """
     train, monitor = run.config.train, run.config.train.monitor
     last_step = train.epochs * run.steps_per_epoch
-    is_finished = progress.step >= last_step or _patience_is_over(progress.history, run.config)
+    is_finished = run.is_finished(progress)
     if run.teacher_error is not None and not is_finished:
         raise run.teacher_error
     log = run_directory.EpochLog(run.workdir, progress.history)
     display = run.console.training(train.epochs, run.steps_per_epoch)
     augmentation = Augmentation.from_config(run.config.augment)
-    stream = _training_batches(run, run.dataset.loader, augmentation, progress.step)
+    stream = training_batches(run, run.dataset.loader, augmentation, progress.step)
     with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
         improvements = _improvements(progress.history, monitor)
         display.start(progress.history, improvements, progress.step, is_finished)
         run.heartbeat.beat("starting", progress.step)
         if progress.history and not run.checkpoints.steps():
-            _save(run, progress)  # The probe counts as epoch 0, which may be the best epoch.
+            save(run, progress)  # The probe counts as epoch 0, which may be the best epoch.
         on_epoch(progress.history)
         reader = _DelayedReader(run, progress, display)
         for number in itertools.count():
@@ -390,19 +453,19 @@ def _train(
             run.heartbeat.beat("training", progress.step)
             is_due = interrupted.is_due(number)
             ends_epoch = progress.step % run.steps_per_epoch == 0
-            if not (ends_epoch or is_due or _saves_within_epoch(run, execution)):
+            if not (ends_epoch or is_due or saves_within_epoch(run, execution)):
                 continue
 
             reader.finish()
             # The loss was computed before the last update of the parameters, so the updated
             # parameters are checked too.
             if not run.programs.is_finite(progress.state):
-                raise _not_finite("a parameter", execution, run.schedule)
+                raise not_finite("a parameter", execution, run.schedule)
             if ends_epoch:
-                record = _end_epoch(run, progress, execution)
+                record = end_epoch(run, progress, execution)
                 log.append(record)
                 display.epoch(record, is_best=record is best_record(progress.history, monitor))
-            _save(run, progress)
+            save(run, progress)
             if is_due:
                 run.checkpoints.wait()
                 raise Interrupted(
@@ -418,12 +481,12 @@ def _train(
 
 
 def _dispatch(
-    run: _Run,
-    progress: _Progress,
+    run: Run,
+    progress: Progress,
     batches: Iterator[pipeline.NumpyBatch],
     length: int,
     is_first: bool,
-) -> _Execution:
+) -> Execution:
     """Sends the next batches to the devices and dispatches a training step for each batch.
 
     The devices compute after this function has returned. The first execution of a process
@@ -451,10 +514,10 @@ def _dispatch(
             progress.clock.restart()  # The measured speed excludes the time of compilation.
     first_step = progress.step
     progress.step += length
-    return _Execution(metrics, first_step, length, length * programs.layout.batch_size)
+    return Execution(metrics, first_step, length, length * programs.layout.batch_size)
 
 
-def _saves_within_epoch(run: _Run, execution: _Execution) -> bool:
+def saves_within_epoch(run: Run, execution: Execution) -> bool:
     """Returns whether `checkpoint.every_steps` requires a checkpoint after the given steps."""
     every = run.config.checkpoint.every_steps
     if not every:
@@ -465,11 +528,11 @@ def _saves_within_epoch(run: _Run, execution: _Execution) -> bool:
 class _DelayedReader:
     """Reads the loss of dispatched steps while the devices compute the next steps."""
 
-    def __init__(self, run: _Run, progress: _Progress, display: TrainingDisplay) -> None:
+    def __init__(self, run: Run, progress: Progress, display: TrainingDisplay) -> None:
         self._run, self._progress, self._display = run, progress, display
-        self._in_flight: _Execution | None = None
+        self._in_flight: Execution | None = None
 
-    def follow(self, execution: _Execution) -> None:
+    def follow(self, execution: Execution) -> None:
         """Reads the loss of the previously dispatched steps, and remembers the new steps.
 
         Raises:
@@ -491,29 +554,23 @@ class _DelayedReader:
         self._read(self._in_flight)
         self._in_flight = None
 
-    def _read(self, execution: _Execution) -> float:
+    def _read(self, execution: Execution) -> float:
         """Waits for dispatched steps to finish; returns the mean loss of their images."""
         run = self._run
         with run.memory.explained():
             loss = float(jax.device_get(execution.metrics.loss_sum).sum()) / execution.images
         if not math.isfinite(loss):
-            raise _not_finite("the loss", execution, run.schedule)
+            raise not_finite("the loss", execution, run.schedule)
         self._progress.clock.count(execution.images)
         return loss
 
 
-def _restore_or_start(
-    run: _Run,
-    previous: Mapping[str, Any] | None,
-    weights: PretrainedWeights | None,
-    track: Track,
-) -> _Progress:
+def restore_or_start(run: Run, folder: Folder, track: Track) -> Progress:
     """Restores the progress of the run from a checkpoint, or starts at step 0.
 
     Args:
       run: The run.
-      previous: The values of the configuration at the last start, by key; None for a new run.
-      weights: The weights with which a new run starts; None for random weights.
+      folder: The folder of the run, as it was before this start.
       track: Shows the progress of a loop.
 
     Raises:
@@ -524,7 +581,7 @@ def _restore_or_start(
     state, totals = run.programs.init_state(), run.programs.empty_metrics()
     # Rewind only if `restore_step` is new, because a scheduler may repeat the same command.
     restore_step = config.checkpoint.restore_step
-    if restore_step and restore_step != (previous or {}).get("checkpoint.restore_step"):
+    if restore_step and restore_step != (folder.previous or {}).get("checkpoint.restore_step"):
         saved = checkpoints.rewind(restore_step, state, totals)
     else:
         saved, damaged = checkpoints.restore_latest(state, totals)
@@ -535,32 +592,33 @@ def _restore_or_start(
                 f"moved to {run.workdir / 'damaged'}; an earlier checkpoint is intact"
             )
     if saved is None:
-        if weights is not None:
-            class_names = run.dataset.source.class_names
-            state, description = initial_weights.start_from(weights, config, state, class_names)
+        if folder.weights is not None:
+            state, description = initial_weights.start_from(
+                folder.weights, config, state, run.dataset.source.class_names
+            )
             run.console.print(f"starts from {description}")
         history: History = []
         if config.train.probe:
             state, record = _fit_head(run, state, track)
             history.append(record)
-        return _Progress(0, state, totals, history, _Clock())
+        return Progress(0, state, totals, history, Clock())
     if (finished := _last_epoch(saved.history)) > config.train.epochs:
         raise ConfigError(
             f"config.train.epochs: must be at least {finished}, the number of finished epochs, "
             f"got {config.train.epochs}"
         )
-    clock = _Clock(saved.seconds)
-    return _Progress(saved.step, saved.state, saved.epoch_metrics, saved.history, clock)
+    clock = Clock(saved.seconds)
+    return Progress(saved.step, saved.state, saved.epoch_metrics, saved.history, clock)
 
 
-def _fit_head(run: _Run, state: TrainState, track: Track) -> tuple[TrainState, dict[str, Any]]:
+def _fit_head(run: Run, state: TrainState, track: Track) -> tuple[TrainState, dict[str, Any]]:
     """Fits the head to the features of the initial network; see `probe`.
 
     Returns:
       The state with the fitted head, and the record of epoch 0.
     """
     config, dataset = run.config, run.dataset
-    clock = _Clock()
+    clock = Clock()
     variables = jax.device_get(run.programs.gather(state.variables))
     features = probe.embeddings(run.programs.model, variables, config, dataset, track)
     class_weights = None
@@ -584,10 +642,10 @@ def _fit_head(run: _Run, state: TrainState, track: Track) -> tuple[TrainState, d
 
 
 def _record(
-    run: _Run,
+    run: Run,
     epoch: int,
     step: int,
-    clock: "_Clock",
+    clock: "Clock",
     training: Mapping[str, float],
     validation: Mapping[str, float],
 ) -> dict[str, Any]:
@@ -617,8 +675,8 @@ def _last_epoch(history: History) -> int:
     return history[-1]["epoch"] if history else 0
 
 
-def _training_batches(
-    run: _Run,
+def training_batches(
+    run: Run,
     loader: pipeline.Loader,
     augmentation: Augmentation,
     start: int = 0,
@@ -643,7 +701,7 @@ def _training_batches(
     )
 
 
-def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> dict[str, Any]:
+def end_epoch(run: Run, progress: Progress, last_execution: Execution) -> dict[str, Any]:
     """Validates the network, and returns the record of the finished epoch.
 
     The metrics and the clock are reset for the next epoch.
@@ -654,18 +712,18 @@ def _end_epoch(run: _Run, progress: _Progress, last_execution: _Execution) -> di
     progress.state = _estimate_statistics(run, progress.state)
     validation = _validate(run, progress.state)
     if not math.isfinite(validation["loss"]):
-        raise _not_finite("the validation loss", last_execution, run.schedule)
+        raise not_finite("the validation loss", last_execution, run.schedule)
     # If classes are sampled evenly, the metrics are reweighted to the data's class frequencies.
     is_sampled = run.config.train.balance == "sampling"
     training = progress.totals.compute(run.dataset.findings.counts["train"] if is_sampled else None)
     epoch = _last_epoch(progress.history) + 1
     record = _record(run, epoch, progress.step, progress.clock, training, validation)
     progress.history.append(record)
-    progress.totals, progress.clock = run.programs.empty_metrics(), _Clock()
+    progress.totals, progress.clock = run.programs.empty_metrics(), Clock()
     return record
 
 
-def _save(run: _Run, progress: _Progress) -> None:
+def save(run: Run, progress: Progress) -> None:
     """Starts to save a checkpoint in the background."""
     run.checkpoints.save(
         progress.step,
@@ -677,7 +735,7 @@ def _save(run: _Run, progress: _Progress) -> None:
     )
 
 
-def _best_variables(run: _Run, progress: _Progress) -> tuple[PyTree, int]:
+def best_variables(run: Run, progress: Progress) -> tuple[PyTree, int]:
     """Returns the network's variables after the best epoch, as arrays on the host.
 
     Raises:
@@ -709,7 +767,7 @@ def _best_variables(run: _Run, progress: _Progress) -> tuple[PyTree, int]:
     return jax.device_get(run.programs.gather(saved.state.variables)), best["epoch"]
 
 
-class _Clock:
+class Clock:
     """Measures the duration of an epoch and the training speed in images per second."""
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -743,7 +801,7 @@ class _Clock:
         return time.perf_counter() - self._made
 
 
-def _not_finite(name: str, execution: _Execution, schedule: optax.Schedule) -> DivergedError:
+def not_finite(name: str, execution: Execution, schedule: optax.Schedule) -> DivergedError:
     """Returns the error for a loss or a parameter that is not finite.
 
     Args:
@@ -768,7 +826,7 @@ def _learning_rate(schedule: optax.Schedule, step: int) -> float:
         return np.asarray(schedule(step)).item()
 
 
-def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
+def _estimate_statistics(run: Run, state: TrainState) -> TrainState:
     """Returns the train state with new BatchNorm statistics for the current parameters.
 
     The statistics come from training images without augmentation. The images are always the
@@ -781,7 +839,7 @@ def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
     statistics = programs.empty_statistics()
     # Worker processes would take longer to start than these few batches take to load.
     loader = dataclasses.replace(run.dataset.loader, workers=0)
-    with _training_batches(run, loader, Augmentation(), stop=count) as batches:
+    with training_batches(run, loader, Augmentation(), stop=count) as batches:
         for batch in batches:
             run.heartbeat.beat("estimating statistics")
             with jax.transfer_guard("disallow"):
@@ -792,7 +850,7 @@ def _estimate_statistics(run: _Run, state: TrainState) -> TrainState:
     return dataclasses.replace(state, batch_stats=statistics.batch_stats)
 
 
-def _validate(run: _Run, state: TrainState) -> dict[str, float]:
+def _validate(run: Run, state: TrainState) -> dict[str, float]:
     """Returns the metrics of the whole validation split."""
     programs, indices = run.programs, run.dataset.splits["validation"]
     totals = programs.empty_metrics()

@@ -1,8 +1,10 @@
 """The jitted functions of a run."""
 
+import copy
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +33,8 @@ from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, 
 
 # The number of columns of an array of packed images.
 _COLUMNS = 128
+# A jitted training function: (state, batch, pixels, extra) -> (state, metrics).
+_Training = Callable[[TrainState, Mapping[str, Array], Array | None, PyTree], Any]
 
 
 def make_programs(
@@ -151,31 +155,19 @@ class Programs:
         )
         mesh = sharding.make_mesh(model_devices, devices)
         platform = mesh.devices.flat[0].platform
-        jit = functools.partial(jax.jit, compiler_options=runtime.compiler_options(platform))
+        self._platform = platform
+        self._jit = jit = functools.partial(
+            jax.jit, compiler_options=runtime.compiler_options(platform)
+        )
+        self._step = train_step
         self.model = train_step.model
         self.accumulation_steps = train_step.accumulation_steps
         self._image_size = train_step.preprocessing.image_size
         self.layout = layout = sharding.Layout(mesh, batch_size)
         abstract_state = jax.eval_shape(train_step.init_state)
-        state_sharding = sharding.split_large(layout.mesh, abstract_state)
+        self._state_sharding = sharding.split_large(layout.mesh, abstract_state)
+        state_sharding = self._state_sharding
         statistics_sharding = Statistics(layout.replicated, state_sharding.batch_stats)
-
-        def training(
-            state: TrainState, batch: Mapping[str, Array], pixels: Array | None, extra: PyTree
-        ) -> tuple[TrainState, Metrics]:
-            return train_step(state, with_images(batch, pixels), extra)
-
-        def several(
-            state: TrainState, batches: Mapping[str, Array], pixels: Array | None, extra: PyTree
-        ) -> tuple[TrainState, Metrics]:
-            def step(
-                carry: tuple[TrainState, Metrics], batch: Mapping[str, Array]
-            ) -> tuple[tuple[TrainState, Metrics], None]:
-                state, totals = carry
-                state, metrics = training(state, batch, pixels, extra)
-                return (state, totals.merge(metrics)), None
-
-            return jax.lax.scan(step, (state, Metrics.empty(num_classes)), batches)[0]
 
         def add_batch(
             statistics: Statistics,
@@ -202,30 +194,12 @@ class Programs:
             )
 
         replicated, batch_sharding = layout.replicated, layout.batch_sharding
-        jit_training = functools.partial(
-            jit, donate_argnums=0, out_shardings=(state_sharding, replicated)
-        )
-        # A network that can have pretrained weights has many layers. XLA would need half a minute
-        # to optimise the program that draws the random initial weights. These weights are seldom
-        # used.
-        is_backbone = isinstance(self.model, Backbone)
-        self.init_state = jax.jit(
-            train_step.init_state,
-            out_shardings=state_sharding,
-            compiler_options=runtime.quick_compiler_options(platform) if is_backbone else None,
-        )
+        self._jit_seeded()
         self.empty_metrics = jax.jit(
             functools.partial(Metrics.empty, num_classes), out_shardings=replicated
         )
         self.empty_statistics = jax.jit(
             lambda: Statistics.empty(abstract_state.batch_stats), out_shardings=statistics_sharding
-        )
-        self.train_step = jit_training(
-            training, in_shardings=(state_sharding, batch_sharding, replicated, replicated)
-        )
-        self.train_steps = jit_training(
-            several,
-            in_shardings=(state_sharding, layout.stacked_batch_sharding, replicated, replicated),
         )
         self.update_statistics = jit(
             add_batch,
@@ -246,6 +220,76 @@ class Programs:
         self.merge = jax.jit(Metrics.merge, donate_argnums=0, out_shardings=replicated)
         self.is_finite = jax.jit(_all_finite, out_shardings=replicated)
         self.gather = jax.jit(lambda tree: tree, out_shardings=replicated)
+
+    def _jit_seeded(self) -> None:
+        """Creates the jitted functions that depend on the seed of `self._step`."""
+        layout, state_sharding = self.layout, self._state_sharding
+        # A network that can have pretrained weights has many layers. XLA would need half a minute
+        # to optimise the program that draws the random initial weights. These weights are seldom
+        # used.
+        is_backbone = isinstance(self.model, Backbone)
+        quick = runtime.quick_compiler_options(self._platform) if is_backbone else None
+        self.init_state = jax.jit(
+            self._step.init_state, out_shardings=state_sharding, compiler_options=quick
+        )
+        training, several = _training_functions(self._step)
+        jit_training = functools.partial(
+            self._jit, donate_argnums=0, out_shardings=(state_sharding, layout.replicated)
+        )
+        others = (layout.replicated, layout.replicated)
+        self.train_step = jit_training(
+            training, in_shardings=(state_sharding, layout.batch_sharding, *others)
+        )
+        self.train_steps = jit_training(
+            several, in_shardings=(state_sharding, layout.stacked_batch_sharding, *others)
+        )
+
+    def with_seed(self, seed: int) -> "Programs":
+        """Returns the functions of a run that differs only in the seed.
+
+        The functions that do not depend on the seed are shared, so they are compiled once.
+        """
+        other = copy.copy(self)
+        other._step = dataclasses.replace(self._step, seed=seed)
+        other._jit_seeded()
+        return other
+
+    def member_steps(self, seeds: Sequence[int], *, vectorize: bool) -> Any:
+        """Returns a jitted function that trains several networks at once.
+
+        The networks differ only in their seeds. Each of them takes the steps that it would take
+        alone, except for rounding.
+
+        Args:
+          seeds: The seed of each network.
+          vectorize: Whether each operation computes all networks (`jax.vmap`). Otherwise a loop
+            computes one network after the other (`jax.lax.map`). On a CPU the loop is faster. For
+            a TPU, XLA estimates more cycles and much more memory traffic without the loop.
+
+        Returns:
+          (states, batches, pixels, extra) -> (states, metrics), as `train_steps`. The first
+          dimension of the states, of the batches and of the metrics counts networks, the second
+          dimension of the batches counts steps. The states are donated.
+        """
+
+        def all_steps(
+            states: TrainState, batches: Mapping[str, Array], pixels: Array | None, extra: PyTree
+        ) -> tuple[TrainState, Metrics]:
+            def steps(
+                member: tuple[Array, TrainState, Mapping[str, Array]],
+            ) -> tuple[TrainState, Metrics]:
+                seed, state, own_batches = member
+                _, several = _training_functions(dataclasses.replace(self._step, seed=seed))
+                return several(state, own_batches, pixels, extra)
+
+            members = (jnp.array(seeds, jnp.uint32), states, batches)
+            return jax.vmap(steps)(members) if vectorize else jax.lax.map(steps, members)
+
+        return self._jit(
+            all_steps,
+            donate_argnums=0,
+            out_shardings=self.layout.replicated,
+        )
 
     @functools.cached_property
     def updates_statistics(self) -> bool:
@@ -274,7 +318,7 @@ class Programs:
         if len(batches) == 1:
             return self.train_step, self.layout.to_devices(batches[0])
         stacked = {name: np.stack([batch[name] for batch in batches]) for name in batches[0]}
-        return self.train_steps, self.layout.to_devices(stacked, is_stacked=True)
+        return self.train_steps, self.layout.to_devices(stacked, stacked=1)
 
 
 def pack(pixels: UInt8[np.ndarray, "n height width 3"]) -> UInt8[np.ndarray, "n rows 128"]:
@@ -287,6 +331,31 @@ def pack(pixels: UInt8[np.ndarray, "n height width 3"]) -> UInt8[np.ndarray, "n 
     if padding := -flat.shape[1] % _COLUMNS:
         flat = np.pad(flat, ((0, 0), (0, padding)))
     return flat.reshape(len(pixels), -1, _COLUMNS)
+
+
+def _training_functions(train_step: TrainStep) -> tuple[_Training, _Training]:
+    """Returns the functions for one training step and for several steps, before compilation."""
+    with_images = functools.partial(_with_images, image_size=train_step.preprocessing.image_size)
+    num_classes = train_step.model.num_classes
+
+    def training(
+        state: TrainState, batch: Mapping[str, Array], pixels: Array | None, extra: PyTree
+    ) -> tuple[TrainState, Metrics]:
+        return train_step(state, with_images(batch, pixels), extra)
+
+    def several(
+        state: TrainState, batches: Mapping[str, Array], pixels: Array | None, extra: PyTree
+    ) -> tuple[TrainState, Metrics]:
+        def step(
+            carry: tuple[TrainState, Metrics], batch: Mapping[str, Array]
+        ) -> tuple[tuple[TrainState, Metrics], None]:
+            state, totals = carry
+            state, metrics = training(state, batch, pixels, extra)
+            return (state, totals.merge(metrics)), None
+
+        return jax.lax.scan(step, (state, Metrics.empty(num_classes)), batches)[0]
+
+    return training, several
 
 
 def _with_images(

@@ -211,20 +211,17 @@ class Layout:
         rows = np.arange(self.batch_size)
         return np.unique(np.concatenate([rows[index] for index in slices]))
 
-    def to_devices(
-        self, batch: Mapping[str, np.ndarray], is_stacked: bool = False
-    ) -> dict[str, jax.Array]:
+    def to_devices(self, batch: Mapping[str, np.ndarray], stacked: int = 0) -> dict[str, jax.Array]:
         """Copies a global batch to the devices; each process provides the rows in `self.rows`.
 
         Args:
-          batch: Arrays [rows, ...], or stacked arrays [steps, rows, ...].
-          is_stacked: Whether the first dimension counts steps.
+          batch: Arrays [rows, ...], or stacked arrays such as [steps, rows, ...].
+          stacked: The number of dimensions before the rows.
         """
-        sharding = self.stacked_batch_sharding if is_stacked else self.batch_sharding
-        steps = 1 if is_stacked else 0
+        sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * stacked, "data"))
 
         def global_shape(rows: np.ndarray) -> tuple[int, ...]:
-            return (*rows.shape[:steps], self.batch_size, *rows.shape[steps + 1 :])
+            return (*rows.shape[:stacked], self.batch_size, *rows.shape[stacked + 1 :])
 
         # This is the only transfer of a step that the transfer guard allows.
         with jax.transfer_guard_host_to_device("allow"):

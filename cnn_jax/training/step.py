@@ -9,7 +9,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Key, PRNGKeyArray, PyTree, UInt32
 
 from cnn_jax.data import augment, mix
 from cnn_jax.data.mix import NO_MIXING, Mixing
@@ -79,7 +79,7 @@ class AveragedState(TrainState):
         return dataclasses.replace(self, params=params, average=jax.tree.map(jnp.copy, params))
 
 
-def random_key(seed: int, purpose: int) -> PRNGKeyArray:
+def random_key(seed: int | UInt32[Array, ""], purpose: int) -> PRNGKeyArray:
     """Returns the PRNG key for one purpose: `INIT`, `DROPOUT` or `MIX`."""
     return jax.random.fold_in(jax.random.key(seed), purpose)
 
@@ -92,7 +92,7 @@ class TrainStep:
       model: The network. The random numbers of its dropout depend on `seed` and the step.
       optimizer: The gradient transformation.
       preprocessing: The mean and the standard deviation of the normalisation.
-      seed: The seed of the run.
+      seed: The seed of the run; an array, uint32 [], if the seed is an argument of a program.
       label_smoothing: The part of the target probability that is spread evenly over all
         classes, in [0, 1).
       class_weights: A factor for the losses of each class; None for a factor of 1. The
@@ -120,7 +120,7 @@ class TrainStep:
     model: Network
     optimizer: optax.GradientTransformation
     preprocessing: Preprocessing
-    seed: int = 0
+    seed: int | Array = 0
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
     mixing: Mixing = NO_MIXING

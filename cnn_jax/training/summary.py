@@ -335,6 +335,12 @@ def show_commands(workdir: pathlib.Path) -> None:
         print(line.replace(" --", f" \\\n{'':16}--") if is_wide else line)
 
 
+def ensemble_command(workdir: pathlib.Path, folders: Sequence[pathlib.Path]) -> str:
+    """Returns the command that makes an ensemble of runs, in a folder below `workdir`."""
+    output = shlex.quote(f"--output={workdir / 'ensemble'}")
+    return f"cnn_jax ensemble --bundles {shlex.join(map(str, folders))} {output}"
+
+
 def _stdout_width() -> int | None:
     """Returns the width of the terminal that shows stdout, in columns; None without a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout and sys.stdout.isatty() else None

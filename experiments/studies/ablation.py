@@ -1,7 +1,7 @@
 """Ablation study: trains variants of a configuration over several seeds, and compares accuracies.
 
     python experiments/studies/ablation.py --grid=ladder --workdir=DIR [--seeds=3] [--folds=5]
-        [--jobs=2] [--variants=NAME,...] [--expect=FILE] [ARGUMENT of cnn_jax.main...]
+        [--jobs=2] [--together] [--variants=NAME,...] [--expect=FILE] [ARGUMENT of cnn_jax.main...]
 
 The arguments are, for example, --config=configs/eurosat.py --config.data.source=folder:PATH
 --config.train.epochs=45. This configuration is the recipe, and each variant changes a part of
@@ -19,6 +19,9 @@ interrupted ones. All variants are trained with the first seed before the next s
 interrupted table is fair.
 --jobs=N trains N runs at the same time, each on an equal part of the cores; this is faster,
 because a small network cannot use several cores well.
+--together is for a GPU: all seeds of a variant are trained in one program (see --members in
+docs/runs.md), and all seeds have the same splits. A run is then in the folder
+DIR/VARIANT/seed-SEED, or DIR/VARIANT-FOLDofN/seed-SEED.
 
 The results in DIR are, for each grid, the table GRID.md, which is also printed, and the plot
 GRID.png; and results.json with the metrics, versions, commit and data fingerprint of all runs
@@ -207,6 +210,9 @@ def main(argv: Sequence[str]) -> None:
         "--folds", type=int, default=0, help="folds of a cross-validation (0: none)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="number of runs at the same time (1)")
+    parser.add_argument(
+        "--together", action="store_true", help="train the seeds of a variant in one program"
+    )
     parser.add_argument("--variants", metavar="NAME,...", help="only these variants of the grids")
     parser.add_argument("--expect", type=pathlib.Path, metavar="FILE", help="a results.json")
     parser.add_argument(
@@ -215,6 +221,8 @@ def main(argv: Sequence[str]) -> None:
     flags, overrides = parser.parse_known_args(argv)
     if min(flags.seeds, flags.jobs) < 1:
         raise ConfigError("--seeds and --jobs: must be 1 or more")
+    if flags.together and flags.seeds < 2:
+        raise ConfigError("--together: needs --seeds=2 or more")
     if flags.folds and flags.folds < 3:
         raise ConfigError(f"--folds: must be 3 or more, or 0, got {flags.folds}")
     names = list(GRIDS) if flags.grid == "all" else flags.grid.split(",")
@@ -222,8 +230,18 @@ def main(argv: Sequence[str]) -> None:
     expected = read_expected(flags.expect) if flags.expect else None
     recipe = files.load(flags.config, overrides)
     flags.workdir.mkdir(parents=True, exist_ok=True)
+    members = flags.seeds if flags.together else 0
     runs = [
-        Run(flags.workdir, variant, seed, flags.config, tuple(overrides), fold, flags.folds)
+        Run(
+            flags.workdir,
+            variant,
+            seed,
+            flags.config,
+            tuple(overrides),
+            fold,
+            flags.folds,
+            members,
+        )
         for seed in range(flags.seeds)
         for fold in range(max(flags.folds, 1))
         for variant in wanted
@@ -297,7 +315,7 @@ def read_all(folder: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     The settings of the runs are left out, because they contain the path of the data.
     """
     runs: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(folder.glob(f"*/{_RECORD}")):
+    for path in sorted([*folder.glob(f"*/{_RECORD}"), *folder.glob(f"*/seed-*/{_RECORD}")]):
         run = json.loads(path.read_text())
         del run["settings"]
         runs.setdefault(run["variant"], []).append(run)
@@ -442,6 +460,7 @@ class Run:
       overrides: Flags that change keys of the recipe, for all variants.
       fold: The value of the key `data.fold`.
       folds: The value of the key `data.folds`.
+      members: The number of seeds that are trained in one program; 0 for a program of its own.
     """
 
     study_folder: pathlib.Path
@@ -451,6 +470,7 @@ class Run:
     overrides: tuple[str, ...]
     fold: int = 0
     folds: int = 0
+    members: int = 0
 
     @property
     def fold_name(self) -> str:
@@ -458,14 +478,40 @@ class Run:
         return f"{self.fold}of{self.folds}" if self.folds else ""
 
     @property
+    def name(self) -> str:
+        """The variant, the seed and the fold."""
+        return "-".join(filter(None, (self.variant, str(self.seed), self.fold_name)))
+
+    @property
     def folder(self) -> pathlib.Path:
         """The folder of the run."""
-        names = (self.variant, str(self.seed), self.fold_name)
-        return self.study_folder / "-".join(filter(None, names))
+        if self.members:
+            return self.group_folder / f"seed-{self.seed}"
+        return self.study_folder / self.name
+
+    @property
+    def group_folder(self) -> pathlib.Path:
+        """The folder of the runs that are trained in one program."""
+        return self.study_folder / "-".join(filter(None, (self.variant, self.fold_name)))
+
+    @property
+    def command(self) -> list[str]:
+        """The training command of the run, or of all runs that are trained in one program."""
+        if not self.members:
+            return [*TRAIN, f"--workdir={self.folder}", *self._config_flags()]
+        first = dataclasses.replace(self, seed=0)
+        flags = [f"--members={self.members}", f"--workdir={self.group_folder}"]
+        return [*TRAIN, *flags, *first._config_flags()]
+
+    def _config_flags(self) -> list[str]:
+        return [f"--config={self.config_file}", *self.flags()]
 
     def flags(self) -> list[str]:
         """Returns the flags that set the configuration of the training command."""
         changes = {"seed": self.seed, "report.detail": "none", **VARIANTS[self.variant]}
+        has_split_seed = any("data.split_seed" in flag for flag in self.overrides)
+        if self.members and not has_split_seed:
+            changes["data.split_seed"] = 0
         if self.folds:
             # `pool` compares the number of tested images with the sum over all splits.
             changes |= {
@@ -515,7 +561,7 @@ class Trainings:
             # On Linux this sets the cores of the current thread; the new process inherits them.
             os.sched_setaffinity(0, share)
             process = subprocess.Popen(
-                [*TRAIN, f"--workdir={run.folder}", f"--config={run.config_file}", *run.flags()],
+                run.command,
                 env=child_environment(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
@@ -553,10 +599,15 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
     settings = [run.settings() for run in runs]
     trainings, commit_name = Trainings(jobs), commit()
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        futures = [
-            pool.submit(train, run, run_settings, commit_name, trainings)
-            for run, run_settings in zip(runs, settings, strict=True)
-        ]
+        groups: dict[pathlib.Path, list[int]] = {}
+        for number, run in enumerate(runs):
+            groups.setdefault(run.group_folder if run.members else run.folder, []).append(number)
+
+        def train_group(numbers: Sequence[int]) -> dict[int, dict[str, Any]]:
+            group = [(runs[number], settings[number]) for number in numbers]
+            return dict(zip(numbers, train(group, commit_name, trainings), strict=True))
+
+        futures = [pool.submit(train_group, numbers) for numbers in groups.values()]
         try:
             for future in concurrent.futures.as_completed(futures):
                 future.result()
@@ -564,27 +615,51 @@ def train_all(runs: Sequence[Run], jobs: int) -> list[dict[str, Any]]:
             pool.shutdown(wait=False, cancel_futures=True)
             trainings.end()
             raise
-    return [future.result() for future in futures]
+    results = {number: result for future in futures for number, result in future.result().items()}
+    return [results[number] for number in range(len(runs))]
 
 
 def train(
-    run: Run, settings: Mapping[str, Any], commit_name: str, trainings: Trainings
-) -> dict[str, Any]:
-    """Returns the result of a run; starts or resumes the training if the run is not finished.
+    group: Sequence[tuple[Run, Mapping[str, Any]]], commit_name: str, trainings: Trainings
+) -> list[dict[str, Any]]:
+    """Returns the results of runs; starts or resumes their training if one is not finished.
 
     Args:
-      run: The run.
-      settings: The settings of the run.
+      group: Runs that are trained by the same process, and their settings.
       commit_name: The commit of the code.
       trainings: The pool of training processes.
 
     Raises:
-      ConfigError: The folder has a run with other settings, or the command line is wrong.
+      ConfigError: A folder has a run with other settings, or the command line is wrong.
       KeyboardInterrupt: The training was interrupted and is saved.
     """
-    record = run.folder / _RECORD
+    finished = [read_finished(run, settings) for run, settings in group]
+    if all(finished):
+        return [found for found in finished if found]
+    first, _ = group[0]
+    print(f"{' and '.join(run.name for run, _ in group)} ...", file=sys.stderr, flush=True)
+    done = trainings.run(first)
+    message = done.stderr.splitlines()[-1:] or [f"exit code {done.returncode}"]
+    if done.returncode in (_START_AGAIN, -signal.SIGTERM):
+        raise KeyboardInterrupt
+    # The command also ends with this exit code if another process uses the folder of the run.
+    if done.returncode == _USAGE:
+        raise ConfigError(message[0].removeprefix("error: "))
+    error = message[0] if done.returncode else None
+    return [
+        found or write_finished(run, settings, commit_name, error)
+        for found, (run, settings) in zip(finished, group, strict=True)
+    ]
+
+
+def read_finished(run: Run, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns the result of a run; None if the run is not finished.
+
+    Raises:
+      ConfigError: The folder has a run with other settings.
+    """
     with contextlib.suppress(FileNotFoundError):
-        found = json.loads(record.read_text())
+        found = json.loads((run.folder / _RECORD).read_text())
         # A run that was trained before a key existed was trained with the default of the key.
         known = {key: declared.default for key, declared in schema.keys().items()}
         trained = json.loads(json.dumps(known)) | found["settings"]
@@ -595,23 +670,29 @@ def train(
                 "another folder"
             )
         return found
-    print(f"{run.folder.name} ...", file=sys.stderr, flush=True)
-    done = trainings.run(run)
-    message = done.stderr.splitlines()[-1:] or [f"exit code {done.returncode}"]
-    if done.returncode in (_START_AGAIN, -signal.SIGTERM):
-        raise KeyboardInterrupt
-    # The command also ends with this exit code if another process uses the folder of the run.
-    if done.returncode == _USAGE:
-        raise ConfigError(message[0].removeprefix("error: "))
+    return None
+
+
+def write_finished(
+    run: Run, settings: Mapping[str, Any], commit_name: str, error: str | None
+) -> dict[str, Any]:
+    """Returns the result of a run whose training has just ended, and writes it.
+
+    Args:
+      run: The run.
+      settings: The settings of the run.
+      commit_name: The commit of the code.
+      error: The message if the training failed, which is not written; else None.
+    """
     what = {"variant": run.variant, "seed": run.seed, "settings": settings}
     what |= {"fold": run.fold_name} if run.folds else {}
-    if done.returncode:
-        print(f"{run.folder.name} failed: {message[0]}", file=sys.stderr, flush=True)
-        return {**what, "error": message[0]}
+    if error is not None:
+        print(f"{run.name} failed: {error}", file=sys.stderr, flush=True)
+        return {**what, "error": error}
     where = {"commit": commit_name, "processor": processor(), "cores": len(os.sched_getaffinity(0))}
     found = {**what, **read_run(run.folder), **where}
-    write_text(record, json.dumps(found, indent=1) + "\n")
-    print(f"{run.folder.name}: {found['test']['accuracy']:.2%}", file=sys.stderr, flush=True)
+    write_text(run.folder / _RECORD, json.dumps(found, indent=1) + "\n")
+    print(f"{run.name}: {found['test']['accuracy']:.2%}", file=sys.stderr, flush=True)
     return found
 
 

@@ -44,16 +44,28 @@ TRAINING = """
         (folder / "ready").touch()
         time.sleep(60)
     seed = int(flags["config.seed"])
-    accuracy = 0.9 + 0.01 * seed**2 - 0.1 * float(flags.get("config.model.dropout", 0.5))
-    of_split = {key: accuracy for key in ("accuracy", "precision", "recall", "f1")}
-    figures = json.dumps({"test": of_split, "validation": of_split})
-    for name in ("report", "bundle"):
-        (folder / name).mkdir(exist_ok=True)
-    (folder / "report" / "metrics.json").write_text(figures)
-    (folder / "metrics.jsonl").write_text('{"seconds": 2.0}\\n{"seconds": 4.0}\\n')
-    bundle = {"data": {"fingerprint": "abc"}, "versions": {"jax": "1"}}
-    (folder / "bundle" / "bundle.json").write_text(json.dumps(bundle))
+    runs = {seed: folder}
+    if "members" in flags:
+        seeds = range(seed, seed + int(flags["members"]))
+        runs = {seed: folder / f"seed-{seed}" for seed in seeds}
+    for seed, folder in runs.items():
+        accuracy = 0.9 + 0.01 * seed**2 - 0.1 * float(flags.get("config.model.dropout", 0.5))
+        of_split = {key: accuracy for key in ("accuracy", "precision", "recall", "f1")}
+        figures = json.dumps({"test": of_split, "validation": of_split})
+        for name in ("report", "bundle"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / "report" / "metrics.json").write_text(figures)
+        (folder / "metrics.jsonl").write_text('{"seconds": 2.0}\\n{"seconds": 4.0}\\n')
+        bundle = {"data": {"fingerprint": "abc"}, "versions": {"jax": "1"}}
+        (folder / "bundle" / "bundle.json").write_text(json.dumps(bundle))
 """
+
+
+def _table(folder, *flags):
+    """Runs the study of the grid "dropout" with three seeds; returns the first columns."""
+    ablation.main(["--grid=dropout", f"--workdir={folder}", "--seeds=3", "--jobs=2", *flags])
+    lines = (folder / "dropout.md").read_text().splitlines()
+    return [line.split(" | ")[:7] for line in lines]
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +80,20 @@ def training(tmp_path, monkeypatch):
 def starts(folder):
     """Returns the number of starts of each run, by the name of the run's folder."""
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
+
+
+def test_the_seeds_of_a_variant_can_be_trained_in_one_program(tmp_path):
+    separate = _table(tmp_path / "separate")
+    assert _table(tmp_path / "together", "--together") == separate
+    assert _table(tmp_path / "together", "--together") == separate  # No run is repeated.
+    assert set(starts(tmp_path / "together").values()) == {1}
+    assert "recipe" in starts(tmp_path / "together")
+    found = json.loads((tmp_path / "together" / "results.json").read_text())
+    assert [run["seed"] for run in found["recipe"]] == [0, 1, 2]
+    run = ablation.Run(tmp_path, "recipe", 2, str(DEFAULT), (), members=3)
+    assert run.settings()["data.split_seed"] == 0
+    with pytest.raises(ConfigError, match="needs --seeds=2 or more"):
+        ablation.main(["--grid=dropout", f"--workdir={tmp_path}", "--seeds=1", "--together"])
 
 
 def test_every_variant_is_a_valid_configuration():

@@ -803,7 +803,7 @@ def test_lost_metrics_are_measured_again(run, content):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is not the folder of a run: there is no config.json"),
+        (None, "is not the folder of a run or an ensemble: there is no config.json"),
         ("{", "config.json cannot be read"),
         ("[]", "is not the configuration of a run of this version"),
         ('{"train": {}}', "is not the configuration of a run of this version"),
@@ -866,8 +866,8 @@ def test_wrong_path_gives_one_line(tmp_path):
     done = _command(f"--run={tmp_path / 'nowhere'}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        f"error: --run: {tmp_path / 'nowhere'} is not the folder of a run: there is no "
-        "config.json\n"
+        f"error: --run: {tmp_path / 'nowhere'} is not the folder of a run or an ensemble: there "
+        "is no config.json\n"
     )
 
 

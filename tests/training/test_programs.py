@@ -183,7 +183,7 @@ def test_a_step_is_one_transfer_and_is_compiled_once(tiny_config, tmp_path, monk
     compiled_after_first_epoch = []
     compiled = collections.Counter()
     epochs = []
-    real_send, real_get, real_save = sharding.Layout.to_devices, jax.device_get, loop._save
+    real_send, real_get, real_save = sharding.Layout.to_devices, jax.device_get, loop.save
 
     def counting_send(layout, batch):
         sent.append({name: array.shape for name, array in batch.items()})
@@ -205,7 +205,7 @@ def test_a_step_is_one_transfer_and_is_compiled_once(tiny_config, tmp_path, monk
             compiled_after_first_epoch.append((len(epochs), details))
 
     monkeypatch.setattr(sharding.Layout, "to_devices", counting_send)
-    monkeypatch.setattr(loop, "_save", counting_save)
+    monkeypatch.setattr(loop, "save", counting_save)
     monkeypatch.setattr(jax, "device_get", counting_get)
     jax.monitoring.register_event_duration_secs_listener(listen)
     train_and_evaluate(tiny_config, tmp_path / "run")

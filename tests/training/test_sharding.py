@@ -22,7 +22,7 @@ def test_the_mesh_divides_a_batch_among_all_devices():
 def test_several_batches_are_divided_by_example():
     mesh = sharding.make_mesh()
     rows = np.arange(3 * 16 * 2, dtype=np.int32).reshape(3, 16, 2)
-    batches = sharding.Layout(mesh, 16).to_devices({"row": rows}, is_stacked=True)
+    batches = sharding.Layout(mesh, 16).to_devices({"row": rows}, stacked=1)
     assert batches["row"].sharding.shard_shape(rows.shape) == (3, 16 // jax.device_count(), 2)
     np.testing.assert_array_equal(batches["row"], rows)
 
