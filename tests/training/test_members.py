@@ -205,7 +205,9 @@ def test_what_members_cannot_do_is_refused(image_folder, tmp_path, changes, mess
     assert not list(tmp_path.glob("seed-*"))
 
 
-@pytest.mark.parametrize("flags", [["--members=1"], ["--members=2", "--profile"]])
+@pytest.mark.parametrize(
+    "flags", [["--members=1"], ["--members=2", "--profile"], ["--members=2", "--backup=copy"]]
+)
 def test_wrong_flags_are_refused(tmp_path, flags):
     with pytest.raises(ConfigError, match="--members: "):
         command.main(["--config=smoke", f"--workdir={tmp_path / 'new'}", *flags])
