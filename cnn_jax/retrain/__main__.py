@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from cnn_jax.config.files import ConfigParser, find
 from cnn_jax.config.schema import LOG_MARK
-from cnn_jax.monitor.flags import add_log_flag, add_measure_flags
+from cnn_jax.monitor.flags import add_measure_flags
 from cnn_jax.registry import ledger
 from cnn_jax.registry.flags import add_registry_flag, margin, required_registry
 from cnn_jax.registry.registry import Registry
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         metavar="SOURCE",
         help="the data with which the first champion was trained",
     )
-    add_log_flag(parser, required=True)
+    cli.add_log_flag(parser, required=True)
     parser.add_argument(
         "--state",
         required=True,
