@@ -153,7 +153,7 @@ def _predictions(table: pa.Table, digest: str) -> Predictions:
     if len(table) and not embeddings.shape[1]:
         raise DataError(
             f"the predictions of the bundle {digest[:12]} have no embeddings, because an exported "
-            "model answered; serve the bundle itself to monitor it"
+            "model or an ensemble answered; serve the bundle of a single network to monitor it"
         )
     images = [table[name].to_numpy() for name in ("brightness", "sharpness", "contrast")]
     return Predictions(_matrix(table["probabilities"]), embeddings, np.column_stack(images))
