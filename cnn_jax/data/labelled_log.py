@@ -20,7 +20,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cnn_jax.data.decode import decode, pixel_digest
-from cnn_jax.data.request_log import model_classes, read_feedback, read_requests
+from cnn_jax.data.request_log import (
+    Folders,
+    Key,
+    model_classes,
+    read_requests,
+    read_valid_feedback,
+)
 from cnn_jax.data.source import Source
 from cnn_jax.system.atomic import replacing, sync
 from cnn_jax.system.errors import DataError, MissingDataError, printable
@@ -51,11 +57,6 @@ NO_REQUEST = "labels of images that no log has"
 OTHER_MODEL = "labelled images of models with other classes"
 DAMAGED = "damaged labelled images"
 LOGGED_TWICE = "copies of other logged images"
-
-# A request id and the index of an image in the request.
-Key = tuple[str, int]
-# The folders of request logs.
-Folders = Sequence[str | os.PathLike[str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,14 +119,6 @@ class KnownImage(NamedTuple):
     label: str
 
 
-@dataclasses.dataclass
-class _Label:
-    """The labels of one image: the time of the first, and the latest."""
-
-    first: int
-    latest: tuple[int, str]
-
-
 def read_examples(
     folders: Folders,
     class_names: Collection[str],
@@ -149,7 +142,7 @@ def read_examples(
     Raises:
       DataError: A folder is not a request log, or only models with other classes wrote to it.
     """
-    labels = _read_labels(folders)
+    labels = read_valid_feedback(folders, "label")
     images: dict[Key, bytes] = {}
     kinds: dict[Key, str] = dict.fromkeys(labels, NO_REQUEST)
     for folder in folders:
@@ -181,8 +174,8 @@ def read_examples(
         rows = dict(zip(previous.digests, values, strict=True))
     conflicts = 0
     for digest, group in copies.items():
-        conflicts += len({labels[key].latest[1] for key in group}) > 1
-        _, label = max(labels[key].latest for key in group)
+        conflicts += len({labels[key].value for key in group}) > 1
+        _, label = max((labels[key].time, labels[key].value) for key in group)
         request = f"{group[0][0]}/{group[0][1]}"
         request, _, image = rows.get(digest, (request, label, images[group[0]]))
         rows[digest] = request, label, image
@@ -198,25 +191,7 @@ def read_examples(
     )
 
 
-def _read_labels(folders: Folders) -> dict[Key, _Label]:
-    """Returns the labels of each labelled image."""
-    labels: dict[Key, _Label] = {}
-    for folder in folders:
-        feedback = read_feedback(folder)
-        times = feedback["time"].cast(pa.int64()).to_pylist()
-        names = ("request_id", "image_index", "label")
-        columns = (feedback[name].to_pylist() for name in names)
-        for when, request_id, index, label in zip(times, *columns, strict=True):
-            if label is None:
-                continue
-            one = labels.setdefault((request_id, index), _Label(when, (when, label)))
-            one.first, one.latest = min(one.first, when), max(one.latest, (when, label))
-    return labels
-
-
-def _labelled_rows(
-    folder: str | os.PathLike[str], labels: Mapping[Key, _Label]
-) -> list[dict[str, Any]]:
+def _labelled_rows(folder: str | os.PathLike[str], labels: Collection[Key]) -> list[dict[str, Any]]:
     """Returns the rows of a request log that have a label."""
     ids = sorted({request_id for request_id, _ in labels})
     if not ids:

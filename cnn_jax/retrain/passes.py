@@ -30,9 +30,8 @@ from cnn_jax.data.labelled_log import (
     write_known,
     write_snapshot,
 )
-from cnn_jax.data.request_log import read_requests
+from cnn_jax.data.request_log import Key, read_requests, read_valid_feedback
 from cnn_jax.data.sources import absolute
-from cnn_jax.experiment.observations import Key, read_valid_feedback
 from cnn_jax.experiment.replay import NoLabelsError, replay
 from cnn_jax.inference.bundle import Bundle, digest, read_bundle, read_reference
 from cnn_jax.inference.evaluation import image_batches, open_as_trained

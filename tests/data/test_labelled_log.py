@@ -21,6 +21,7 @@ from cnn_jax.data.labelled_log import (
     write_known,
     write_snapshot,
 )
+from cnn_jax.data.request_log import read_valid_feedback
 from cnn_jax.system.errors import DataError
 
 
@@ -61,6 +62,19 @@ def test_the_latest_label_is_used_and_the_first_decides_the_order(log):
         (0, "red"),
         (1, "blue"),
     ]
+
+
+def test_the_valid_feedback_does_not_depend_on_the_order_of_files(log, tmp_path):
+    """All commands read labels and rewards with this function."""
+    write_labels(log, {0: "green", 1: None}, when=5)
+    write_images_to_log(tmp_path / "other", {})
+    write_labels(tmp_path / "other", {0: "blue", 1: "red"}, when=20)  # Two labels of one time.
+    key = request_id(0), 0
+    for folders in ([log, tmp_path / "other"], [tmp_path / "other", log]):
+        labels = read_valid_feedback(folders, "label")
+        assert labels[key] == ("red", 20.0, 5.0)
+        assert labels[request_id(1), 0] == ("red", 20.0, 20.0)
+        assert read_valid_feedback(folders, "reward")[request_id(1), 0] == (1.0, 20.0, 5.0)
 
 
 def test_equal_images_are_one_example_with_the_latest_label(log, tmp_path):

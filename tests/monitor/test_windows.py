@@ -109,7 +109,9 @@ def test_the_latest_label_is_valid_and_skewed_clocks_are_reported(tmp_path):
     write_labels(tmp_path / "log", {keys[3]: "circle"}, now - 1000)
     rows = read_rows([tmp_path / "log"], DIGEST)
     assert rows.labels[3] == 0
-    assert rows.warnings == ["1 label is older than the request; set the clocks of the servers"]
+    assert rows.warnings == [
+        "1 image has a label that is older than the request; set the clocks of the servers"
+    ]
 
 
 def test_rows_of_deleted_files_are_only_read_on_request(tmp_path):
