@@ -46,6 +46,7 @@ class Dataset:
       contents: The digest of the decoded pixels of each example; see `scan.Record`.
       findings: The findings of the scan.
       residency: The place where the pixels are kept, one of `schema.RESIDENCIES`.
+      digests: The digest of the resized pixels of each example; see `open_dataset`.
     """
 
     loader: Loader
@@ -54,6 +55,7 @@ class Dataset:
     contents: Sequence[str]
     findings: Findings
     residency: str = "none"
+    digests: Sequence[str] | None = None
 
     @property
     def source(self) -> Source:
@@ -68,6 +70,7 @@ def open_dataset(
     max_unreadable: float = 0.01,
     residency: str = "none",
     workers: int = 0,
+    with_digests: bool = False,
     track: Track = no_track,
 ) -> Dataset:
     """Scans a source, omits unreadable images, divides the source into splits and caches pixels.
@@ -79,6 +82,8 @@ def open_dataset(
       max_unreadable: The largest fraction of images that may be unreadable, 0 to 1.
       residency: One of `schema.RESIDENCIES`; "none": no pixels are cached.
       workers: The number of worker processes if images are decoded each time; -1: automatic.
+      with_digests: Whether to compute the digests of the resized pixels, which are cached. They
+        are always computed for a source with a request log.
       track: Shows progress.
 
     Raises:
@@ -96,8 +101,8 @@ def open_dataset(
     _check_readable(listing, unreadable, max_unreadable, values)
     records = [records[row] for row in rows]
     splits = division.divide(source, [record.pixels for record in records])
-    more_pixels = None
-    if listing.log is not None:
+    part = more_pixels = digests = None
+    if with_digests or listing.log is not None:
 
         def load(position: int) -> Pixels:
             if pixels is None:
@@ -105,8 +110,12 @@ def open_dataset(
             return np.asarray(pixels[rows[position]])
 
         part = make_part(source, records, preprocessing, load, track)
+        digests = part.digests
+    if listing.log is not None:
+        assert part is not None
         joined, more_pixels = join_log(part, listing.log, splits, division, preprocessing, track)
         source, records, splits = joined.source, joined.records, joined.splits
+        digests = joined.digests
         rows = np.concatenate([rows, len(listing) + joined.rows])
         if pixels is not None and residency != "disk":
             pixels, more_pixels = np.concatenate([pixels, more_pixels]), None
@@ -125,6 +134,7 @@ def open_dataset(
         contents=[record.pixels for record in records],
         findings=find(source, records, division, splits, unreadable, values),
         residency=residency,
+        digests=digests,
     )
 
 

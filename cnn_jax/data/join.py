@@ -61,12 +61,14 @@ class Joined:
     Attributes:
       source: The examples; the examples of the log are last.
       records: The record of each example.
+      digests: The digest of each resized image.
       splits: The positions of the examples by split.
       rows: The positions in the log of the examples that come from it.
     """
 
     source: Source
     records: list[Record]
+    digests: list[str]
     splits: dict[str, Int[np.ndarray, " _"]]
     rows: Int[np.ndarray, " m"]
 
@@ -219,6 +221,7 @@ def join(
             labels[rows].astype(np.int32),
         ),
         records=base.records + [log.records[row] for row in rows],
+        digests=base.digests + [log.digests[row] for row in rows],
         splits={name: np.flatnonzero(example_splits == i) for i, name in enumerate(SPLITS)},
         rows=rows,
     )

@@ -18,9 +18,7 @@ import pyarrow as pa
 from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import bundle_values, resolve
 from cnn_jax.config.schema import LOG_MARK, SPLITS, Config
-from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.data.decode import pixel_digest
 from cnn_jax.data.labelled_log import (
     Examples,
     KnownImage,
@@ -34,7 +32,7 @@ from cnn_jax.data.request_log import Key, read_requests, read_valid_feedback
 from cnn_jax.data.sources import absolute
 from cnn_jax.experiment.replay import NoLabelsError, replay
 from cnn_jax.inference.bundle import Bundle, digest, read_bundle, read_reference
-from cnn_jax.inference.evaluation import image_batches, open_as_trained
+from cnn_jax.inference.evaluation import open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.monitor.rows import growing_sample, read_rows
 from cnn_jax.monitor.windows import measure
@@ -301,14 +299,19 @@ class _Pass:
         attempt = next((a for a in self.state.attempts() if a.status == STARTED), None)
         if attempt is None:
             return None
-        if "digest" not in attempt.record and (outcome := self._give_up_if_changed(attempt)):
-            logger.warning("%s", outcome.text)
-            return None
+        if "digest" not in attempt.record:
+            checked = self._open_unchanged(attempt)
+            if isinstance(checked, Outcome):
+                logger.warning("%s", checked.text)
+                return None
         self.console.print(f"continues the attempt {attempt.folder.name}")
         return self._finish(attempt)
 
-    def _give_up_if_changed(self, attempt: Attempt) -> Outcome | None:
-        """Removes an attempt whose data has changed since it started, and returns the outcome.
+    def _open_unchanged(self, attempt: Attempt) -> Dataset | Outcome:
+        """Opens the data of an attempt.
+
+        If the data has changed since the attempt started, the attempt is removed, and the outcome
+        is returned.
 
         Raises:
           DataError: The data cannot be used, or many of its images are missing.
@@ -319,7 +322,9 @@ class _Pass:
         if (attempt.run / "bundle").exists():
             trained = read_bundle(attempt.run / "bundle").data["fingerprint"]
         if dataset.fingerprint == trained == attempt.record["data"]:
-            return None
+            # Images on the device can be read on the host too.
+            loader = dataclasses.replace(dataset.loader, on_device=False)
+            return dataclasses.replace(dataset, loader=loader)
         # Images may be missing only for now, for example because a disk is not mounted.
         expected = attempt.record["images"]
         _check_complete(expected - len(dataset.source), expected, dataset, config)
@@ -399,7 +404,7 @@ class _Pass:
                 f"{printable(', '.join(dataset.source.class_names))}, and {champion} has "
                 f"{printable(', '.join(bundle.class_names))}; train a new champion on this data"
             )
-        images = _known_images(dataset, self.console.track)
+        images = _known_images(dataset)
         _check_complete(len(known.keys() - images.keys()), len(known), dataset, config)
         write_known(earlier | known | images, prepared.data)
         key = attempt_key(dataset.fingerprint, config)
@@ -470,11 +475,12 @@ class _Pass:
                 "unknown which images its network has seen; restore the data, or train a new "
                 "champion with `cnn_jax train` and promote it"
             )
-        return _known_images(dataset, self.console.track)
+        return _known_images(dataset)
 
     def _open_as_trained(self, bundle: Bundle, parts: Sequence[str]) -> Dataset:
         name = LOG_MARK.join(parts)
-        return open_as_trained(BundlePredictor(bundle), name, self.console.track)
+        predictor = BundlePredictor(bundle)
+        return open_as_trained(predictor, name, self.console.track, with_digests=True)
 
     def _triggers(
         self, folder: pathlib.Path, last: Attempt | None, new: int
@@ -528,6 +534,7 @@ class _Pass:
         note = f"{_NOTE}{attempt.record['key']}"
         if outcome := self._end_repeated(attempt, note):
             return outcome
+        data = None
         if "digest" not in attempt.record:
             try:
                 train_and_evaluate(config, attempt.run, self.console)
@@ -537,8 +544,9 @@ class _Pass:
                 if not (attempt.run / "config.json").exists():  # The training has not started.
                     self.state.discard(attempt)
                 raise
-            if outcome := self._give_up_if_changed(attempt):
-                return outcome
+            data = self._open_unchanged(attempt)
+            if isinstance(data, Outcome):
+                return data
             attempt.update(digest=digest(attempt.run / "bundle"))
         version = registry.add(settings.model, attempt.run / "bundle", note).version
         # A pass with another state folder may have added its version during the training.
@@ -549,8 +557,10 @@ class _Pass:
         if promotion is None:
             if outcome := self._wait(version, attempt):
                 return outcome
-            if outcome := self._give_up_if_changed(attempt):
-                return outcome
+            if data is None:  # The training was in an earlier pass.
+                data = self._open_unchanged(attempt)
+            if isinstance(data, Outcome):
+                return data
             try:
                 evidence = compare_with_history(
                     registry,
@@ -560,6 +570,7 @@ class _Pass:
                     attempt.record["margin"],
                     self._earlier_champions(version),
                     self.console.track,
+                    dataset=data,
                 )
             except NotComparedError as error:
                 return self._end(attempt, REFUSED, str(error), version=version.number)
@@ -673,23 +684,18 @@ def _read_known(folder: pathlib.Path) -> dict[str, KnownImage]:
     return images
 
 
-def _known_images(dataset: Dataset, track: Track) -> dict[str, KnownImage]:
+def _known_images(dataset: Dataset) -> dict[str, KnownImage]:
     """Returns the split and the class of each image of a data set, by its resized pixels.
 
     If images are equal only at the size of the network's input and have several splits, train comes
     before validation, and validation before test, because a network has seen these pixels.
     """
+    assert dataset.digests is not None
     images: dict[str, KnownImage] = {}
-    # Images on the device can be read on the host too.
-    loader = dataclasses.replace(dataset.loader, on_device=False)
     labels, names = dataset.source.labels, dataset.source.class_names
     for split in reversed(SPLITS):
-        indices = dataset.splits[split]
-        batches = image_batches(loader, indices, track, "comparing images")
-        with contextlib.closing(batches):
-            pixels = (image for batch in batches for image in batch)
-            for label, image in zip(labels[indices], pixels, strict=True):
-                images[pixel_digest(image)] = KnownImage(split, names[label])
+        for row in dataset.splits[split].tolist():
+            images[dataset.digests[row]] = KnownImage(split, names[labels[row]])
     return images
 
 

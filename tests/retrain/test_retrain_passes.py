@@ -10,6 +10,7 @@ from bundles import make_bundle
 from PIL import Image
 
 from cnn_jax.config import files
+from cnn_jax.data import dataset
 from cnn_jax.data.decode import pixel_digest
 from cnn_jax.data.labelled_log import read_known, read_snapshot
 from cnn_jax.experiment.analysis import analyse_pairs
@@ -745,6 +746,34 @@ def test_a_missing_snapshot_is_an_error(world, capsys, quick, name):
     fails(world, DataError, f"{folder}, .+, is missing; restore", f"--state={world / 'second'}")
     (world / "elsewhere").rename(folder)
     assert retrain(world, capsys)[1]["attempt"]["number"] == 2
+
+
+def test_the_data_is_opened_once_where_the_result_is_the_same(world, capsys, quick, monkeypatch):
+    """The training, which opens the data too, is replaced here."""
+    opened = []
+    scan = dataset._scan
+
+    def scan_and_note(*arguments):
+        opened.append(arguments[0].name)
+        return scan(*arguments)
+
+    monkeypatch.setattr(dataset, "_scan", scan_and_note)
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    # The data of the champion, the data of the attempt, and the check after the training, which
+    # the comparison of both versions uses.
+    assert len(opened) == 3
+    write_log(world / "log", world / "run" / "bundle", 120, seed=3)
+    opened.clear()
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    assert len(opened) == 2
+    # A pass that continues after an experiment checks the data again.
+    write_log(world / "log", world / "run" / "bundle", 120, seed=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(passes._Pass, "_wait", lambda *_: passes.Outcome("nothing", "waits"))
+        assert retrain(world, capsys)[1]["text"] == "waits"
+    opened.clear()
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    assert len(opened) == 1
 
 
 def test_attempts_are_ordered_by_their_numbers(tmp_path):
