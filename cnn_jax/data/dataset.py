@@ -55,7 +55,7 @@ class Dataset:
     contents: Sequence[str]
     findings: Findings
     residency: str = "none"
-    digests: Sequence[str] | None = None
+    digests: list[str] | None = None
 
     @property
     def source(self) -> Source:

@@ -32,7 +32,7 @@ from cnn_jax.system.atomic import replacing, sync
 from cnn_jax.system.errors import DataError, MissingDataError, printable
 
 _FILE = "examples.parquet"
-_VERSION_KEY, _VERSION = b"cnn_jax_examples", b"1"
+_VERSION_KEY, _VERSION = b"cnn_jax_examples", b"2"
 _SCHEMA = pa.schema(
     [
         ("request", pa.string()),  # REQUEST_ID/IMAGE_INDEX of the copy that was labelled first.
@@ -46,7 +46,12 @@ _SCHEMA = pa.schema(
 _KNOWN_FILE = "splits.parquet"
 _KNOWN_SCHEMA = pa.schema(
     # A class may be named after a folder whose name is not UTF-8.
-    [("digest", pa.string()), ("split", pa.string()), ("label", pa.binary())],
+    [
+        ("digest", pa.string()),
+        ("split", pa.string()),
+        ("label", pa.binary()),
+        ("is_logged", pa.bool_()),
+    ],
     metadata={_VERSION_KEY: _VERSION},
 )
 _COLUMNS = ("request_id", "image_index", "model", "digest", "image")
@@ -98,14 +103,6 @@ class Examples:
             images=[self.images[row] for row in rows],
         )
 
-    def count_new(self, earlier: "Examples | None") -> int:
-        """Returns the number of examples that earlier examples lack, or have with another label."""
-        known = dict(zip(earlier.digests, earlier.labels, strict=True)) if earlier else {}
-        return sum(
-            known.get(digest) != label
-            for digest, label in zip(self.digests, self.labels, strict=True)
-        )
-
 
 class KnownImage(NamedTuple):
     """The use of an image in earlier trainings.
@@ -113,10 +110,12 @@ class KnownImage(NamedTuple):
     Attributes:
       split: The split of the image, which never changes.
       label: The class of the image, in the last training.
+      is_logged: Whether the last training took the image from a request log.
     """
 
     split: str
     label: str
+    is_logged: bool
 
 
 def read_examples(
@@ -285,6 +284,7 @@ def write_known(images: Mapping[str, KnownImage], folder: pathlib.Path) -> None:
         digests,
         [images[digest].split for digest in digests],
         [images[digest].label.encode("utf-8", "surrogatepass") for digest in digests],
+        [images[digest].is_logged for digest in digests],
     ]
     with replacing(folder / _KNOWN_FILE) as file:
         pq.write_table(pa.table(columns, schema=_KNOWN_SCHEMA), file, compression="zstd")
@@ -301,7 +301,7 @@ def read_known(folder: pathlib.Path) -> dict[str, KnownImage] | None:
     if table is None:
         return None
     labels = (label.decode("utf-8", "surrogatepass") for label in table["label"].to_pylist())
-    images = map(KnownImage, table["split"].to_pylist(), labels)
+    images = map(KnownImage, table["split"].to_pylist(), labels, table["is_logged"].to_pylist())
     return dict(zip(table["digest"].to_pylist(), images, strict=True))
 
 

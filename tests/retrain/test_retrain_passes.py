@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 from bundles import make_bundle
 from PIL import Image
+from request_logs import write_images_to_log, write_labels
 
 from cnn_jax.config import files
 from cnn_jax.data import dataset
@@ -32,6 +34,7 @@ from cnn_jax.retrain import __main__ as command
 from cnn_jax.retrain import attempts, passes
 from cnn_jax.system.errors import BundleError, ConfigError, DataError, TrainingError
 from experiments.checks.chaos_retrain import (
+    CLASSES,
     MODEL,
     pass_flags,
     prepare,
@@ -182,6 +185,60 @@ def test_without_a_reason_nothing_is_trained(world, capsys, quick, flags, labels
     assert text in result["text"]
     assert quick["calls"] == 0
     assert not list((world / "state" / "attempts").iterdir())
+
+
+def log_images(world, images, labels, when=1):
+    """Writes labelled images to the log, by numbers for their request ids."""
+    write_images_to_log(world / "log", images, model=MODEL)
+    write_labels(world / "log", labels, when=when)
+
+
+def random_images(numbers, size=16):
+    shape = size, size, 3
+    return {i: np.random.default_rng(i).integers(0, 256, shape, np.uint8) for i in numbers}
+
+
+def test_only_new_images_that_training_uses_count(world, capsys, quick, monkeypatch):
+    paths = sorted((world / "images" / "red").iterdir())
+    copies = {number: np.asarray(Image.open(path)) for number, path in enumerate(paths[:30])}
+    log_images(world, copies, dict.fromkeys(copies, "blue"))
+    unknown = random_images(range(100, 130))
+    log_images(world, unknown, dict.fromkeys(unknown, "pink"))
+    text = "nothing to do: 150 new labelled images (--min_new=151)"
+    assert retrain(world, capsys, "--min_new=151")[1]["text"] == text
+    record = retrain(world, capsys, "--min_new=150")[1]["attempt"]
+    assert (record["labelled"], record["new"]) == (150, 150)
+    assert sum(record["logged"].values()) == 150
+    # Afterwards, the images are known, so the data is not opened to count them.
+    write_labels(world / "log", dict.fromkeys(copies, "green"), when=2)
+    write_labels(world / "log", dict.fromkeys(unknown, "violet"), when=2)
+    log_images(world, random_images(range(200, 205)), dict.fromkeys(range(200, 205), "red"))
+    examples = read_snapshot(next(world.glob("state/attempts/*/data")))
+    other = next(i for i, label in enumerate(examples.labels) if label == "red")
+    request = examples.requests[other].partition("/")[0]
+    write_labels(world / "log", {request: "blue"}, when=time.time())
+    with monkeypatch.context() as patch:
+        patch.setattr(passes._Pass, "_begin", None)
+        text = "nothing to do: 6 new labelled images (--min_new=7)"
+        assert retrain(world, capsys, "--min_new=7")[1]["text"] == text
+    record = retrain(world, capsys, "--min_new=6")[1]["attempt"]
+    assert (record["labelled"], record["new"]) == (155, 6)
+
+
+def test_images_of_another_size_than_the_network_reads_are_left_out(world, capsys, quick):
+    """A person has promoted a network with another image size."""
+    champion = read_bundle(world / "run" / "bundle")
+    larger = dataclasses.replace(champion.preprocessing, image_size=(24, 24))
+    write_bundle(dataclasses.replace(champion, preprocessing=larger), world / "larger")
+    registry = Registry(world / "registry")
+    registry.promote(MODEL, registry.add(MODEL, world / "larger").version.number)
+    text = "nothing to do: no labelled image in the log; 150 logged images of another size"
+    assert retrain(world, capsys, "--when=always")[1]["text"] == text
+    images = random_images(range(120), size=24)
+    log_images(world, images, {number: CLASSES[number % 3] for number in images})
+    code, result = retrain(world, capsys)
+    assert (code, result["action"]) == (0, "promoted")
+    assert (result["attempt"]["labelled"], result["attempt"]["new"]) == (120, 120)
 
 
 def test_harm_needs_one_new_label_and_more_after_a_refusal(world, capsys, quick):
