@@ -241,6 +241,15 @@ def write_snapshot(examples: Examples, folder: pathlib.Path) -> None:
     sync(folder)
 
 
+def delete_images(folder: pathlib.Path) -> None:
+    """Deletes the examples of a snapshot; its known images stay.
+
+    Raises:
+      OSError: The file cannot be deleted.
+    """
+    (folder / _FILE).unlink(missing_ok=True)
+
+
 def read_snapshot(folder: pathlib.Path) -> Examples | None:
     """Returns the examples of a snapshot; None if the folder has no complete snapshot.
 

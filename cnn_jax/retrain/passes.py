@@ -82,6 +82,7 @@ class Settings:
       triggers: One or more of "harm", "labels" and "always".
       min_new: The number of new labelled images for the trigger "labels".
       margin: The difference in accuracy that a promotion accepts, above 0 and below 1.
+      keep: The number of latest attempts whose images and networks are kept.
       drift: The arguments of `monitor.windows.measure` after the reference.
       recipe: The configuration of the training, as for `--config`.
       overrides: Values of configuration keys, as text, by key.
@@ -93,6 +94,7 @@ class Settings:
     triggers: Sequence[str]
     min_new: int
     margin: float
+    keep: int
     drift: tuple[int, int, float, float]
     recipe: str = "default"
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -143,6 +145,7 @@ def run_pass(
         champion = registry.resolve(settings.model)
         own = _Pass(registry, opened, settings, console, champion, pathlib.Path(downloads))
         own.complete_records()
+        own.prune()
         return own.watch() or own.resume() or own.start()
 
 
@@ -184,6 +187,12 @@ class _Pass:
                 promotion = self._last_entry("promote", version=attempt.record["version"])
                 if promotion and (reason := self._withdrawal(promotion)):
                     attempt.end(ROLLED_BACK, reason)
+
+    def prune(self) -> None:
+        """Deletes the images and the networks of attempts that no later attempt needs."""
+        # A rollback makes the version before the champion again.
+        history = self.registry.models[self.settings.model].aliases[CHAMPION]
+        self.state.prune(self.settings.keep, history[-2:])
 
     def _withdrawal(self, promotion: Entry) -> str:
         """Returns the reason for which a promotion was rolled back, or ""."""

@@ -833,6 +833,52 @@ def test_the_data_is_opened_once_where_the_result_is_the_same(world, capsys, qui
     assert len(opened) == 1
 
 
+def test_old_attempts_keep_only_their_records_and_splits(tmp_path):
+    statuses = ("promoted", "refused", "promoted", "rolled_back", "refused", "started")
+    with attempts.open_state(tmp_path / "state", MODEL) as state:
+        for number, status in enumerate(statuses, 1):
+            attempt = state.prepare()
+            for path in (attempt.champion, attempt.run, attempt.data):
+                path.mkdir()
+            for name in ("examples.parquet", "splits.parquet"):
+                (attempt.data / name).touch()
+            attempt.update(status=status, version=number)
+            state.begin(attempt, f"{number}" * 64)
+
+        def prune(*arguments):
+            """Returns the numbers of the attempts that are still whole."""
+            state.prune(*arguments)
+            whole = set()
+            for attempt in state.attempts():
+                assert (attempt.data / "splits.parquet").exists()
+                found = [path.exists() for path in (attempt.champion, attempt.run)]
+                found.append((attempt.data / "examples.parquet").exists())
+                assert len(set(found)) == 1
+                whole |= {attempt.record["number"]} if found[0] else set()
+            return whole
+
+        assert prune(9, []) == {1, 2, 3, 4, 5, 6}
+        assert prune(3, [1]) == {1, 3, 4, 5, 6}
+        # After the last attempt is given up, the next one needs the images of the fifth.
+        assert prune(1, []) == {5, 6}
+        assert prune(1, []) == {5, 6}
+
+
+def test_a_pass_needs_no_images_of_old_attempts(world, capsys, quick, monkeypatch):
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    write_log(world / "log", world / "run" / "bundle", 120, seed=3)
+    quick["bundle"] = spoil(world)
+    assert retrain(world, capsys)[1]["action"] == "refused"
+    with attempts.open_state(world / "state", MODEL) as state:
+        state.prune(1, [])
+    assert len(list(world.glob("state/attempts/*/run"))) == 1  # The champion's was removed.
+    write_log(world / "log", world / "run" / "bundle", 120, seed=4)
+    calls = []
+    monkeypatch.setattr(attempts.State, "prune", lambda _, *arguments: calls.append(arguments))
+    assert retrain(world, capsys, "--keep=7")[1]["attempt"]["labelled"] == 150 + 240
+    assert calls == [(7, (1, 2))]
+
+
 def test_attempts_are_ordered_by_their_numbers(tmp_path):
     with attempts.open_state(tmp_path / "state", MODEL) as state:
         for number, started in enumerate(("2026-01-02", "2026-01-01", "2026-01-03"), 1):
