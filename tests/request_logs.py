@@ -51,13 +51,19 @@ def write_images_to_log(
     segments.close()
 
 
-def write_labels(folder: pathlib.Path, labels: Mapping[int, str | None], when: float) -> None:
-    """Appends labels of images, by number, to a request log; `when` is in seconds."""
+def write_labels(folder: pathlib.Path, labels: Mapping[int | str, str | None], when: float) -> None:
+    """Appends labels of images to a request log.
+
+    Args:
+      folder: The log.
+      labels: The labels by number, see `request_id`, or by request id.
+      when: The time of the labels, in seconds.
+    """
     segments = files.Segments(folder / "feedback", files.FEEDBACK)
     segments.append(
         {
             "time": [round(10**6 * when)] * len(labels),
-            "request_id": [request_id(number) for number in labels],
+            "request_id": [one if isinstance(one, str) else request_id(one) for one in labels],
             "image_index": [0] * len(labels),
             "label": list(labels.values()),
             "reward": [1.0] * len(labels),

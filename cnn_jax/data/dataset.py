@@ -48,6 +48,7 @@ class Dataset:
       contents: The digest of the decoded pixels of each example; see `scan.Record`.
       findings: The findings of the scan.
       residency: The place where the pixels are kept, one of `schema.RESIDENCIES`.
+      digests: The digest of the resized pixels of each example; see `open_dataset`.
     """
 
     loader: Loader
@@ -56,6 +57,7 @@ class Dataset:
     contents: Sequence[str]
     findings: Findings
     residency: str = "none"
+    digests: list[str] | None = None
 
     @property
     def source(self) -> Source:
@@ -70,6 +72,7 @@ def open_dataset(
     max_unreadable: float = 0.01,
     residency: str = "none",
     workers: int = 0,
+    with_digests: bool = False,
     track: Track = no_track,
 ) -> Dataset:
     """Scans a source, omits unreadable images, divides the source into splits and caches pixels.
@@ -81,6 +84,8 @@ def open_dataset(
       max_unreadable: The largest fraction of images that may be unreadable, 0 to 1.
       residency: One of `schema.RESIDENCIES`; "none": no pixels are cached.
       workers: The number of worker processes if images are decoded each time; -1: automatic.
+      with_digests: Whether to compute the digests of the resized pixels, which are cached. They
+        are always computed for a source with a request log.
       track: Shows progress.
 
     Raises:
@@ -99,7 +104,8 @@ def open_dataset(
     records = [records[row] for row in rows]
     splits = division.divide(source, [record.pixels for record in records])
     pixels = _pixels(stored, rows, source, records, preprocessing, residency)
-    if listing.log is not None:
+    part = digests = None
+    if with_digests or listing.log is not None:
         base, base_pixels = source, pixels
 
         def load(position: int) -> Pixels:
@@ -108,8 +114,12 @@ def open_dataset(
             return base_pixels[np.array([position])][0]
 
         part = make_part(source, records, preprocessing, load, track)
+        digests = part.digests
+    if listing.log is not None:
+        assert part is not None
         joined, more_pixels = join_log(part, listing.log, splits, division, preprocessing, track)
         source, records, splits = joined.source, joined.records, joined.splits
+        digests = joined.digests
         if isinstance(pixels, CachedRows):
             pixels = pixels.extended(more_pixels[joined.rows])
         elif pixels is not None:
@@ -127,6 +137,7 @@ def open_dataset(
         contents=[record.pixels for record in records],
         findings=find(source, records, division, splits, unreadable, values),
         residency=residency,
+        digests=digests,
     )
 
 

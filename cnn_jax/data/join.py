@@ -11,8 +11,9 @@ So no example changes its split when the source changes either.
 import contextlib
 import dataclasses
 import hashlib
+import struct
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from cnn_jax.config.schema import SPLITS
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.decode import Pixels, pixel_digest
 from cnn_jax.data.duplicates import THUMBNAIL_VALUES, Looks, perceptual_hash, thumbnail
+from cnn_jax.data.labelled_log import Examples, KnownImage
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.data.row_cache import RowCache
 from cnn_jax.data.scan import Record
@@ -63,12 +65,14 @@ class Joined:
     Attributes:
       source: The examples; the examples of the log are last.
       records: The record of each example.
+      digests: The digest of each resized image.
       splits: The positions of the examples by split.
       rows: The positions in the log of the examples that come from it.
     """
 
     source: Source
     records: list[Record]
+    digests: list[str]
     splits: dict[str, Int[np.ndarray, " _"]]
     rows: Int[np.ndarray, " m"]
 
@@ -182,6 +186,48 @@ def _positions(digests: Sequence[str], splits: Mapping[str, str]) -> Int[np.ndar
     return np.array([positions.get(splits.get(digest, ""), -1) for digest in digests], int)
 
 
+def count_usable(
+    examples: Examples,
+    class_names: Collection[str],
+    image_size: tuple[int, int],
+    known: Mapping[str, KnownImage],
+) -> tuple[int, int, Counter[str]]:
+    """Counts the logged images that a training would use, without opening the source.
+
+    Args:
+      examples: The labelled images of request logs.
+      class_names: The classes of the source.
+      image_size: The height and the width of the network's input.
+      known: The images of earlier trainings. If it lacks images of the source, their copies in the
+        log are counted as usable.
+
+    Returns:
+      The number of usable images; how many of them are not in `known`, or have another label there;
+      and the numbers of the other images, by kind.
+    """
+    left_out: Counter[str] = Counter()
+    new = 0
+    for label, digest, image in zip(
+        examples.labels, examples.digests, examples.images, strict=True
+    ):
+        earlier = known.get(digest)
+        if _png_size(image) != image_size:
+            left_out[OTHER_SIZE] += 1
+        elif earlier and not earlier.is_logged:
+            left_out[KNOWN_COPY] += 1
+        elif label not in class_names:
+            left_out[NEW_CLASS] += 1
+        else:
+            new += earlier is None or earlier.label != label
+    return len(examples) - left_out.total(), new, left_out
+
+
+def _png_size(image: bytes) -> tuple[int, int]:
+    """Returns the height and the width of a PNG, which its first chunk has."""
+    width, height = struct.unpack(">II", image[16:24])
+    return height, width
+
+
 def join(
     base: Part, log: Part, splits: Mapping[str, Int[np.ndarray, " _"]], division: Division
 ) -> Joined:
@@ -241,6 +287,7 @@ def join(
             labels[rows].astype(np.int32),
         ),
         records=base.records + [log.records[row] for row in rows],
+        digests=base.digests + [log.digests[row] for row in rows],
         splits={name: np.flatnonzero(example_splits == i) for i, name in enumerate(SPLITS)},
         rows=rows,
     )

@@ -20,13 +20,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cnn_jax.data.decode import decode, pixel_digest
-from cnn_jax.data.request_log import model_classes, read_feedback, read_requests
+from cnn_jax.data.request_log import (
+    Folders,
+    Key,
+    model_classes,
+    read_requests,
+    read_valid_feedback,
+)
 from cnn_jax.data.source import Source
 from cnn_jax.system.atomic import replacing, sync
 from cnn_jax.system.errors import DataError, MissingDataError, printable
 
 _FILE = "examples.parquet"
-_VERSION_KEY, _VERSION = b"cnn_jax_examples", b"1"
+_VERSION_KEY, _VERSION = b"cnn_jax_examples", b"2"
 _SCHEMA = pa.schema(
     [
         ("request", pa.string()),  # REQUEST_ID/IMAGE_INDEX of the copy that was labelled first.
@@ -40,7 +46,12 @@ _SCHEMA = pa.schema(
 _KNOWN_FILE = "splits.parquet"
 _KNOWN_SCHEMA = pa.schema(
     # A class may be named after a folder whose name is not UTF-8.
-    [("digest", pa.string()), ("split", pa.string()), ("label", pa.binary())],
+    [
+        ("digest", pa.string()),
+        ("split", pa.string()),
+        ("label", pa.binary()),
+        ("is_logged", pa.bool_()),
+    ],
     metadata={_VERSION_KEY: _VERSION},
 )
 _COLUMNS = ("request_id", "image_index", "model", "digest", "image")
@@ -51,11 +62,6 @@ NO_REQUEST = "labels of images that no log has"
 OTHER_MODEL = "labelled images of models with other classes"
 DAMAGED = "damaged labelled images"
 LOGGED_TWICE = "copies of other logged images"
-
-# A request id and the index of an image in the request.
-Key = tuple[str, int]
-# The folders of request logs.
-Folders = Sequence[str | os.PathLike[str]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -97,14 +103,6 @@ class Examples:
             images=[self.images[row] for row in rows],
         )
 
-    def count_new(self, earlier: "Examples | None") -> int:
-        """Returns the number of examples that earlier examples lack, or have with another label."""
-        known = dict(zip(earlier.digests, earlier.labels, strict=True)) if earlier else {}
-        return sum(
-            known.get(digest) != label
-            for digest, label in zip(self.digests, self.labels, strict=True)
-        )
-
 
 class KnownImage(NamedTuple):
     """The use of an image in earlier trainings.
@@ -112,18 +110,12 @@ class KnownImage(NamedTuple):
     Attributes:
       split: The split of the image, which never changes.
       label: The class of the image, in the last training.
+      is_logged: Whether the last training took the image from a request log.
     """
 
     split: str
     label: str
-
-
-@dataclasses.dataclass
-class _Label:
-    """The labels of one image: the time of the first, and the latest."""
-
-    first: int
-    latest: tuple[int, str]
+    is_logged: bool
 
 
 def read_examples(
@@ -149,7 +141,7 @@ def read_examples(
     Raises:
       DataError: A folder is not a request log, or only models with other classes wrote to it.
     """
-    labels = _read_labels(folders)
+    labels = read_valid_feedback(folders, "label")
     images: dict[Key, bytes] = {}
     kinds: dict[Key, str] = dict.fromkeys(labels, NO_REQUEST)
     for folder in folders:
@@ -181,8 +173,8 @@ def read_examples(
         rows = dict(zip(previous.digests, values, strict=True))
     conflicts = 0
     for digest, group in copies.items():
-        conflicts += len({labels[key].latest[1] for key in group}) > 1
-        _, label = max(labels[key].latest for key in group)
+        conflicts += len({labels[key].value for key in group}) > 1
+        _, label = max((labels[key].time, labels[key].value) for key in group)
         request = f"{group[0][0]}/{group[0][1]}"
         request, _, image = rows.get(digest, (request, label, images[group[0]]))
         rows[digest] = request, label, image
@@ -198,25 +190,7 @@ def read_examples(
     )
 
 
-def _read_labels(folders: Folders) -> dict[Key, _Label]:
-    """Returns the labels of each labelled image."""
-    labels: dict[Key, _Label] = {}
-    for folder in folders:
-        feedback = read_feedback(folder)
-        times = feedback["time"].cast(pa.int64()).to_pylist()
-        names = ("request_id", "image_index", "label")
-        columns = (feedback[name].to_pylist() for name in names)
-        for when, request_id, index, label in zip(times, *columns, strict=True):
-            if label is None:
-                continue
-            one = labels.setdefault((request_id, index), _Label(when, (when, label)))
-            one.first, one.latest = min(one.first, when), max(one.latest, (when, label))
-    return labels
-
-
-def _labelled_rows(
-    folder: str | os.PathLike[str], labels: Mapping[Key, _Label]
-) -> list[dict[str, Any]]:
+def _labelled_rows(folder: str | os.PathLike[str], labels: Collection[Key]) -> list[dict[str, Any]]:
     """Returns the rows of a request log that have a label."""
     ids = sorted({request_id for request_id, _ in labels})
     if not ids:
@@ -267,6 +241,15 @@ def write_snapshot(examples: Examples, folder: pathlib.Path) -> None:
     sync(folder)
 
 
+def delete_images(folder: pathlib.Path) -> None:
+    """Deletes the examples of a snapshot; its known images stay.
+
+    Raises:
+      OSError: The file cannot be deleted.
+    """
+    (folder / _FILE).unlink(missing_ok=True)
+
+
 def read_snapshot(folder: pathlib.Path) -> Examples | None:
     """Returns the examples of a snapshot; None if the folder has no complete snapshot.
 
@@ -310,6 +293,7 @@ def write_known(images: Mapping[str, KnownImage], folder: pathlib.Path) -> None:
         digests,
         [images[digest].split for digest in digests],
         [images[digest].label.encode("utf-8", "surrogatepass") for digest in digests],
+        [images[digest].is_logged for digest in digests],
     ]
     with replacing(folder / _KNOWN_FILE) as file:
         pq.write_table(pa.table(columns, schema=_KNOWN_SCHEMA), file, compression="zstd")
@@ -326,7 +310,7 @@ def read_known(folder: pathlib.Path) -> dict[str, KnownImage] | None:
     if table is None:
         return None
     labels = (label.decode("utf-8", "surrogatepass") for label in table["label"].to_pylist())
-    images = map(KnownImage, table["split"].to_pylist(), labels)
+    images = map(KnownImage, table["split"].to_pylist(), labels, table["is_logged"].to_pylist())
     return dict(zip(table["digest"].to_pylist(), images, strict=True))
 
 

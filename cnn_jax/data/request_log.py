@@ -26,6 +26,7 @@ import secrets
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -78,6 +79,11 @@ FEEDBACK = pa.schema(
     ],
     metadata=_METADATA,
 )
+
+# A request id and the index of an image in the request.
+Key = tuple[str, int]
+# The folders of request logs.
+Folders = Sequence[str | os.PathLike[str]]
 
 FAILURES = pa.schema(
     [
@@ -315,12 +321,52 @@ def read_requests(
 def read_feedback(folder: str | os.PathLike[str]) -> pa.Table:
     """Returns all labels and rewards, with the columns of `FEEDBACK`, in no particular order.
 
-    If there are several labels of an image, the latest by `time` is valid.
+    See `read_valid_feedback` for images with several labels.
 
     Raises:
       DataError: The folder is not a request log, or a file cannot be read.
     """
     return _read_folders(folder, ("feedback",), FEEDBACK)
+
+
+class ValidFeedback(NamedTuple):
+    """The feedback to an image that is valid: the latest label, or the latest reward.
+
+    Attributes:
+      value: The label or the reward.
+      time: The time at which the value arrived, in seconds since the epoch.
+      first: The time at which the first value of the image arrived.
+    """
+
+    value: Any
+    time: float
+    first: float
+
+
+def read_valid_feedback(folders: Folders, column: str) -> dict[Key, ValidFeedback]:
+    """Returns the valid label or reward of each image that has one.
+
+    The result does not depend on the order of the folders and files: of values with the same time,
+    the largest is valid.
+
+    Args:
+      folders: The folders of request logs.
+      column: "label" or "reward".
+
+    Raises:
+      DataError: A folder is not a request log, or a file cannot be read.
+    """
+    found: dict[Key, ValidFeedback] = {}
+    for folder in folders:
+        table = read_feedback(folder).filter(pc.field(column).is_valid())
+        times = table["time"].cast(pa.int64()).to_pylist()
+        columns = (table[name].to_pylist() for name in ("request_id", "image_index", column))
+        for microseconds, request_id, index, value in zip(times, *columns, strict=True):
+            time, key = microseconds / 1e6, (request_id, index)
+            one = found.get(key, ValidFeedback(value, time, time))
+            latest, value = max((one.time, one.value), (time, value))
+            found[key] = ValidFeedback(value, latest, min(one.first, time))
+    return found
 
 
 def read_failures(folder: str | os.PathLike[str]) -> pa.Table:

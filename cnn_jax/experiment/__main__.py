@@ -37,9 +37,7 @@ def main(argv: Sequence[str]) -> None:
 
 def add_result_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that name the request logs and the form of the output."""
-    parser.add_argument(
-        "--log", required=True, nargs="+", type=cli.path, help="folders of request logs"
-    )
+    cli.add_log_flag(parser, required=True)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--page", type=cli.path, metavar="FILE", help="HTML page to write")
 

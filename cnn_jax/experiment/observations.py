@@ -6,13 +6,19 @@ Times are in seconds since the epoch.
 import dataclasses
 import datetime
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
-from cnn_jax.data.request_log import read_failures, read_feedback, read_requests
+from cnn_jax.data.request_log import (
+    Folders,
+    Key,
+    ValidFeedback,
+    read_failures,
+    read_requests,
+    read_valid_feedback,
+)
 from cnn_jax.registry.split import Experiment
 from cnn_jax.system.errors import DataError, printable
 
@@ -23,17 +29,6 @@ _COLUMNS = (
 )  # fmt: skip
 # The difference between the clocks of the servers that is accepted, in seconds.
 MAX_SKEW = 5.0
-
-Folder = str | os.PathLike[str]
-# The id of an image: the id of its request, and its index in the request.
-Key = tuple[str, int]
-
-
-class Feedback(NamedTuple):
-    """The valid feedback to an image: the value, and when it arrived."""
-
-    value: Any
-    time: float
 
 
 @dataclasses.dataclass
@@ -89,9 +84,7 @@ class Observations:
     skew: float
 
 
-def read_observations(
-    experiment: Experiment, folders: Sequence[Folder], now: float
-) -> Observations:
+def read_observations(experiment: Experiment, folders: Folders, now: float) -> Observations:
     """Reads the observations of an experiment from one or more request logs.
 
     Raises:
@@ -149,7 +142,7 @@ def _seconds(time: datetime.datetime) -> float:
     return time.timestamp()
 
 
-def check_unique(rows: Iterable[Mapping[str, Any]], folders: Sequence[Folder]) -> None:
+def check_unique(rows: Iterable[Mapping[str, Any]], folders: Folders) -> None:
     """Raises DataError if two rows of the request logs have the same request id and image index."""
     seen: set[Key] = set()
     for row in rows:
@@ -162,27 +155,11 @@ def check_unique(rows: Iterable[Mapping[str, Any]], folders: Sequence[Folder]) -
         seen.add(key)
 
 
-def read_valid_feedback(folders: Sequence[Folder], column: str) -> dict[Key, Feedback]:
-    """Returns the latest label or reward of each image.
-
-    Args:
-      folders: The folders of request logs.
-      column: "label" or "reward".
-    """
-    found: dict[Key, Feedback] = {}
-    for folder in folders:
-        for row in read_feedback(folder).to_pylist():
-            key, time = (row["request_id"], row["image_index"]), _seconds(row["time"])
-            if row[column] is not None and (key not in found or time >= found[key].time):
-                found[key] = Feedback(row[column], time)
-    return found
-
-
 def _units(
     experiment: Experiment,
     rows: Sequence[Mapping[str, Any]],
     failed: Sequence[Mapping[str, Any]],
-    feedback: Mapping[Key, Feedback],
+    feedback: Mapping[Key, ValidFeedback],
 ) -> list[Unit]:
     """Returns the units of an experiment, by the time of their first request."""
     units: dict[str, Unit] = {}
@@ -203,7 +180,7 @@ def _units(
     return list(units.values())
 
 
-def _outcome(experiment: Experiment, row: Mapping[str, Any], given: Feedback) -> float:
+def _outcome(experiment: Experiment, row: Mapping[str, Any], given: ValidFeedback) -> float:
     if experiment.outcome == "label":
         return float(given.value == row["class"])
     if not 0 <= given.value <= 1:
@@ -215,7 +192,7 @@ def _outcome(experiment: Experiment, row: Mapping[str, Any], given: Feedback) ->
 
 
 def _pairs(
-    rows: Sequence[Mapping[str, Any]], feedback: Mapping[Key, Feedback]
+    rows: Sequence[Mapping[str, Any]], feedback: Mapping[Key, ValidFeedback]
 ) -> tuple[list[tuple[bool, bool]], list[bool]]:
     """Returns the pairs of labelled images in the order of the labels, and the agreements."""
     champions = {

@@ -12,10 +12,10 @@ import pyarrow as pa
 
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.decode import decode
-from cnn_jax.data.request_log import read_requests
+from cnn_jax.data.request_log import Folders, Key, read_requests, read_valid_feedback
 from cnn_jax.data.resize import resize
 from cnn_jax.experiment.analysis import analyse_pairs
-from cnn_jax.experiment.observations import Folder, Key, check_unique, read_valid_feedback
+from cnn_jax.experiment.observations import check_unique
 from cnn_jax.inference.exported import load_predictor
 from cnn_jax.inference.protocol import TrainedPredictor
 from cnn_jax.registry.ledger import Version
@@ -35,7 +35,7 @@ def replay(
     registry: Registry,
     challenger: Version,
     champion: Version,
-    folders: Sequence[Folder],
+    folders: Folders,
     since: float | None = None,
     track: Track = no_track,
     *,
@@ -111,7 +111,7 @@ def _predict(
 
 
 def _read(
-    folders: Sequence[Folder], model: str, since: float, keys: Container[Key] | None
+    folders: Folders, model: str, since: float, keys: Container[Key] | None
 ) -> tuple[list[bytes], list[str], int]:
     """Returns the PNG images and labels in the order of the labels, and the number of copies.
 

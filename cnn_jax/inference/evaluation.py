@@ -224,6 +224,7 @@ def open_as_trained(
     grouped: bool = True,
     max_unreadable: float | None = None,
     allow_outside: bool = False,
+    with_digests: bool = False,
 ) -> Dataset:
     """Opens a data source, and splits it as the training data of a bundle was split.
 
@@ -240,6 +241,7 @@ def open_as_trained(
         the value in training.
       allow_outside: Whether links and paths may lead out of the data's folder, even if
         training did not allow it.
+      with_digests: See `dataset.open_dataset`.
 
     Returns:
       The data set.
@@ -258,6 +260,7 @@ def open_as_trained(
         predictor.preprocessing,
         max_unreadable=data["max_unreadable"] if max_unreadable is None else max_unreadable,
         residency=choose_residency(residency, listing, predictor.preprocessing, device_bytes=0),
+        with_digests=with_digests,
         track=track,
     )
 

@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cnn_jax.data.request_log import Folders
 from cnn_jax.evaluate import percent
 from cnn_jax.monitor.flags import (
     add_log_flags,
@@ -30,7 +31,7 @@ from cnn_jax.monitor.flags import (
 )
 from cnn_jax.monitor.gauges import describe_gauges
 from cnn_jax.monitor.labels import read_images
-from cnn_jax.monitor.rows import Folders, Rows
+from cnn_jax.monitor.rows import Rows
 from cnn_jax.monitor.windows import measure
 from cnn_jax.quality.drift import TESTS
 from cnn_jax.quality.reference import Reference

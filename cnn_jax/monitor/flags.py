@@ -61,22 +61,9 @@ def add_version_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_log_flag(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Adds the flag --log, which names request logs."""
-    parser.add_argument(
-        "--log",
-        required=required,
-        nargs="+",
-        action="extend",
-        type=cli.path,
-        metavar="DIR",
-        help="request logs: the folders of the flag --request_log of the servers",
-    )
-
-
 def add_log_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags that name rows of request logs: --log and --days."""
-    add_log_flag(parser)
+    cli.add_log_flag(parser)
     parser.add_argument(
         "--days",
         type=cli.number("above 0", lambda value: value > 0),

@@ -12,8 +12,15 @@ import markupsafe
 import numpy as np
 import pyarrow.compute as pc
 
-from cnn_jax.data.request_log import FEEDBACK, Segments, class_names, read_requests
-from cnn_jax.monitor.rows import Folders, Key, Rows, random_order
+from cnn_jax.data.request_log import (
+    FEEDBACK,
+    Folders,
+    Key,
+    Segments,
+    class_names,
+    read_requests,
+)
+from cnn_jax.monitor.rows import Rows, random_order
 from cnn_jax.quality.reference import Reference
 from cnn_jax.quality.trust import Distances, statistics
 from cnn_jax.report import style

@@ -1,9 +1,7 @@
 """Reads the predictions of one bundle, and their labels, from request logs."""
 
 import dataclasses
-import datetime
 import hashlib
-import os
 import time
 from collections.abc import Sequence
 
@@ -13,7 +11,13 @@ import pyarrow.compute as pc
 from jaxtyping import Bool, Float64, Int
 
 from cnn_jax.data.findings import count
-from cnn_jax.data.request_log import class_names, read_feedback, read_requests
+from cnn_jax.data.request_log import (
+    Folders,
+    Key,
+    class_names,
+    read_requests,
+    read_valid_feedback,
+)
 from cnn_jax.quality.reference import Predictions
 from cnn_jax.system.errors import DataError, printable
 
@@ -24,11 +28,6 @@ _COLUMNS = (
 )
 # The difference between the clocks of two servers, in seconds, that is accepted without a warning.
 _MAX_SKEW = 60.0
-
-# A request id and the index of an image in the request.
-Key = tuple[str, int]
-# The folders of request logs.
-Folders = Sequence[str | os.PathLike[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _predictions(table: pa.Table, digest: str) -> Predictions:
     if len(table) and not embeddings.shape[1]:
         raise DataError(
             f"the predictions of the bundle {digest[:12]} have no embeddings, because an exported "
-            "model answered; serve the bundle itself to monitor it"
+            "model or an ensemble answered; serve the bundle of a single network to monitor it"
         )
     images = [table[name].to_numpy() for name in ("brightness", "sharpness", "contrast")]
     return Predictions(_matrix(table["probabilities"]), embeddings, np.column_stack(images))
@@ -171,29 +170,20 @@ def _labels(
     times: Float64[np.ndarray, " n"],
     classes: Sequence[str],
 ) -> tuple[Int[np.ndarray, " n"], list[str]]:
-    """Returns the latest label of each image, and warnings."""
-    rows, numbers = (
-        {key: row for row, key in enumerate(keys)},
-        {c: i for i, c in enumerate(classes)},
-    )
-    latest: dict[int, tuple[datetime.datetime, str]] = {}
-    skewed = 0
-    for folder in folders:
-        for record in read_feedback(folder).to_pylist():
-            row = rows.get((record["request_id"], record["image_index"]))
-            if row is None or record["label"] is None:
-                continue
-            skewed += record["time"].timestamp() < float(times[row]) - _MAX_SKEW
-            if row not in latest or record["time"] >= latest[row][0]:
-                latest[row] = record["time"], record["label"]
+    """Returns the label of each image, and warnings."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    feedback = read_valid_feedback(folders, "label")
     labels = np.full(len(keys), -1)
-    for row, (_, label) in latest.items():
-        labels[row] = numbers.get(label, len(classes))
+    skewed = 0
+    for row, key in enumerate(keys):
+        if (given := feedback.get(key)) is not None:
+            labels[row] = numbers.get(given.value, len(classes))
+            skewed += given.first < float(times[row]) - _MAX_SKEW
     warnings = []
     if skewed:
         warnings.append(
-            f"{count(skewed, 'label is', 'labels are')} older than the request; set the clocks of "
-            "the servers"
+            f"{count(skewed, 'image has a label that is', 'images have labels that are')} older "
+            "than the request; set the clocks of the servers"
         )
     return labels, warnings
 

@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -69,10 +70,10 @@ def compare_versions(
       UserError: A version or the data cannot be used, the data has a class that a version does not
         know, there are no images to compare, or the split "all" is training data.
     """
-    measured = []
+    measured, opened = [], None
     for version in (registry.resolve(candidate.model, alias), candidate):
-        predictor, dataset = _open(registry, version, source, split, track)
-        measured.append(_measure(version, predictor, dataset, split, track))
+        opened = _open(registry, version, source, split, track, opened)
+        measured.append(_measure(version, *opened, split, track))
     old, new = measured
     return _compare(new, old, alias, source, margin, split)
 
@@ -85,6 +86,8 @@ def compare_with_history(
     margin: float,
     earlier: Sequence[int] = (),
     track: Track = no_track,
+    *,
+    dataset: Dataset | None = None,
 ) -> Evidence:
     """Compares a version with the version of an alias, and with the best of earlier versions.
 
@@ -103,6 +106,7 @@ def compare_with_history(
       margin: The difference in accuracy that is still accepted, above 0 and below 1.
       earlier: The numbers of the earlier versions.
       track: Shows progress.
+      dataset: The source, divided as the training data of the candidate; opened if it is None.
 
     Returns:
       The comparison with the version of the alias. Its field `best` is the comparison with the best
@@ -112,15 +116,18 @@ def compare_with_history(
       NotComparedError: The version of the alias cannot predict the images.
       UserError: See `compare_versions`.
     """
-    predictor, dataset = _open(registry, candidate, source, "test", track)
-    new = _measure(candidate, predictor, dataset, "test", track, warn=False)
+    if dataset is None:
+        opened = _open(registry, candidate, source, "test", track)
+    else:
+        opened = _load(registry, candidate), dataset
+    new = _measure(candidate, *opened, "test", track, warn=False)
     current = registry.resolve(candidate.model, alias)
     found = {}
     for number in (current.number, *earlier):
         version = registry.resolve(candidate.model, number)
         try:
-            predictor, dataset = _open(registry, version, source, "test", track)
-            old = _measure(version, predictor, dataset, "test", track, warn=False)
+            own = _open(registry, version, source, "test", track, opened)
+            old = _measure(version, *own, "test", track, warn=False)
             found[number] = _compare(new, old, alias, source, margin, "test")
         except (BundleError, ConfigError, DataError) as error:
             if number == current.number:
@@ -166,13 +173,34 @@ def _compare(
     return evidence
 
 
-def _open(
-    registry: Registry, version: Version, source: str, split: str, track: Track
-) -> tuple[TrainedPredictor, Dataset]:
-    """Returns the predictor of a version, and the source as its training data was divided."""
+def _load(registry: Registry, version: Version) -> TrainedPredictor:
     with tempfile.TemporaryDirectory(prefix="cnn_jax-") as directory:
-        predictor = load_predictor(registry.fetch(version, directory))
-    dataset = open_as_trained(predictor, source, track, grouped=split != "all")
+        return load_predictor(registry.fetch(version, directory))
+
+
+def _open(
+    registry: Registry,
+    version: Version,
+    source: str,
+    split: str,
+    track: Track,
+    opened: tuple[TrainedPredictor, Dataset] | None = None,
+) -> tuple[TrainedPredictor, Dataset]:
+    """Returns the predictor of a version, and the source as its training data was divided.
+
+    Args:
+      registry: The registry of the version.
+      version: The version.
+      source: The name of the source.
+      split: The split that is compared.
+      track: Shows progress.
+      opened: Another predictor and its data set, which is used if it would be the same.
+    """
+    predictor = _load(registry, version)
+    if opened is not None and _opens_as(predictor) == _opens_as(opened[0]):
+        dataset = opened[1]
+    else:
+        dataset = open_as_trained(predictor, source, track, grouped=split != "all")
     trained_on = predictor.data["fingerprint"], predictor.data["source"]
     if split == "all" and (
         dataset.fingerprint == trained_on[0] or dataset.source.name == trained_on[1]
@@ -182,6 +210,12 @@ def _open(
             "images that are new to both versions"
         )
     return predictor, dataset
+
+
+def _opens_as(predictor: TrainedPredictor) -> tuple[Any, ...]:
+    """Returns the values that determine how `open_as_trained` opens a source for a predictor."""
+    keys = ("division", "max_unreadable", "allow_outside")
+    return predictor.preprocessing, *(predictor.data[key] for key in keys)
 
 
 def _measure(

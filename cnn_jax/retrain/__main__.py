@@ -1,7 +1,7 @@
 """Retrains a served network on the labelled images of its request log: one pass.
 
     cnn_jax retrain --registry=DIR --model=NAME --source=SOURCE --log=LOG [LOG ...] --state=DIR
-        [--when=harm,labels] [--min_new=200] [--margin=0.01] [--json]
+        [--when=harm,labels] [--min_new=200] [--margin=0.01] [--keep=3] [--json]
         [--config=FILE] [--config.KEY=VALUE ...]
 
 A pass first compares a version that an earlier pass has promoted with the version before, by the
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 from cnn_jax.config.files import ConfigParser, find
 from cnn_jax.config.schema import LOG_MARK
-from cnn_jax.monitor.flags import add_log_flag, add_measure_flags
+from cnn_jax.monitor.flags import add_measure_flags
 from cnn_jax.registry import ledger
 from cnn_jax.registry.flags import add_registry_flag, margin, required_registry
 from cnn_jax.registry.registry import Registry
@@ -31,6 +31,7 @@ from cnn_jax.system.errors import ConfigError, did_you_mean
 
 TRIGGERS = ("harm", "labels", "always")
 _MIN_NEW = 200
+_KEEP = 3
 # The exit code if a network was refused or rolled back.
 _NEGATIVE = 3
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         metavar="SOURCE",
         help="the data with which the first champion was trained",
     )
-    add_log_flag(parser, required=True)
+    cli.add_log_flag(parser, required=True)
     parser.add_argument(
         "--state",
         required=True,
@@ -96,6 +97,13 @@ def main(argv: Sequence[str]) -> None:
         metavar="FRACTION",
         help="the difference in accuracy that a promotion accepts (0.01)",
     )
+    parser.add_argument(
+        "--keep",
+        type=cli.positive,
+        default=_KEEP,
+        metavar="N",
+        help=f"number of ended attempts whose images and networks stay in --state ({_KEEP})",
+    )
     add_measure_flags(parser.add_argument_group("the monitor, for --when=harm"))
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     flags, overrides = parser.parse_with_overrides(argv)
@@ -121,6 +129,7 @@ def main(argv: Sequence[str]) -> None:
         triggers=flags.when,
         min_new=flags.min_new,
         margin=flags.margin,
+        keep=flags.keep,
         drift=(flags.window, flags.last, flags.level, flags.max_drop),
         recipe=flags.config,
         overrides=overrides,

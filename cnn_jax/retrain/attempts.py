@@ -5,13 +5,15 @@
     STATE/attempts/KEY/            one folder for each attempt
         attempt.json               the record: the data, the decision and its evidence
         config.json                the configuration of the run
-        data/                      the labelled images of the request log
+        data/                      the labelled images of the request log, and all splits
         champion/DIGEST/           the bundle with whose weights the run starts
         run/                       the run
 
 The folder of an attempt appears at once, with all that the run needs, so a killed pass leaves no
-incomplete attempt. The registry is the only authority on versions: a record that a killed pass
-could not write is completed by the next pass from the log of the registry.
+incomplete attempt. Of old attempts, only the record, the configuration and the splits stay; the
+latest attempt has all labelled images of the earlier ones. The registry is the only authority on
+versions: a record that a killed pass could not write is completed by the next pass from the log of
+the registry.
 """
 
 import contextlib
@@ -22,10 +24,11 @@ import hashlib
 import json
 import pathlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from cnn_jax.config.schema import Config, leaves
+from cnn_jax.data.labelled_log import delete_images
 from cnn_jax.system.atomic import write_text
 from cnn_jax.system.errors import ConfigError, UserError, printable
 from cnn_jax.training.run_directory import INDIFFERENT_KEYS
@@ -155,6 +158,26 @@ class State:
     def folder(self, key: str) -> pathlib.Path:
         """Returns the folder of the attempt with a key, which may not exist."""
         return self._attempts / key[:16]
+
+    def prune(self, keep: int, versions: Collection[int]) -> None:
+        """Deletes the images and the networks of ended attempts; the records and splits stay.
+
+        Args:
+          keep: The number of latest ended attempts that are kept whole. The attempt that is not
+            ended may be discarded, and the next one needs the images of the last ended attempt.
+          versions: The versions whose attempts are kept whole too.
+
+        Raises:
+          ConfigError: A record is damaged.
+          OSError: A folder cannot be deleted.
+        """
+        ended = [attempt for attempt in self.attempts() if attempt.status != STARTED]
+        for attempt in ended[:-keep]:
+            if attempt.record.get("version") not in versions:
+                delete_images(attempt.data)
+                for folder in (attempt.champion, attempt.run):
+                    if folder.exists():
+                        shutil.rmtree(folder)
 
     def discard(self, attempt: Attempt) -> None:
         """Removes an attempt, so that it can be made again."""

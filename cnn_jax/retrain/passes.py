@@ -8,6 +8,7 @@ import json
 import logging
 import pathlib
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,9 +19,8 @@ import pyarrow as pa
 from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import bundle_values, resolve
 from cnn_jax.config.schema import LOG_MARK, SPLITS, Config
-from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.data.decode import pixel_digest
+from cnn_jax.data.join import count_usable
 from cnn_jax.data.labelled_log import (
     Examples,
     KnownImage,
@@ -30,12 +30,11 @@ from cnn_jax.data.labelled_log import (
     write_known,
     write_snapshot,
 )
-from cnn_jax.data.request_log import read_requests
+from cnn_jax.data.request_log import Key, read_requests, read_valid_feedback
 from cnn_jax.data.sources import absolute
-from cnn_jax.experiment.observations import Key, read_valid_feedback
 from cnn_jax.experiment.replay import NoLabelsError, replay
 from cnn_jax.inference.bundle import Bundle, digest, read_bundle, read_reference
-from cnn_jax.inference.evaluation import image_batches, open_as_trained
+from cnn_jax.inference.evaluation import open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.monitor.rows import growing_sample, read_rows
 from cnn_jax.monitor.windows import measure
@@ -83,6 +82,7 @@ class Settings:
       triggers: One or more of "harm", "labels" and "always".
       min_new: The number of new labelled images for the trigger "labels".
       margin: The difference in accuracy that a promotion accepts, above 0 and below 1.
+      keep: The number of latest attempts whose images and networks are kept.
       drift: The arguments of `monitor.windows.measure` after the reference.
       recipe: The configuration of the training, as for `--config`.
       overrides: Values of configuration keys, as text, by key.
@@ -94,6 +94,7 @@ class Settings:
     triggers: Sequence[str]
     min_new: int
     margin: float
+    keep: int
     drift: tuple[int, int, float, float]
     recipe: str = "default"
     overrides: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -144,6 +145,7 @@ def run_pass(
         champion = registry.resolve(settings.model)
         own = _Pass(registry, opened, settings, console, champion, pathlib.Path(downloads))
         own.complete_records()
+        own.prune()
         return own.watch() or own.resume() or own.start()
 
 
@@ -185,6 +187,12 @@ class _Pass:
                 promotion = self._last_entry("promote", version=attempt.record["version"])
                 if promotion and (reason := self._withdrawal(promotion)):
                     attempt.end(ROLLED_BACK, reason)
+
+    def prune(self) -> None:
+        """Deletes the images and the networks of attempts that no later attempt needs."""
+        # A rollback makes the version before the champion again.
+        history = self.registry.models[self.settings.model].aliases[CHAMPION]
+        self.state.prune(self.settings.keep, history[-2:])
 
     def _withdrawal(self, promotion: Entry) -> str:
         """Returns the reason for which a promotion was rolled back, or ""."""
@@ -302,14 +310,19 @@ class _Pass:
         attempt = next((a for a in self.state.attempts() if a.status == STARTED), None)
         if attempt is None:
             return None
-        if "digest" not in attempt.record and (outcome := self._give_up_if_changed(attempt)):
-            logger.warning("%s", outcome.text)
-            return None
+        if "digest" not in attempt.record:
+            checked = self._open_unchanged(attempt)
+            if isinstance(checked, Outcome):
+                logger.warning("%s", checked.text)
+                return None
         self.console.print(f"continues the attempt {attempt.folder.name}")
         return self._finish(attempt)
 
-    def _give_up_if_changed(self, attempt: Attempt) -> Outcome | None:
-        """Removes an attempt whose data has changed since it started, and returns the outcome.
+    def _open_unchanged(self, attempt: Attempt) -> Dataset | Outcome:
+        """Opens the data of an attempt.
+
+        If the data has changed since the attempt started, the attempt is removed, and the outcome
+        is returned.
 
         Raises:
           DataError: The data cannot be used, or many of its images are missing.
@@ -320,7 +333,9 @@ class _Pass:
         if (attempt.run / "bundle").exists():
             trained = read_bundle(attempt.run / "bundle").data["fingerprint"]
         if dataset.fingerprint == trained == attempt.record["data"]:
-            return None
+            # Images on the device can be read on the host too.
+            loader = dataclasses.replace(dataset.loader, on_device=False)
+            return dataclasses.replace(dataset, loader=loader)
         # Images may be missing only for now, for example because a disk is not mounted.
         expected = attempt.record["images"]
         _check_complete(expected - len(dataset.source), expected, dataset, config)
@@ -338,52 +353,41 @@ class _Pass:
         bundle = read_bundle(folder)
         last = next(reversed(self.state.attempts()), None)
         if last:
-            earlier = _read_examples(last.data)
+            earlier, known = _read_examples(last.data), _read_known(last.data)
         else:
-            snapshots = map(read_snapshot, self._log_folders(bundle))
-            earlier = next((one for one in snapshots if one is not None), None)
+            folders = self._log_folders(bundle)
+            earlier = next(filter(None, map(read_snapshot, folders)), None)
+            known = next(filter(None, map(read_known, folders)), {})
         examples = read_examples(
             settings.logs, bundle.class_names, model=settings.model, previous=earlier
         )
-        new = examples.count_new(earlier)
-        triggers, facts = self._triggers(folder, last, new)
-        if not len(examples):
-            left_out = "".join(f"; {n:,} {kind}" for kind, n in examples.left_out.items())
-            triggers, facts = [], [f"no labelled image in the log{left_out}"]
-        if not triggers:
-            return Outcome(NOTHING, f"nothing to do: {'; '.join(facts)}")
+        # Copies of images of the source are still counted as new if they are not known; `_begin`
+        # counts again.
+        usable, new, left_out = count_usable(
+            examples, bundle.class_names, bundle.preprocessing.image_size, known
+        )
+        if not usable:
+            kinds = {**examples.left_out, **left_out}.items()
+            texts = "".join(f"; {number:,} {kind}" for kind, number in kinds)
+            return _nothing(f"no labelled image in the log{texts}")
+        reasons = self._reasons(folder, last)
+        if not reasons.triggers(new):
+            return _nothing(reasons.text(new))
         attempt = self.state.prepare()
         write_snapshot(examples, attempt.data)
-        attempt.record |= {
-            "triggers": triggers,
-            "labelled": len(examples),
-            "new": new,
-            "margin": settings.margin,
-        }
-        attempt = self._begin(attempt, bundle, folder)
-        if attempt is None:
-            return Outcome(
-                NOTHING,
-                "nothing to do: no image of the training split is new or has another label than in "
-                f"the training of {self.champion}",
-            )
-        if attempt.status == STARTED:
-            return self._finish(attempt)
-        return Outcome(
-            NOTHING,
-            f"nothing to do: the same data and configuration were {_words(attempt.status)} on "
-            f"{attempt.record['ended']} ({attempt.record['reason']})",
-        )
+        begun = self._begin(attempt, bundle, folder, reasons)
+        return begun if isinstance(begun, Outcome) else self._finish(begun)
 
-    def _begin(self, prepared: Attempt, bundle: Bundle, folder: pathlib.Path) -> Attempt | None:
-        """Begins a prepared attempt, or returns the earlier attempt with the same key.
-
-        Returns None if the champion was trained on all images of the training split already.
+    def _begin(
+        self, prepared: Attempt, bundle: Bundle, folder: pathlib.Path, reasons: "_Reasons"
+    ) -> Attempt | Outcome:
+        """Begins a prepared attempt, or returns the outcome if there is no reason for it.
 
         Args:
           prepared: The attempt, with its snapshot and without a key.
           bundle: The champion.
           folder: The folder of the champion's bundle.
+          reasons: The reasons for an attempt.
         """
         settings, champion = self.settings, self.champion
         config = _configure(settings, bundle, prepared.data, folder)
@@ -400,21 +404,29 @@ class _Pass:
                 f"{printable(', '.join(dataset.source.class_names))}, and {champion} has "
                 f"{printable(', '.join(bundle.class_names))}; train a new champion on this data"
             )
-        images = _known_images(dataset, self.console.track)
+        images = _known_images(dataset)
         _check_complete(len(known.keys() - images.keys()), len(known), dataset, config)
         write_known(earlier | known | images, prepared.data)
+        logged_images = {digest: one for digest, one in images.items() if one.is_logged}
+        new = _count_new(logged_images, earlier if attempts else known)
+        if not (triggers := reasons.triggers(new)):
+            return _nothing(reasons.text(new))
         key = attempt_key(dataset.fingerprint, config)
         final = Attempt(self.state.folder(key), {})
         for attempt in attempts:
             if attempt.folder == final.folder:
-                return attempt
-        new = [digest for digest, image in images.items() if known.get(digest) != image]
-        if not any(images[digest].split == "train" for digest in new):
-            return None
-        is_logged = dataset.source.logged
-        assert is_logged is not None
-        logged = {name: int(is_logged[rows].sum()) for name, rows in dataset.splits.items()}
-        text = ", ".join(f"{count:,} in {name}" for name, count in logged.items())
+                return _nothing(
+                    f"the same data and configuration were {_words(attempt.status)} on "
+                    f"{attempt.record['ended']} ({attempt.record['reason']})"
+                )
+        trained = {digest: one for digest, one in images.items() if one.split == "train"}
+        if not _count_new(trained, known):
+            return _nothing(
+                "no image of the training split is new or has another label than in the training "
+                f"of {champion}"
+            )
+        logged = Counter(image.split for image in logged_images.values())
+        text = ", ".join(f"{logged[name]:,} in {name}" for name in SPLITS)
         self.console.print(f"labelled images of the log: {text}")
         self.registry.fetch(champion, prepared.champion, is_copy=True)
         config = _configure(settings, bundle, final.data, final.champion / champion.bundle.digest)
@@ -425,9 +437,13 @@ class _Pass:
             status=STARTED,
             reason="",
             started=now(),
+            triggers=triggers,
+            labelled=logged.total(),
+            new=new,
+            margin=settings.margin,
             data=dataset.fingerprint,
             images=len(dataset.source),
-            logged=logged,
+            logged={name: logged[name] for name in SPLITS},
             champion=champion.number,
         )
         return self.state.begin(prepared, key)
@@ -471,35 +487,23 @@ class _Pass:
                 "unknown which images its network has seen; restore the data, or train a new "
                 "champion with `cnn_jax train` and promote it"
             )
-        return _known_images(dataset, self.console.track)
+        return _known_images(dataset)
 
     def _open_as_trained(self, bundle: Bundle, parts: Sequence[str]) -> Dataset:
         name = LOG_MARK.join(parts)
-        return open_as_trained(BundlePredictor(bundle), name, self.console.track)
+        predictor = BundlePredictor(bundle)
+        return open_as_trained(predictor, name, self.console.track, with_digests=True)
 
-    def _triggers(
-        self, folder: pathlib.Path, last: Attempt | None, new: int
-    ) -> tuple[list[str], list[str]]:
-        """Returns the reasons for an attempt, and facts for the message if there is none.
+    def _reasons(self, folder: pathlib.Path, last: Attempt | None) -> "_Reasons":
+        """Returns the reasons for an attempt.
 
         Args:
           folder: The folder of the champion's bundle.
           last: The last attempt.
-          new: The number of labelled images that the last attempt did not have.
         """
-        settings, wanted = self.settings, self.settings.triggers
-        facts = [f"{new:,} new labelled images (--min_new={settings.min_new})"]
-        found = [name for name in ("always",) if name in wanted]
-        if "labels" in wanted and new >= settings.min_new:
-            found.append("labels")
-        if "harm" in wanted:
-            state = self._monitor(folder)
-            facts.append(f"monitor: {state.replace('_', ' ')}")
-            # Otherwise each new label would allow another attempt, until one passes by luck.
-            has_failed = last is not None and last.status in (REFUSED, ROLLED_BACK)
-            if state == "harm" and new >= (settings.min_new if has_failed else 1):
-                found.append("harm")
-        return found, facts
+        state = self._monitor(folder) if "harm" in self.settings.triggers else ""
+        has_failed = last is not None and last.status in (REFUSED, ROLLED_BACK)
+        return _Reasons(self.settings.triggers, self.settings.min_new, state, has_failed)
 
     def _monitor(self, folder: pathlib.Path) -> str:
         """Returns the state of the champion; see `monitor.windows.measure`.
@@ -529,6 +533,7 @@ class _Pass:
         note = f"{_NOTE}{attempt.record['key']}"
         if outcome := self._end_repeated(attempt, note):
             return outcome
+        data = None
         if "digest" not in attempt.record:
             try:
                 train_and_evaluate(config, attempt.run, self.console)
@@ -538,8 +543,9 @@ class _Pass:
                 if not (attempt.run / "config.json").exists():  # The training has not started.
                     self.state.discard(attempt)
                 raise
-            if outcome := self._give_up_if_changed(attempt):
-                return outcome
+            data = self._open_unchanged(attempt)
+            if isinstance(data, Outcome):
+                return data
             attempt.update(digest=digest(attempt.run / "bundle"))
         version = registry.add(settings.model, attempt.run / "bundle", note).version
         # A pass with another state folder may have added its version during the training.
@@ -550,8 +556,10 @@ class _Pass:
         if promotion is None:
             if outcome := self._wait(version, attempt):
                 return outcome
-            if outcome := self._give_up_if_changed(attempt):
-                return outcome
+            if data is None:  # The training was in an earlier pass.
+                data = self._open_unchanged(attempt)
+            if isinstance(data, Outcome):
+                return data
             try:
                 evidence = compare_with_history(
                     registry,
@@ -561,6 +569,7 @@ class _Pass:
                     attempt.record["margin"],
                     self._earlier_champions(version),
                     self.console.track,
+                    dataset=data,
                 )
             except NotComparedError as error:
                 return self._end(attempt, REFUSED, str(error), version=version.number)
@@ -646,6 +655,44 @@ class _Pass:
         return Outcome(status, f"{name} was {_words(status)}: {reason}", attempt.record)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Reasons:
+    """The reasons for an attempt, which depend on the number of new labelled images.
+
+    Attributes:
+      wanted: See `Settings.triggers`.
+      min_new: See `Settings`.
+      state: The state of the champion; see `monitor.windows.measure`. "" without "harm".
+      has_failed: Whether the last attempt was refused or rolled back.
+    """
+
+    wanted: Sequence[str]
+    min_new: int
+    state: str
+    has_failed: bool
+
+    def triggers(self, new: int) -> list[str]:
+        """Returns the reasons, with a number of new labelled images."""
+        # Otherwise each new label would allow another attempt, until one passes by luck.
+        for_harm = self.min_new if self.has_failed else 1
+        holds = {
+            "always": True,
+            "labels": new >= self.min_new,
+            "harm": self.state == "harm" and new >= for_harm,
+        }
+        return [name for name in holds if holds[name] and name in self.wanted]
+
+    def text(self, new: int) -> str:
+        """Describes why there is no reason."""
+        text = f"{new:,} new labelled images (--min_new={self.min_new})"
+        return f"{text}; monitor: {self.state.replace('_', ' ')}" if self.state else text
+
+
+def _nothing(reason: str) -> Outcome:
+    """Returns the outcome of a pass that makes no attempt."""
+    return Outcome(NOTHING, f"nothing to do: {reason}")
+
+
 def _words(status: str) -> str:
     return status.replace("_", " ")
 
@@ -674,24 +721,30 @@ def _read_known(folder: pathlib.Path) -> dict[str, KnownImage]:
     return images
 
 
-def _known_images(dataset: Dataset, track: Track) -> dict[str, KnownImage]:
+def _known_images(dataset: Dataset) -> dict[str, KnownImage]:
     """Returns the split and the class of each image of a data set, by its resized pixels.
 
     If images are equal only at the size of the network's input and have several splits, train comes
     before validation, and validation before test, because a network has seen these pixels.
     """
+    assert dataset.digests is not None
     images: dict[str, KnownImage] = {}
-    # Images on the device can be read on the host too.
-    loader = dataclasses.replace(dataset.loader, on_device=False)
-    labels, names = dataset.source.labels, dataset.source.class_names
+    source = dataset.source
+    labels, names = source.labels, source.class_names
+    is_logged = np.zeros(len(source), bool) if source.logged is None else source.logged
     for split in reversed(SPLITS):
-        indices = dataset.splits[split]
-        batches = image_batches(loader, indices, track, "comparing images")
-        with contextlib.closing(batches):
-            pixels = (image for batch in batches for image in batch)
-            for label, image in zip(labels[indices], pixels, strict=True):
-                images[pixel_digest(image)] = KnownImage(split, names[label])
+        for row in dataset.splits[split].tolist():
+            image = KnownImage(split, names[labels[row]], bool(is_logged[row]))
+            images[dataset.digests[row]] = image
     return images
+
+
+def _count_new(images: Mapping[str, KnownImage], known: Mapping[str, KnownImage]) -> int:
+    """Returns the number of images that are not known, or have another label."""
+    return sum(
+        digest not in known or known[digest].label != image.label
+        for digest, image in images.items()
+    )
 
 
 def _check_complete(missing: int, total: int, dataset: Dataset, config: Config) -> None:

@@ -270,6 +270,19 @@ def add_bundle_flag(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_log_flag(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Adds the flag --log, which names request logs."""
+    parser.add_argument(
+        "--log",
+        required=required,
+        nargs="+",
+        action="extend",
+        type=path,
+        metavar="DIR",
+        help="request logs: the folders of the flag --request_log of the servers",
+    )
+
+
 def add_input_flags(parser: argparse.ArgumentParser) -> None:
     """Adds --bundle and the flags that name the images to read."""
     add_bundle_flag(parser)

@@ -227,7 +227,7 @@ def test_images_of_the_log_are_not_written_to_the_cache(folder, log):
 def _known_images(dataset):
     return {
         pixel_digest(dataset.loader.load(np.array([i]))["image"][0]): KnownImage(
-            name, dataset.source.class_names[dataset.source.labels[i]]
+            name, dataset.source.class_names[dataset.source.labels[i]], dataset.source.logged[i]
         )
         for name in SPLITS
         for i in dataset.splits[name]

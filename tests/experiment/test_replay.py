@@ -126,8 +126,11 @@ def test_same_version_twice_is_one_error(registry, log):
 
 def test_command_prints_json_and_writes_the_page(registry, log, tmp_path, capfd):
     folder = str(log.write().folder)
+    other = str(Log(tmp_path / "other", experiment()).write().folder)
     page = tmp_path / "page.html"
-    flags = [f"--registry={registry.url}", "--log", folder, "--json", f"--page={page}"]
+    # The flag --log may be given several times, as for `monitor` and `retrain`.
+    logs = ["--log", folder, "--log", other]
+    flags = [f"--registry={registry.url}", *logs, "--json", f"--page={page}"]
     compare.main(["flowers", "2", "champion", *flags])
     found = json.loads(capfd.readouterr().out)
     assert found["images"] == 70

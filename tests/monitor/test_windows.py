@@ -87,12 +87,12 @@ def test_a_log_of_another_model_is_an_error(tmp_path):
         read_rows([tmp_path], DIGEST)
 
 
-def test_rows_of_an_exported_model_are_an_error(tmp_path):
+def test_rows_of_an_exported_model_or_an_ensemble_are_an_error(tmp_path):
     rng = np.random.default_rng(0)
     whole = simulate(rng, np.zeros(4, int))
     without = Predictions(whole.probabilities, np.zeros((4, 0), np.float32), whole.images)
     write_log(tmp_path / "log", without)
-    with pytest.raises(DataError, match="have no embeddings"):
+    with pytest.raises(DataError, match="an exported model or an ensemble answered; serve"):
         read_rows([tmp_path / "log"], DIGEST)
 
 
@@ -109,7 +109,9 @@ def test_the_latest_label_is_valid_and_skewed_clocks_are_reported(tmp_path):
     write_labels(tmp_path / "log", {keys[3]: "circle"}, now - 1000)
     rows = read_rows([tmp_path / "log"], DIGEST)
     assert rows.labels[3] == 0
-    assert rows.warnings == ["1 label is older than the request; set the clocks of the servers"]
+    assert rows.warnings == [
+        "1 image has a label that is older than the request; set the clocks of the servers"
+    ]
 
 
 def test_rows_of_deleted_files_are_only_read_on_request(tmp_path):

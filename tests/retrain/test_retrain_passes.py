@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
 from bundles import make_bundle
 from PIL import Image
+from request_logs import write_images_to_log, write_labels
 
 from cnn_jax.config import files
+from cnn_jax.data import dataset
 from cnn_jax.data.decode import pixel_digest
 from cnn_jax.data.labelled_log import read_known, read_snapshot
 from cnn_jax.experiment.analysis import analyse_pairs
@@ -31,6 +34,7 @@ from cnn_jax.retrain import __main__ as command
 from cnn_jax.retrain import attempts, passes
 from cnn_jax.system.errors import BundleError, ConfigError, DataError, TrainingError
 from experiments.checks.chaos_retrain import (
+    CLASSES,
     MODEL,
     pass_flags,
     prepare,
@@ -181,6 +185,60 @@ def test_without_a_reason_nothing_is_trained(world, capsys, quick, flags, labels
     assert text in result["text"]
     assert quick["calls"] == 0
     assert not list((world / "state" / "attempts").iterdir())
+
+
+def log_images(world, images, labels, when=1):
+    """Writes labelled images to the log, by numbers for their request ids."""
+    write_images_to_log(world / "log", images, model=MODEL)
+    write_labels(world / "log", labels, when=when)
+
+
+def random_images(numbers, size=16):
+    shape = size, size, 3
+    return {i: np.random.default_rng(i).integers(0, 256, shape, np.uint8) for i in numbers}
+
+
+def test_only_new_images_that_training_uses_count(world, capsys, quick, monkeypatch):
+    paths = sorted((world / "images" / "red").iterdir())
+    copies = {number: np.asarray(Image.open(path)) for number, path in enumerate(paths[:30])}
+    log_images(world, copies, dict.fromkeys(copies, "blue"))
+    unknown = random_images(range(100, 130))
+    log_images(world, unknown, dict.fromkeys(unknown, "pink"))
+    text = "nothing to do: 150 new labelled images (--min_new=151)"
+    assert retrain(world, capsys, "--min_new=151")[1]["text"] == text
+    record = retrain(world, capsys, "--min_new=150")[1]["attempt"]
+    assert (record["labelled"], record["new"]) == (150, 150)
+    assert sum(record["logged"].values()) == 150
+    # Afterwards, the images are known, so the data is not opened to count them.
+    write_labels(world / "log", dict.fromkeys(copies, "green"), when=2)
+    write_labels(world / "log", dict.fromkeys(unknown, "violet"), when=2)
+    log_images(world, random_images(range(200, 205)), dict.fromkeys(range(200, 205), "red"))
+    examples = read_snapshot(next(world.glob("state/attempts/*/data")))
+    other = next(i for i, label in enumerate(examples.labels) if label == "red")
+    request = examples.requests[other].partition("/")[0]
+    write_labels(world / "log", {request: "blue"}, when=time.time())
+    with monkeypatch.context() as patch:
+        patch.setattr(passes._Pass, "_begin", None)
+        text = "nothing to do: 6 new labelled images (--min_new=7)"
+        assert retrain(world, capsys, "--min_new=7")[1]["text"] == text
+    record = retrain(world, capsys, "--min_new=6")[1]["attempt"]
+    assert (record["labelled"], record["new"]) == (155, 6)
+
+
+def test_images_of_another_size_than_the_network_reads_are_left_out(world, capsys, quick):
+    """A person has promoted a network with another image size."""
+    champion = read_bundle(world / "run" / "bundle")
+    larger = dataclasses.replace(champion.preprocessing, image_size=(24, 24))
+    write_bundle(dataclasses.replace(champion, preprocessing=larger), world / "larger")
+    registry = Registry(world / "registry")
+    registry.promote(MODEL, registry.add(MODEL, world / "larger").version.number)
+    text = "nothing to do: no labelled image in the log; 150 logged images of another size"
+    assert retrain(world, capsys, "--when=always")[1]["text"] == text
+    images = random_images(range(120), size=24)
+    log_images(world, images, {number: CLASSES[number % 3] for number in images})
+    code, result = retrain(world, capsys)
+    assert (code, result["action"]) == (0, "promoted")
+    assert (result["attempt"]["labelled"], result["attempt"]["new"]) == (120, 120)
 
 
 def test_harm_needs_one_new_label_and_more_after_a_refusal(world, capsys, quick):
@@ -745,6 +803,80 @@ def test_a_missing_snapshot_is_an_error(world, capsys, quick, name):
     fails(world, DataError, f"{folder}, .+, is missing; restore", f"--state={world / 'second'}")
     (world / "elsewhere").rename(folder)
     assert retrain(world, capsys)[1]["attempt"]["number"] == 2
+
+
+def test_the_data_is_opened_once_where_the_result_is_the_same(world, capsys, quick, monkeypatch):
+    """The training, which opens the data too, is replaced here."""
+    opened = []
+    scan = dataset._scan
+
+    def scan_and_note(*arguments):
+        opened.append(arguments[0].name)
+        return scan(*arguments)
+
+    monkeypatch.setattr(dataset, "_scan", scan_and_note)
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    # The data of the champion, the data of the attempt, and the check after the training, which
+    # the comparison of both versions uses.
+    assert len(opened) == 3
+    write_log(world / "log", world / "run" / "bundle", 120, seed=3)
+    opened.clear()
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    assert len(opened) == 2
+    # A pass that continues after an experiment checks the data again.
+    write_log(world / "log", world / "run" / "bundle", 120, seed=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(passes._Pass, "_wait", lambda *_: passes.Outcome("nothing", "waits"))
+        assert retrain(world, capsys)[1]["text"] == "waits"
+    opened.clear()
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    assert len(opened) == 1
+
+
+def test_old_attempts_keep_only_their_records_and_splits(tmp_path):
+    statuses = ("promoted", "refused", "promoted", "rolled_back", "refused", "started")
+    with attempts.open_state(tmp_path / "state", MODEL) as state:
+        for number, status in enumerate(statuses, 1):
+            attempt = state.prepare()
+            for path in (attempt.champion, attempt.run, attempt.data):
+                path.mkdir()
+            for name in ("examples.parquet", "splits.parquet"):
+                (attempt.data / name).touch()
+            attempt.update(status=status, version=number)
+            state.begin(attempt, f"{number}" * 64)
+
+        def prune(*arguments):
+            """Returns the numbers of the attempts that are still whole."""
+            state.prune(*arguments)
+            whole = set()
+            for attempt in state.attempts():
+                assert (attempt.data / "splits.parquet").exists()
+                found = [path.exists() for path in (attempt.champion, attempt.run)]
+                found.append((attempt.data / "examples.parquet").exists())
+                assert len(set(found)) == 1
+                whole |= {attempt.record["number"]} if found[0] else set()
+            return whole
+
+        assert prune(9, []) == {1, 2, 3, 4, 5, 6}
+        assert prune(3, [1]) == {1, 3, 4, 5, 6}
+        # After the last attempt is given up, the next one needs the images of the fifth.
+        assert prune(1, []) == {5, 6}
+        assert prune(1, []) == {5, 6}
+
+
+def test_a_pass_needs_no_images_of_old_attempts(world, capsys, quick, monkeypatch):
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    write_log(world / "log", world / "run" / "bundle", 120, seed=3)
+    quick["bundle"] = spoil(world)
+    assert retrain(world, capsys)[1]["action"] == "refused"
+    with attempts.open_state(world / "state", MODEL) as state:
+        state.prune(1, [])
+    assert len(list(world.glob("state/attempts/*/run"))) == 1  # The champion's was removed.
+    write_log(world / "log", world / "run" / "bundle", 120, seed=4)
+    calls = []
+    monkeypatch.setattr(attempts.State, "prune", lambda _, *arguments: calls.append(arguments))
+    assert retrain(world, capsys, "--keep=7")[1]["attempt"]["labelled"] == 150 + 240
+    assert calls == [(7, (1, 2))]
 
 
 def test_attempts_are_ordered_by_their_numbers(tmp_path):
