@@ -48,6 +48,7 @@ class BundlePredictor(TrainedPredictor):
       metrics: The metrics by split; see `Bundle`.
       model: The network.
       variables: The parameters and statistics of the network, on the device.
+      runs_once: Whether the process predicts only one batch; see `__init__`.
     """
 
     def __init__(self, bundle: Bundle, runs_once: bool = False):
@@ -69,7 +70,7 @@ class BundlePredictor(TrainedPredictor):
         self.model = make_model(bundle.model, len(bundle.class_names), bundle.precision)
         _check_weights(self.model, bundle)
         self.variables = jax.device_put(bundle.variables)
-        self._runs_once = runs_once
+        self.runs_once = runs_once
 
     @property
     def variables(self) -> Mapping[str, Any]:
@@ -101,7 +102,7 @@ class BundlePredictor(TrainedPredictor):
           ValueError: The images are not uint8, or their size is not the bundle's.
         """
         check_images(images, self.preprocessing)
-        if len(images) > 1 or self._runs_once:
+        if len(images) > 1 or self.runs_once:
             return np.asarray(self.dispatch(images))
         if self._predict_one is None:
             self._predict_one = self._make_predict_one()
@@ -120,7 +121,7 @@ class BundlePredictor(TrainedPredictor):
 
     def dispatch(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Array:
         """Starts the computation of the class probabilities; does not wait for the result."""
-        run = jit_prediction(self.model, self.preprocessing, is_storable=self._runs_once)
+        run = jit_prediction(self.model, self.preprocessing, is_storable=self.runs_once)
         return run(self.variables, np.float32(self.temperature), images)
 
     def predict_with_embeddings(
