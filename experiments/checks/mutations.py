@@ -171,7 +171,7 @@ MUTATIONS = [
     ("models/layers.py", "constant_values=-jnp.inf", "constant_values=0", "models/test_layers.py"),
     ("models/layers.py", "(candidates[0] > largest[0])", "(candidates[0] >= largest[0])", "models/test_layers.py"),
     ("models/layers.py", "index == position", "index == 8 - position", "models/test_layers.py"),
-    ("models/resnet.py", "x, width, 1, conv=\"conv1\", norm=\"bn1\")", "x, width, 1, self.stride, conv=\"conv1\", norm=\"bn1\")", "models/test_timm.py"),
+    ("models/resnet.py", "x, width, 1, conv=\"conv1\", norm=\"bn1\")\n        x = gate(self, \"conv1\", nn.relu(x))\n        x = self.conv_norm(x, width, 3, self.stride, conv", "x, width, 1, self.stride, conv=\"conv1\", norm=\"bn1\")\n        x = gate(self, \"conv1\", nn.relu(x))\n        x = self.conv_norm(x, width, 3, conv", "models/test_timm.py"),
     ("models/convolutions.py", "self.is_training(stage, train) and", "train and", "models/test_backbones.py"),
     ("models/efficientnet.py", "\"epsilon\": 1e-3", "\"epsilon\": 1e-5", "models/test_timm.py"),
     ("models/efficientnet.py", "\"padding\": \"same\"", "\"padding\": \"symmetric\"", "models/test_timm.py"),
