@@ -236,7 +236,7 @@ MUTATIONS = [
     ("data/decode.py", "digest.update(f\"{pixels.shape[0]}x{pixels.shape[1]}\".encode())", "pass", "data/test_scan.py"),
     ("data/scan.py", "if record is not None and record.digest\n", "if record is not None\n", "data/test_scan.py"),
     ("data/row_cache.py", "_take_room(descriptor, count * (math.prod(shape) + _INDEX.itemsize))", "pass", "data/test_row_cache.py"),
-    ("data/row_cache.py", "if zlib.crc32(row) == segment.checksums[self._rows[index]]:", "if True:", "data/test_row_cache.py"),
+    ("data/row_cache.py", "if zlib.crc32(row.data) == segment.checksums[self._rows[index]]:", "if True:", "data/test_row_cache.py"),
     ("data/row_cache.py", "or not path.stem.endswith(_set_digest(digests))", "", "data/test_row_cache.py"),
     ("data/row_cache.py", "key=lambda s: (s in worn, -counts[s])", "key=lambda s: -counts[s]", "data/test_row_cache.py"),
     ("data/row_cache.py", "keep=[segment.path for segment in self._segments]", "keep=[]", "data/test_row_cache.py"),
