@@ -178,7 +178,8 @@ def test_a_store_that_fails_for_a_while_does_not_stop_the_run(machine, copy, mon
     monkeypatch.setattr(Store, "write", write_or_fail)
     with Backup(copy, seconds=0.01).running(a):
         write(a, log="1")
-        while not caplog.messages:
+        end = time.monotonic() + 30
+        while not caplog.messages and time.monotonic() < end:
             time.sleep(0.01)
         time.sleep(0.1)
         fails = False
