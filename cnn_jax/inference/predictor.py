@@ -79,7 +79,11 @@ class BundlePredictor(TrainedPredictor):
     @variables.setter
     def variables(self, variables: Mapping[str, Any]) -> None:
         self._variables = variables
-        self._predict_one: Callable[[np.ndarray], Array] | None = None
+        self._predict_one: Callable[[np.float32, np.ndarray], Array] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns what pickle stores: all attributes without the compiled program."""
+        return self.__dict__ | {"_predict_one": None}
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "BundlePredictor":
@@ -106,17 +110,15 @@ class BundlePredictor(TrainedPredictor):
             return np.asarray(self.dispatch(images))
         if self._predict_one is None:
             self._predict_one = self._make_predict_one()
-        return np.asarray(self._predict_one(images))
+        return np.asarray(self._predict_one(np.float32(self.temperature), images))
 
-    def _make_predict_one(self) -> Callable[[np.ndarray], Array]:
-        """Returns the fastest function for one image, which contains the weights if possible."""
+    def _make_predict_one(self) -> Callable[[np.float32, np.ndarray], Array]:
+        """Returns the fastest function (temperature, images) -> probabilities for one image."""
         weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.variables))
         if jax.default_backend() != "cpu" or weight_bytes > _MAX_CONSTANT_BYTES:
-            return self.dispatch
-        temperature = np.float32(self.temperature)
-        run = functools.partial(
-            _probabilities, self.model, self.preprocessing, self.variables, temperature
-        )
+            run = jit_prediction(self.model, self.preprocessing)
+            return functools.partial(run, self.variables)
+        run = functools.partial(_probabilities, self.model, self.preprocessing, self.variables)
         return jax.jit(run, compiler_options=runtime.compiler_options())
 
     def dispatch(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Array:

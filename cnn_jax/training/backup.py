@@ -142,9 +142,11 @@ class Backup:
             )
         names.discard(BACKUP)
         self._copied = dict.fromkeys(names)
-        if owner != known:
-            self._restore(names)
         run, start = _value(owner, "run") or uuid.uuid4().hex, uuid.uuid4().hex
+        if owner != known:
+            # With this content, the next start repeats a restoration that was interrupted.
+            write_bytes(path, json.dumps({"run": run}).encode())
+            self._restore(names)
         owner = {"run": run, "start": start, "host": socket.gethostname()}
         self._owner = json.dumps(owner).encode()
         self._store.write(BACKUP, self._owner)

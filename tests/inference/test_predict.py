@@ -2,6 +2,7 @@ import csv
 import dataclasses
 import io
 import pathlib
+import pickle
 import zipfile
 from unittest import mock
 
@@ -381,6 +382,10 @@ def test_the_program_for_one_image_has_the_present_weights(monkeypatch, max_byte
     np.testing.assert_allclose(predictor(images[:1]), predictor(images)[:1], atol=1e-6)
     predictor.variables = other.variables
     np.testing.assert_allclose(predictor(images[:1]), other(images)[:1], atol=1e-6)
+    predictor.temperature = 3.0
+    np.testing.assert_allclose(predictor(images[:1]), predictor(images)[:1], atol=1e-6)
+    loaded = pickle.loads(pickle.dumps(predictor))
+    np.testing.assert_array_equal(loaded(images[:1]), predictor(images[:1]))
 
 
 def test_weights_of_another_network_are_refused():

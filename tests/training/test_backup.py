@@ -127,6 +127,24 @@ def test_a_machine_that_continues_later_gets_what_the_other_machine_did(machine,
     assert read(copy) == read(a)
 
 
+def test_an_interrupted_restoration_is_repeated(machine, copy, monkeypatch):
+    a, b, original = machine("a"), machine("b"), Store.read
+
+    def fail_at_the_log(self, name):
+        if name == "log":
+            raise StoreError("killed here")
+        return original(self, name)
+
+    use(a, copy, step10="x", log="a")
+    monkeypatch.setattr(Store, "read", fail_at_the_log)
+    with pytest.raises(StoreError, match="killed here"):
+        use(b, copy)
+    assert read(b) == {"checkpoints/10/array": "x"}
+    monkeypatch.undo()
+    use(b, copy)
+    assert read(b) == read(copy) == {"checkpoints/10/array": "x", "log": "a"}
+
+
 def test_a_machine_keeps_its_own_files_if_no_other_machine_used_the_copy(machine, copy):
     a = machine("a")
     use(a, copy, step10="x")
