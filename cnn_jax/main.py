@@ -92,25 +92,27 @@ def main(argv: Sequence[str]) -> None:
         from cnn_jax.report.run_report import report_after_training
         from cnn_jax.system.console import Console
     console = Console(is_silent=not is_primary())
-    for folder in folders:
-        page_or_command = report_after_training(folder, config, console)
-        if not is_primary():
-            continue
-        if backup is not None:
-            backup.copy()  # The report is new.
+    pages = [report_after_training(folder, config, console) for folder in folders]
+    if not is_primary():
+        return
+    if backup is not None:
+        backup.copy()  # The report is new.
+    for page_or_command in pages:
         print(f"report      {page_or_command}")
-        if uri is not None:
-            try:
-                print(f"mlflow      {mlflow.log_run(folder, uri)}")
-            except UserError as error:
-                # Without --mlflow, the URI comes from MLFLOW_TRACKING_URI, which may be meant for
-                # other programs. So the error is only a warning.
-                message = f"the run is not logged: {error}; the same command tries it again"
-                if flags.mlflow:
-                    raise type(error)(message) from error
-                logger.warning(message)
     if flags.members is not None:
         print(f"ensemble    {summary.ensemble_command(workdir, folders)}")
+    if uri is None:
+        return
+    for folder in folders:
+        try:
+            print(f"mlflow      {mlflow.log_run(folder, uri)}")
+        except UserError as error:
+            # Without --mlflow, the URI comes from MLFLOW_TRACKING_URI, which may be meant for
+            # other programs. So the error is only a warning.
+            message = f"the run is not logged: {error}; the same command tries it again"
+            if flags.mlflow:
+                raise type(error)(message) from error
+            logger.warning(message)
 
 
 def _folder(text: str) -> str:

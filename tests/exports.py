@@ -48,7 +48,6 @@ def small_predictor(name, image_size=None, **section):
         setattr(predictor, field, getattr(bundle, field))
     predictor.model = model
     predictor.variables = random_variables(model, jnp.zeros((1, *size, 3)))
-    predictor.runs_once = False
     return predictor
 
 

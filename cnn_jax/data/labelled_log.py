@@ -32,7 +32,7 @@ from cnn_jax.system.atomic import replacing, sync
 from cnn_jax.system.errors import DataError, MissingDataError, printable
 
 _FILE = "examples.parquet"
-_VERSION_KEY, _VERSION = b"cnn_jax_examples", b"2"
+_VERSION_KEY, _VERSION = b"cnn_jax_examples", b"1"
 _SCHEMA = pa.schema(
     [
         ("request", pa.string()),  # REQUEST_ID/IMAGE_INDEX of the copy that was labelled first.

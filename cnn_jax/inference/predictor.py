@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 # number of bytes. XLA then arranges them for its convolutions once, and not for each image. The
 # program needs their memory once more, and each predictor compiles its own.
 _MAX_CONSTANT_BYTES = 2**26
+_PredictOne = Callable[[np.float32, np.ndarray], Array]
 
 
 class BundlePredictor(TrainedPredictor):
@@ -47,9 +48,14 @@ class BundlePredictor(TrainedPredictor):
       data: The description of the training data; see `Bundle`.
       metrics: The metrics by split; see `Bundle`.
       model: The network.
-      variables: The parameters and statistics of the network, on the device.
+      variables: The parameters and statistics of the network, on the device. They may be replaced,
+        and so may the temperature, but not the network and the preprocessing.
       runs_once: Whether the process predicts only one batch; see `__init__`.
     """
+
+    runs_once = False
+    # The variables and the program for one image, after the first call with one image.
+    _predict_one: tuple[Mapping[str, Any], _PredictOne] | None = None
 
     def __init__(self, bundle: Bundle, runs_once: bool = False):
         """Creates the predictor of a bundle.
@@ -71,15 +77,6 @@ class BundlePredictor(TrainedPredictor):
         _check_weights(self.model, bundle)
         self.variables = jax.device_put(bundle.variables)
         self.runs_once = runs_once
-
-    @property
-    def variables(self) -> Mapping[str, Any]:
-        return self._variables
-
-    @variables.setter
-    def variables(self, variables: Mapping[str, Any]) -> None:
-        self._variables = variables
-        self._predict_one: Callable[[np.float32, np.ndarray], Array] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns what pickle stores: all attributes without the compiled program."""
@@ -106,19 +103,22 @@ class BundlePredictor(TrainedPredictor):
           ValueError: The images are not uint8, or their size is not the bundle's.
         """
         check_images(images, self.preprocessing)
-        if len(images) > 1 or self.runs_once:
+        if len(images) != 1 or self.runs_once:
             return np.asarray(self.dispatch(images))
-        if self._predict_one is None:
-            self._predict_one = self._make_predict_one()
-        return np.asarray(self._predict_one(np.float32(self.temperature), images))
+        variables, run = self._predict_one or (None, None)
+        if run is None or variables is not self.variables:
+            variables = self.variables
+            run = self._make_predict_one(variables)
+            self._predict_one = variables, run
+        return np.asarray(run(np.float32(self.temperature), images))
 
-    def _make_predict_one(self) -> Callable[[np.float32, np.ndarray], Array]:
+    def _make_predict_one(self, variables: Mapping[str, Any]) -> _PredictOne:
         """Returns the fastest function (temperature, images) -> probabilities for one image."""
-        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(self.variables))
+        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
         if jax.default_backend() != "cpu" or weight_bytes > _MAX_CONSTANT_BYTES:
             run = jit_prediction(self.model, self.preprocessing)
-            return functools.partial(run, self.variables)
-        run = functools.partial(_probabilities, self.model, self.preprocessing, self.variables)
+            return functools.partial(run, variables)
+        run = functools.partial(_probabilities, self.model, self.preprocessing, variables)
         return jax.jit(run, compiler_options=runtime.compiler_options())
 
     def dispatch(self, images: UInt8[np.ndarray, "batch height width 3"]) -> Array:

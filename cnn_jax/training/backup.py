@@ -18,7 +18,7 @@ from typing import Any
 
 from cnn_jax.registry.store import Store
 from cnn_jax.system.atomic import write_bytes
-from cnn_jax.system.errors import ConfigError, TrainingError, UserError
+from cnn_jax.system.errors import ConfigError, TrainingError, UserError, is_url
 from cnn_jax.training.run_directory import BACKUP, CHECKPOINTS, HEARTBEAT, LOCK
 
 logger = logging.getLogger(__name__)
@@ -45,28 +45,73 @@ class Backup:
         Raises:
           ConfigError: The URL is invalid.
         """
+        if is_url(text := os.fspath(url)) and "://" not in text:
+            raise ConfigError(f"--backup: must begin with s3://, gs:// or az://, got {text}")
         self._store = Store(url, flag="--backup")
         self._seconds = seconds
         self._folder = pathlib.Path()
+        self._run = ""  # The id of the run.
         self._owner = b""  # The content of backup.json of this start.
         self._copied: dict[str, Any] = {}  # The time and the size of each copied file, by name.
         self._warning = ""
 
-    @contextlib.contextmanager
-    def running(self, folder: pathlib.Path) -> Iterator[None]:
-        """Restores the folder of a run from the copy, and updates the copy inside the context.
+    def restore(self, folder: pathlib.Path) -> None:
+        """Restores the folder of a run if another machine has used the copy since this folder.
 
-        The folder is restored if another machine has used the copy since this folder was used. At
-        the end of the context the copy is complete. If the context raises an error, and the copy
-        cannot be completed, only a warning is logged.
+        The copy is not changed, because the run may have to be refused.
 
         Raises:
           ConfigError: The copy contains another run or other files.
+          StoreError: The object store cannot be read.
+          TrainingError: A file cannot be written, or another machine is changing the copy.
+        """
+        self._folder = folder
+        copy = self._store.local("")
+        if copy is not None and copy.is_relative_to(folder.resolve()):
+            raise ConfigError(f"--backup: {copy} is inside the run's folder; use another folder")
+        path = folder / BACKUP
+        known = path.read_bytes() if path.exists() else b""
+        names = set(self._store.all_names())
+        if names and BACKUP not in names:
+            raise ConfigError(f"--backup: {self._store.url} contains other files; use another URL")
+        owner = self._read_owner() if names else known
+        has_run = (folder / CHECKPOINTS).exists()
+        if has_run and _value(owner, "run") != _value(known, "run"):
+            raise ConfigError(
+                f"--backup: {self._store.url} has the copy of another run than {folder}; use "
+                "another URL"
+            )
+        self._run = _value(owner, "run") or uuid.uuid4().hex
+        names.discard(BACKUP)
+        self._copied = dict.fromkeys(names)
+        if owner == known:
+            return
+        try:
+            # With this content, the next start repeats a restoration that was interrupted.
+            write_bytes(path, json.dumps({"run": self._run}).encode())
+            self._write_files(names)
+        except OSError as error:
+            raise TrainingError(
+                f"--backup: {self._store.url} cannot be restored to {folder}: {error}; start the "
+                "same command again"
+            ) from error
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Updates the copy inside the context; the folder must have been restored.
+
+        From now on, no other machine writes the copy. At the end of the context the copy is
+        complete. If the context raises an error, and the copy cannot be completed, only a warning
+        is logged.
+
+        Raises:
           StoreError: The object store cannot be read or written.
           TrainingError: The run was started on another machine, which now writes the copy.
         """
-        self._folder = folder
-        self._start()
+        owner = {"run": self._run, "start": uuid.uuid4().hex, "host": socket.gethostname()}
+        self._owner = json.dumps(owner).encode()
+        self._store.write(BACKUP, self._owner)
+        write_bytes(self._folder / BACKUP, self._owner)
         ended = threading.Event()
 
         def watch() -> None:
@@ -96,7 +141,10 @@ class Backup:
           TrainingError: The run was started on another machine, which now writes the copy.
         """
         owner = self._read_owner()
-        if owner != self._owner:
+        if not owner:  # Somebody has deleted the copy.
+            self._copied.clear()
+            self._store.write(BACKUP, self._owner)
+        elif owner != self._owner:
             raise TrainingError(
                 f"--backup: the run was started again on {_value(owner, 'host')}, which now writes "
                 f"{self._store.url}; {self._folder} is no longer copied"
@@ -123,36 +171,7 @@ class Backup:
                 logger.warning("%s", error)
             self._warning = str(error)
 
-    def _start(self) -> None:
-        """Restores the folder if necessary, and replaces backup.json in the folder and the copy."""
-        copy = self._store.local("")
-        if copy is not None and copy.is_relative_to(self._folder.resolve()):
-            raise ConfigError(f"--backup: {copy} is inside the run's folder; use another folder")
-        path = self._folder / BACKUP
-        known = path.read_bytes() if path.exists() else b""
-        names = set(self._store.all_names())
-        if names and BACKUP not in names:
-            raise ConfigError(f"--backup: {self._store.url} contains other files; use another URL")
-        owner = self._read_owner() if names else known
-        has_run = (self._folder / CHECKPOINTS).exists()
-        if has_run and _value(owner, "run") != _value(known, "run"):
-            raise ConfigError(
-                f"--backup: {self._store.url} has the copy of another run than {self._folder}; use "
-                "another URL"
-            )
-        names.discard(BACKUP)
-        self._copied = dict.fromkeys(names)
-        run, start = _value(owner, "run") or uuid.uuid4().hex, uuid.uuid4().hex
-        if owner != known:
-            # With this content, the next start repeats a restoration that was interrupted.
-            write_bytes(path, json.dumps({"run": run}).encode())
-            self._restore(names)
-        owner = {"run": run, "start": start, "host": socket.gethostname()}
-        self._owner = json.dumps(owner).encode()
-        self._store.write(BACKUP, self._owner)
-        write_bytes(path, self._owner)
-
-    def _restore(self, names: set[str]) -> None:
+    def _write_files(self, names: set[str]) -> None:
         """Replaces the checkpoints of the folder, and writes the other files of the copy."""
         shutil.rmtree(self._folder / CHECKPOINTS, ignore_errors=True)
         for name in _in_order(names):
@@ -174,9 +193,11 @@ class Backup:
             elif parent == str(self._folder):
                 folders[:] = set(folders) - _NOT_COPIED
                 names = set(names) - _NOT_COPIED
+            # `atomic` writes to hidden files and folders first.
+            folders[:] = [name for name in folders if not name.startswith(".")]
             for name in names:
                 with contextlib.suppress(FileNotFoundError):
-                    if not name.startswith("."):  # `atomic.replacing` writes such a file.
+                    if not name.startswith("."):
                         files[(place / name).as_posix()] = _version(pathlib.Path(parent, name))
         return files
 

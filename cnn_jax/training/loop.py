@@ -117,7 +117,7 @@ def train_and_evaluate(
                 run_directory.check_apart(workdir, config.data.source)
                 stack.enter_context(run_directory.lock(workdir))
                 if backup is not None:
-                    stack.enter_context(backup.running(workdir))
+                    backup.restore(workdir)
         heartbeat = Heartbeat(workdir)
         track = heartbeat.wrap(console.track)
         with sharding.synchronized_errors():
@@ -155,6 +155,9 @@ def train_and_evaluate(
             run = make_run(config, workdir, dataset, model, checkpoints, console, heartbeat)
             progress = restore_or_start(run, folder, stopping)
             folder.write(dataset)
+            with sharding.synchronized_errors():
+                if backup is not None and sharding.is_primary():
+                    stack.enter_context(backup.running())
             trace = Trace(workdir / "profile" if profile and sharding.is_primary() else None)
             _train(run, progress, interrupted, trace, on_epoch or (lambda history: None))
             variables, best_epoch = best_variables(run, progress)

@@ -192,25 +192,58 @@ def _restore(runs: Sequence[Run], folders: Sequence[Folder], track: Track) -> li
     """Restores all members, so that all unfinished members are at the same step.
 
     A process that was killed may have saved the latest checkpoint of some members only. Members
-    that are ahead go back to an earlier checkpoint.
+    that are ahead go back to a checkpoint of the same step as a checkpoint of the others.
+
+    Raises:
+      ConfigError: There is no step to which all unfinished members can go back.
     """
     progresses = [
         loop.restore_or_start(run, folder, track) for run, folder in zip(runs, folders, strict=True)
     ]
     while True:
-        steps = {
-            number: progress.step
-            for number, (run, progress) in enumerate(zip(runs, progresses, strict=True))
-            if not run.is_finished(progress)
-        }
-        common = min(steps.values(), default=0)
-        ahead = [number for number, step in steps.items() if step > common]
+        pairs = list(zip(runs, progresses, strict=True))
+        unfinished = [
+            number for number, pair in enumerate(pairs) if not pair[0].is_finished(pair[1])
+        ]
+        common = _common_step([pairs[number] for number in unfinished])
+        ahead = [number for number in unfinished if progresses[number].step > common]
         if not ahead:
             return progresses
         for number in ahead:
-            runs[number].checkpoints.delete_after(common)
+            run = runs[number]
+            run.console.print(
+                f"seed {run.config.seed} goes back from step {progresses[number].step:,} to "
+                f"{common:,}, which the other members have reached"
+            )
+            run.checkpoints.delete_after(common)
             folder = loop.open_folder(folders[number].config, folders[number].workdir)
-            progresses[number] = loop.restore_or_start(runs[number], folder, track)
+            progresses[number] = loop.restore_or_start(run, folder, track)
+
+
+def _common_step(members: Sequence[tuple[Run, Progress]]) -> int:
+    """Returns the latest step to which all members can go back.
+
+    A member whose only checkpoint is its first one can start again; so at most the steps between
+    two checkpoints are repeated.
+
+    Raises:
+      ConfigError: There is no such step.
+    """
+    reachable = []
+    for run, progress in members:
+        saved = [step for step in run.checkpoints.steps() if step <= progress.step]
+        reachable.append({progress.step, *saved} | ({0} if len(saved) < 2 else set()))
+    common = set.intersection(*reachable) if reachable else {0}
+    if common:
+        return max(common)
+    steps = ", ".join(f"seed {run.config.seed}: {progress.step:,}" for run, progress in members)
+    run, _ = members[0]
+    raise ConfigError(
+        f"--members: the members have no checkpoint of the same step ({steps}), for example "
+        "because --members or train.patience is larger than before; use the earlier value, or "
+        f"train each member alone with --workdir=DIR/seed-SEED --config.seed=SEED "
+        f"--config.data.split_seed={run.config.data.split_seed}"
+    )
 
 
 @dataclasses.dataclass

@@ -121,7 +121,6 @@ def random_predictor(name: str, size: int) -> BundlePredictor:
     predictor.class_names = [str(i) for i in range(_CLASSES)]
     predictor.preprocessing = Preprocessing(image_size=(size, size))
     predictor.temperature = 1.0
-    predictor.runs_once = False
     predictor.model = model
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
     # After training, no scale is 1 and no shift is 0.

@@ -15,6 +15,7 @@ from cnn_jax import api, main
 from cnn_jax.config import files
 from cnn_jax.registry.store import Store, StoreError
 from cnn_jax.report import run_report
+from cnn_jax.system.console import Console
 from cnn_jax.system.errors import ConfigError, Interrupted, TrainingError
 from cnn_jax.training import loop, sharding, summary
 from cnn_jax.training.backup import Backup
@@ -59,21 +60,28 @@ def read(folder):
     }
 
 
+@contextlib.contextmanager
+def running(backup, folder):
+    backup.restore(folder)
+    with backup.running():
+        yield
+
+
 def use(folder, copy, **contents):
     """Writes files into the folder of a run while the run is copied."""
-    with Backup(copy).running(folder):
+    with running(Backup(copy), folder):
         write(folder, **contents)
 
 
 def test_another_machine_gets_the_finished_files(machine, copy):
     a, b = machine("a"), machine("b")
     unfinished = a / "checkpoints" / "20.orbax-checkpoint-tmp"
-    with Backup(copy).running(a):
+    with running(Backup(copy), a):
         write(a, step10="x", config="{}", lock="pid", **{"heartbeat.json": "", ".log.partial": ""})
         unfinished.mkdir()
         (unfinished / "array").touch()
     assert not (copy / unfinished.relative_to(a)).exists()
-    with Backup(copy).running(b):
+    with running(Backup(copy), b):
         assert read(b) == {"config": "{}", "checkpoints/10/array": "x"}
         assert (b / "checkpoints/10/_CHECKPOINT_METADATA").read_text() == "{}"
 
@@ -81,7 +89,7 @@ def test_another_machine_gets_the_finished_files(machine, copy):
 def test_the_copy_follows_changes_and_removals(machine, copy):
     a = machine("a")
     backup = Backup(copy)
-    with backup.running(a):
+    with running(backup, a):
         write(a, step10="x", log="1")
         backup.copy()
         assert read(copy) == {"checkpoints/10/array": "x", "log": "1"}
@@ -156,7 +164,7 @@ def test_a_machine_keeps_its_own_files_if_no_other_machine_used_the_copy(machine
 def test_two_machines_do_not_write_the_same_copy(machine, copy):
     a, b = machine("a"), machine("b")
     first = Backup(copy)
-    with contextlib.suppress(TrainingError), first.running(a):
+    with contextlib.suppress(TrainingError), running(first, a):
         write(a, step10="x")
         use(b, copy)
     with pytest.raises(TrainingError, match=r"^--backup: the run was started again on \S+, which"):
@@ -194,7 +202,7 @@ def test_a_store_that_fails_for_a_while_does_not_stop_the_run(machine, copy, mon
         original(self, name, data)
 
     monkeypatch.setattr(Store, "write", write_or_fail)
-    with Backup(copy, seconds=0.01).running(a):
+    with running(Backup(copy, seconds=0.01), a):
         write(a, log="1")
         end = time.monotonic() + 30
         while not caplog.messages and time.monotonic() < end:
@@ -210,7 +218,7 @@ def test_an_interruption_keeps_its_exit_code_if_the_store_fails(machine, copy, m
         raise StoreError("gone")
 
     def interrupted_run():
-        with Backup(copy).running(machine("a")):
+        with running(Backup(copy), machine("a")):
             monkeypatch.setattr(Store, "read", fail)
             raise Interrupted("saved")
 
@@ -224,7 +232,7 @@ def test_the_report_is_copied_too(machine, copy, monkeypatch, start):
     folder = machine("a")
 
     def train(config, workdir, *_, backup, **options):
-        with backup.running(workdir):
+        with running(backup, workdir):
             write(workdir, log="1")
 
     def report(workdir, *_):
@@ -305,3 +313,32 @@ def test_a_killed_run_continues_on_another_machine_bitwise_the_same(tmp_path, im
     assert ends[0] == ends[1]
     assert "bundle/bundle.json" in store.all_names()
     assert store.read("metrics.jsonl") == (tmp_path / "new" / "metrics.jsonl").read_bytes()
+
+
+def test_a_deleted_copy_is_written_again(machine, copy):
+    a = machine("a")
+    backup = Backup(copy)
+    with running(backup, a):
+        write(a, step10="x", log="1")
+        backup.copy()
+        shutil.rmtree(copy)
+    assert read(copy) == {"checkpoints/10/array": "x", "log": "1"}
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/run", "gs:/bucket"])
+def test_a_url_with_one_slash_is_refused(url):
+    with pytest.raises(ConfigError, match=rf"^--backup: must begin with s3://.* got {url}$"):
+        Backup(url)
+
+
+def test_a_run_that_is_refused_does_not_take_the_copy(tmp_path, tiny_config, copy):
+    a = tmp_path / "a"
+    tiny_config.train.epochs = 1
+    train_and_evaluate(tiny_config, a, Console(is_silent=True), backup=Backup(copy))
+    owner = (copy / "backup.json").read_bytes()
+    tiny_config.model.dense = 8
+    with pytest.raises(ConfigError, match=r"model\.dense"):
+        train_and_evaluate(
+            tiny_config, tmp_path / "b", Console(is_silent=True), backup=Backup(copy)
+        )
+    assert (copy / "backup.json").read_bytes() == owner

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -181,6 +182,17 @@ def test_a_repeated_command_changes_no_result(recipe, together, capfd):
     assert "training is finished already" in capfd.readouterr().err
     for name, weights in _weights(together / "seed-3").items():
         np.testing.assert_array_equal(weights, before[name])
+
+
+def test_more_members_delete_no_checkpoints(recipe, together, tmp_path):
+    folder = shutil.copytree(together, tmp_path / "copy")
+    checkpoints = sorted(folder.glob("seed-*/checkpoints/[0-9]*"))
+    config = recipe.copy_and_resolve_references()
+    config.train.epochs += 1  # Otherwise the first two members are finished.
+    with pytest.raises(ConfigError, match="the members have no checkpoint of the same step"):
+        train_members(config, folder, 3)
+    assert checkpoints
+    assert sorted(folder.glob("seed-*/checkpoints/[0-9]*")) == checkpoints
 
 
 def test_a_loss_that_is_not_finite_names_the_member(image_folder, tmp_path):
