@@ -123,6 +123,13 @@ def test_writers_of_the_same_rows_at_the_same_time_store_them_once(folder):
         assert _read(3, 2, 1, rows=rows) == []
 
 
+def test_a_segment_is_not_replaced_by_the_same_rows_in_another_order():
+    _write(1, 2)
+    rows = _open()
+    _write(2, 1)
+    assert _read(1, 2, rows=rows) == []
+
+
 def test_threads_may_write_to_one_segment():
     rows = _open()
     with rows.writer(400) as writer:
