@@ -127,7 +127,9 @@ def test_help_names_the_command(module, command):
 
 
 def test_a_missing_bundle_exits_with_2(tmp_path):
-    for module, flag in (("evaluate", "--split=test"), ("predict", "--input=x.png")):
+    image = tmp_path / "x.png"
+    image.touch()
+    for module, flag in (("evaluate", "--split=test"), ("predict", f"--input={image}")):
         result = _run(module, f"--bundle={tmp_path}", flag)
         assert result.returncode == 2
         (line,) = result.stderr.splitlines()
