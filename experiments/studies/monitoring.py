@@ -270,9 +270,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     flags, overrides = parser.parse_known_args()
     rng = np.random.default_rng(flags.seed)
-    if flags.hold_out:
+    if flags.hold_out and flags.output:
         study_new_class(flags.hold_out, flags.output, flags.repeats, overrides, rng)
         return
+    if not flags.bundle or overrides:
+        parser.error("--bundle, or --hold_out and --output, must be given")
     predictor = BundlePredictor.load(flags.bundle)
     dataset = open_as_trained(predictor)
     all_labels = dataset.source.labels
