@@ -527,7 +527,7 @@ MUTATIONS = [
     ("training/distillation.py", "images * std + mean", "images", "training/test_distillation.py"),
     ("training/programs.py", "_, several = _training_functions(dataclasses.replace(self._step, seed=seed))", "_, several = _training_functions(self._step)", "training/test_members.py"),
     ("training/members.py", "member.seed = (config.seed + number) % 2**32", "member.seed = config.seed + number + 1", "training/test_members.py"),
-    ("training/members.py", "            runs[number].checkpoints.delete_after(common)\n", "            progresses[number].step = common\n            return progresses\n", "training/test_members.py"),
+    ("training/members.py", "            run.checkpoints.delete_after(common)\n", "            progresses[number].step = common\n            return progresses\n", "training/test_members.py"),
     ("training/members.py", "progress.state, member.progress.totals = state, own_totals", "progress.totals = own_totals", "training/test_members.py"),
     ("report/members.py", "(classes == classes[0]).all(axis=0)", "(classes == classes[0]).any(axis=0)", "report/test_ensemble_report.py"),
     ("report/members.py", "example(network, \"test\", int(row)), \"disagreement\": float(disagreement[row])}\n            for row in order[::-1]", "example(network, \"test\", int(row)), \"disagreement\": float(disagreement[row])}\n            for row in order", "report/test_ensemble_report.py"),

@@ -2,6 +2,8 @@
 
     python experiments/studies/monitoring.py --bundle=RUN [--images=500] [--clean=shapes:16000]
         [--repeats=200]
+    python experiments/studies/monitoring.py --hold_out=CLASS --output=DIR [--repeats=200]
+        [--config.KEY=VALUE ...]
 
 The reference statistics are computed again from the training and the validation split, and the
 windows consist of other images: `--images` test images under each corruption, and the clean images
@@ -14,11 +16,15 @@ other methods in the tables are:
 - mean confidence: the mean probability of the predicted class;
 - ATC: average thresholded confidence (Garg et al. 2022);
 - DoC: difference of confidences (Guillory et al. 2021), without a regression.
+
+With `--hold_out`, the program trains a network on `shapes` without one class, and prints the
+estimated and the true accuracy of windows in which some images are of this class.
 """
 
 import argparse
 import contextlib
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -29,8 +35,12 @@ from scipy.spatial.distance import cdist
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+from cnn_jax.config import files
+from cnn_jax.data import shapes
 from cnn_jax.data.dataset import Dataset
+from cnn_jax.data.decode import load
 from cnn_jax.inference.batching import BATCH_SIZE
+from cnn_jax.inference.bundle import read_reference
 from cnn_jax.inference.evaluation import image_batches, open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.quality.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITIES
@@ -39,6 +49,7 @@ from cnn_jax.quality.reference import Predictions, Reference
 from cnn_jax.quality.reference_fit import condition, measure_samples, predict_batches
 from cnn_jax.quality.robustness import load_images, read_ahead, stratified_sample
 from cnn_jax.quality.trust import Distances, estimate_accuracy, fit_reference, statistics
+from cnn_jax.training.loop import train_and_evaluate
 
 _WINDOW = 250
 _PERMUTATIONS = 200
@@ -193,15 +204,77 @@ def study_estimates(
     print(f"An exact estimator would have about {percent(float(noise))} points, by sampling.")
 
 
+def study_new_class(
+    name: str, folder: pathlib.Path, repeats: int, overrides: list[str], rng: np.random.Generator
+) -> None:
+    """Prints the estimated and the true accuracy of windows with images of an unknown class.
+
+    Args:
+      name: The class of `shapes` on which no network is trained.
+      folder: A folder for the other classes and the run.
+      repeats: The number of windows.
+      overrides: Flags of the configuration.
+      rng: Chooses the images of the windows.
+    """
+    images = shapes.generate() / "images"
+    for path in images.iterdir():
+        if path.name != name:
+            shutil.copytree(path, folder / "images" / path.name, dirs_exist_ok=True)
+    source = f"--config.data.source=folder:{folder / 'images'}"
+    train_and_evaluate(files.load("configs/default.py", [source, *overrides]), folder / "run")
+    predictor = BundlePredictor.load(folder / "run")
+    reference = read_reference(folder / "run" / "bundle")
+    assert reference is not None
+    dataset = open_as_trained(predictor)
+    test = dataset.splits["test"]
+    with contextlib.closing(image_batches(dataset.loader, test)) as batches:
+        known = predict_batches(predictor, batches)
+    is_correct = known.classes == dataset.source.labels[test]
+    held_out = [
+        load(path.read_bytes(), predictor.preprocessing)
+        for path in sorted((images / name).iterdir())
+    ]
+    starts = range(0, len(held_out), BATCH_SIZE)
+    batches = (np.stack(held_out[start : start + BATCH_SIZE]) for start in starts)
+    new = predict_batches(predictor, batches)
+    distances = Distances(reference.class_means, reference.covariance)
+    print(f"\n{repeats} windows of {_WINDOW} images, some of the unknown class {name!r}, in %:\n")
+    row("images of the class", "true accuracy", "estimated accuracy", "windows that differ")
+    row("---", "---", "---", "---")
+    for count in (0, 12, 25, 62, 125):
+        found = []
+        for _ in range(repeats):
+            old = rng.choice(len(known), _WINDOW - count, replace=False)
+            chosen = rng.choice(len(new), count, replace=False)
+            window = joined(known[old], new[chosen])
+            estimate = estimate_accuracy(reference, distances, window)
+            differs = detects(reference, distances, window)[0]
+            found.append((is_correct[old].sum() / _WINDOW, estimate, differs))
+        row(percent(count / _WINDOW), *map(percent, np.mean(found, axis=0)))
+
+
+def joined(*parts: Predictions) -> Predictions:
+    """Returns the predictions of several groups of images."""
+    names = ("probabilities", "embeddings", "images")
+    return Predictions(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Measure the monitor's operating characteristics.")
-    parser.add_argument("--bundle", required=True)
+    parser.add_argument("--bundle", help="a run or a bundle, unless --hold_out is given")
+    parser.add_argument("--hold_out", choices=shapes.CLASS_NAMES, metavar="CLASS")
+    parser.add_argument("--output", type=pathlib.Path, help="folder of the run of --hold_out")
     parser.add_argument("--images", type=int, default=500, help="test images for each corruption")
     parser.add_argument("--clean", help="source of clean images that are not in the training data")
     parser.add_argument("--repeats", type=int, default=200, help="clean windows")
     parser.add_argument("--seed", type=int, default=0)
-    flags = parser.parse_args()
+    flags, overrides = parser.parse_known_args()
     rng = np.random.default_rng(flags.seed)
+    if flags.hold_out and flags.output:
+        study_new_class(flags.hold_out, flags.output, flags.repeats, overrides, rng)
+        return
+    if not flags.bundle or overrides:
+        parser.error("--bundle, or --hold_out and --output, must be given")
     predictor = BundlePredictor.load(flags.bundle)
     dataset = open_as_trained(predictor)
     all_labels = dataset.source.labels
