@@ -15,26 +15,37 @@ logger = logging.getLogger(__name__)
 
 def main(argv: Sequence[str]) -> None:
     parser = files.ConfigParser(prog="cnn_jax train", description=__doc__)
-    parser.add_argument("--workdir", type=_folder, metavar="DIR", help="the run's folder")
+    parser.add_argument(
+        "--workdir",
+        type=_folder,
+        metavar="DIR",
+        help="the run's folder; with --members, the folder of all members",
+    )
     parser.add_argument(
         "--backup",
         metavar="URL",
-        help="keep a copy of the run's folder, from which another machine can continue the run, at "
-        "s3://BUCKET/PATH, gs://BUCKET/PATH, az://CONTAINER/PATH or in another folder",
+        help="keep a copy of the run's folder at s3://BUCKET/PATH, gs://BUCKET/PATH, "
+        "az://CONTAINER/PATH or in another folder; the same command on another machine restores it "
+        "and continues the run",
     )
     parser.add_argument(
         "--mlflow",
         metavar="URI",
-        help="MLflow server or database to which the finished run is logged ($MLFLOW_TRACKING_URI)",
+        help="MLflow server or database to which the finished run is logged (by default "
+        "$MLFLOW_TRACKING_URI)",
     )
     parser.add_argument(
         "--members",
         type=cli.natural,
         metavar="K",
-        help="train K networks that differ only in their seeds, in one program, as the runs "
-        "DIR/seed-SEED; for a GPU",
+        help="train K networks (2 or more) that differ only in their seeds, all at the same time; "
+        "each is a run in the sub-folder seed-SEED of --workdir. Saves time only on a GPU",
     )
-    parser.add_argument("--profile", action="store_true", help="record a trace of a few steps")
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="record a trace of a few steps in the folder profile of --workdir",
+    )
     several = parser.add_argument_group(
         "several processes", "Detected automatically on Slurm, Open MPI, Kubernetes and Cloud TPU."
     )

@@ -88,7 +88,8 @@ def main(argv: Sequence[str]) -> None:
         type=cli.positive,
         default=_MIN_NEW,
         metavar="N",
-        help=f"number of labelled images that the last attempt did not have ({_MIN_NEW})",
+        help="number of new labelled images: usable for training, and not in the last attempt or "
+        f"with another label there ({_MIN_NEW})",
     )
     parser.add_argument(
         "--margin",
