@@ -643,9 +643,9 @@ def test_a_running_experiment_is_not_ended(world, capsys, quick, monkeypatch, is
     )
     compare = passes.compare_with_history
 
-    def start_and_compare(*arguments):
+    def start_and_compare(*arguments, **options):
         registry.start_experiment(MODEL, other.number, split)
-        return compare(*arguments)
+        return compare(*arguments, **options)
 
     if is_late:
         monkeypatch.setattr(passes, "compare_with_history", start_and_compare)
