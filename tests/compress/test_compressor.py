@@ -103,7 +103,7 @@ def test_the_ranking_uses_training_images_with_their_classes(original, tmp_path,
     monkeypatch.setattr("cnn_jax.inference.evaluation.BATCH_SIZE", 16)
     monkeypatch.setattr(compressor, "_IMPORTANCE_IMAGES", 24)
 
-    def stop(model, variables, preprocessing, batches, stage_names):
+    def stop(model, variables, preprocessing, batches):
         found.extend(batches)
         raise KeyboardInterrupt
 
