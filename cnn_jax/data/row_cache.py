@@ -18,7 +18,7 @@ import tempfile
 import threading
 import zlib
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import IO
 
 import numpy as np
@@ -47,7 +47,6 @@ class RowCache:
           kind: The folder in the cache.
           key: 32 hexadecimal digits; all rows with this key have the same meaning.
           shape: The shape of a row.
-
         """
         self._folder = cache.cache_dir() / kind
         self._key = key
@@ -95,14 +94,14 @@ class RowCache:
             for row, digest in enumerate(segment.digests):
                 if digest in wanted:
                     places.setdefault(digest, (segment, row))
-        used = _most_used_first(places)
+        used = _most_used_first(places.values())
         if len(used) > _MAX_SEGMENTS:
             worn.update(used[_MAX_SEGMENTS // 2 :])
         rows = CachedRows([places[digest] for digest in digests], self._shape, compute)
         if moving := {digest: i for i, digest in enumerate(digests) if places[digest][0] in worn}:
             places.update(self._copy(moving, rows))
             rows = CachedRows([places[digest] for digest in digests], self._shape, compute)
-        for segment in _most_used_first(places):
+        for segment in {segment for segment, _ in places.values()}:
             segment.touch()
         cache.sweep(self._folder)
         return rows
@@ -129,8 +128,8 @@ class RowCache:
         return {digest: (copy, row) for row, digest in enumerate(copy.digests)}
 
 
-def _most_used_first(places: dict[str, tuple["_Segment", int]]) -> list["_Segment"]:
-    return [s for s, _ in Counter(segment for segment, _ in places.values()).most_common()]
+def _most_used_first(places: Iterable[tuple["_Segment", int]]) -> list["_Segment"]:
+    return [s for s, _ in Counter(segment for segment, _ in places).most_common()]
 
 
 class RowWriter:
@@ -258,8 +257,7 @@ class CachedRows:
         """
         self._shape, self._compute = shape, compute
         # The first segment is the one with the most rows.
-        uses = Counter(segment for segment, _ in places)
-        self._segments = [segment for segment, _ in uses.most_common()]
+        self._segments = _most_used_first(places)
         numbers = {segment: number for number, segment in enumerate(self._segments)}
         self._numbers = np.array([numbers[segment] for segment, _ in places], int)
         self._rows = np.array([row for _, row in places], int)
