@@ -128,22 +128,14 @@ def train_and_evaluate(
                 track, "nothing is lost; run the same command to continue"
             )
             dataset = open_dataset(config, stopping)
-        if not config.train.steps_per_execution:
-            config.train.steps_per_execution = default_execution_length(
-                dataset.loader.on_device, jax.default_backend()
-            )
+        set_execution_length(config, dataset)
         # All processes must compile the same programs, so their configuration and data must be
         # equal.
         sharding.check_equal("another configuration", schema.digest(config))
         sharding.check_equal("other data", dataset.fingerprint)
         residency = "01" if dataset.loader.on_device else "00"
         sharding.check_equal("another place of images (set data.cache)", residency)
-        model = make_model(
-            config.model.to_dict(),
-            len(dataset.source.class_names),
-            config.precision,
-            config.train.from_stage,
-        )
+        model = make_network(config, dataset)
         checkpoints = Checkpoints(
             workdir / "checkpoints", config.train.monitor, config.checkpoint.keep
         )
@@ -211,6 +203,24 @@ def open_folder(config: Config, workdir: pathlib.Path) -> Folder:
         weights, record = None, run_directory.read_pretrained(workdir)
         initial_weights.check_unchanged(config, record)
     return Folder(workdir, config, previous, changes, weights, record)
+
+
+def make_network(config: Config, dataset: Dataset) -> Network:
+    """Constructs the network of a configuration, for the classes of a data set."""
+    return make_model(
+        config.model.to_dict(),
+        len(dataset.source.class_names),
+        config.precision,
+        config.train.from_stage,
+    )
+
+
+def set_execution_length(config: Config, dataset: Dataset) -> None:
+    """Sets `train.steps_per_execution` if it is 0, which means automatic."""
+    if not config.train.steps_per_execution:
+        config.train.steps_per_execution = default_execution_length(
+            dataset.loader.on_device, jax.default_backend()
+        )
 
 
 def write_results(

@@ -19,13 +19,12 @@ from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data import pipeline
 from cnn_jax.data.augment import Augmentation
-from cnn_jax.models.network import make_model
 from cnn_jax.report import style
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import TrainingError
 from cnn_jax.training import initial_weights
 from cnn_jax.training.distillation import open_teachers
-from cnn_jax.training.loop import open_dataset
+from cnn_jax.training.loop import make_network, open_dataset
 from cnn_jax.training.programs import make_programs
 
 # Losses are averaged over this fraction of the steps, half of them before a step.
@@ -139,10 +138,7 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
     config = resolve(config)
     weights = initial_weights.open_initial_weights(config)
     dataset = open_dataset(config, console.track)
-    class_names = dataset.source.class_names
-    model = make_model(
-        config.model.to_dict(), len(class_names), config.precision, config.train.from_stage
-    )
+    model = make_network(config, dataset)
     rates = np.geomspace(low, high, steps)
     schedule = optax.exponential_decay(low, steps - 1, high / low)
     distillation, teachers = open_teachers(config, dataset) or (None, None)
@@ -156,7 +152,7 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
     )
     state = programs.init_state()
     if weights is not None:
-        state, _ = initial_weights.start_from(weights, config, state, class_names)
+        state, _ = initial_weights.start_from(weights, config, state, dataset.source.class_names)
     teachers = jax.tree.map(programs.layout.to_all_devices, teachers)
     pixels = programs.send_pixels(dataset.loader)
     stream = pipeline.training_batches(

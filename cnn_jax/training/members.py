@@ -24,7 +24,6 @@ from cnn_jax.config import schema
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, pipeline
 from cnn_jax.data.augment import Augmentation
-from cnn_jax.models.network import make_model
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import ConfigError, Interrupted
@@ -32,7 +31,6 @@ from cnn_jax.system.signals import Interruption
 from cnn_jax.training import loop, run_directory, summary
 from cnn_jax.training.checkpoint import Checkpoints, best_record
 from cnn_jax.training.loop import Execution, Folder, Progress, Run
-from cnn_jax.training.programs import default_execution_length
 from cnn_jax.training.run_directory import EpochLog, Heartbeat
 
 
@@ -147,18 +145,10 @@ def _make_runs(
     """
     config = folders[0].config
     dataset = loop.open_dataset(config, track)
-    model = make_model(
-        config.model.to_dict(),
-        len(dataset.source.class_names),
-        config.precision,
-        config.train.from_stage,
-    )
+    model = loop.make_network(config, dataset)
     all_checkpoints = []
     for folder in folders:
-        if not folder.config.train.steps_per_execution:
-            folder.config.train.steps_per_execution = default_execution_length(
-                dataset.loader.on_device, jax.default_backend()
-            )
+        loop.set_execution_length(folder.config, dataset)
         # After SIGKILL, some members may have one checkpoint less than others; see `_restore`.
         keep = max(folder.config.checkpoint.keep, 2)
         checkpoints = Checkpoints(folder.workdir / "checkpoints", config.train.monitor, keep)
