@@ -89,20 +89,35 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     return folder
 
 
-@pytest.fixture
-def tiny_config(image_folder: pathlib.Path) -> ConfigDict:
-    """The configuration of a run that takes about a second: three epochs of a small network."""
+def make_tiny_config(images: str | os.PathLike[str], **changes: object) -> ConfigDict:
+    """Returns the configuration of a run that takes about a second: 3 epochs of a small network.
+
+    Args:
+      images: A folder of images.
+      **changes: Other values of keys, by the full name of the key.
+    """
     from configs import default
 
     config = default.get_config()
-    config.data.source = f"folder:{image_folder}"
-    config.data.image_size = (16, 16)
-    config.data.stratify = "exact"
-    config.model.features = (4, 8)
-    config.model.dense = 16
-    config.train.batch_size = 8
-    config.train.epochs = 3
+    config.update_from_flattened_dict(
+        {
+            "data.source": f"folder:{images}",
+            "data.image_size": (16, 16),
+            "data.stratify": "exact",
+            "model.features": (4, 8),
+            "model.dense": 16,
+            "train.batch_size": 8,
+            "train.epochs": 3,
+            **changes,
+        }
+    )
     return config
+
+
+@pytest.fixture
+def tiny_config(image_folder: pathlib.Path) -> ConfigDict:
+    """The configuration of `make_tiny_config` for `image_folder`."""
+    return make_tiny_config(image_folder)
 
 
 @pytest.fixture(scope="session")

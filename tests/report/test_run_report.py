@@ -10,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, show_at, write_images
+from conftest import REPOSITORY, make_tiny_config, show_at, write_images
 from PIL import Image
 
 from cnn_jax.data import no_track, pipeline
@@ -90,29 +90,10 @@ def _metrics(workdir):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, image_folder):
     """The folder of a finished run without a report page."""
-    config = _config(image_folder)
+    config = make_tiny_config(image_folder)
     workdir = tmp_path_factory.mktemp("finished") / "run"
     train_and_evaluate(config, workdir)
     return workdir
-
-
-def _config(image_folder, **changes):
-    from configs import default
-
-    config = default.get_config()
-    config.update_from_flattened_dict(
-        {
-            "data.source": f"folder:{image_folder}",
-            "data.image_size": (16, 16),
-            "data.stratify": "exact",
-            "model.features": (4, 8),
-            "model.dense": 16,
-            "train.batch_size": 8,
-            "train.epochs": 3,
-            **changes,
-        }
-    )
-    return config
 
 
 @pytest.fixture
@@ -554,7 +535,9 @@ def test_report_on_one_validation_image_and_unpredicted_class(tmp_path):
     table = tmp_path / "images" / "table.csv"
     table.write_text("\n".join(["path,label,split", *rows]))
     run = tmp_path / "run"
-    train_and_evaluate(_config("", **{"data.source": f"csv:{table}", "train.epochs": 1}), run)
+    train_and_evaluate(
+        make_tiny_config("", **{"data.source": f"csv:{table}", "train.epochs": 1}), run
+    )
     bundle = read_bundle(run / "bundle")
     bundle.variables["params"]["head"]["bias"] = np.array([100, 0], np.float32)
     write_bundle(bundle, run / "bundle")
@@ -693,12 +676,12 @@ def test_failed_report_after_training_names_the_command(failure, tmp_path, monke
     command = f"cnn_jax report --run={tmp_path}"
     console = Console()
     if isinstance(failure, RuntimeError):
-        assert run_report.report_after_training(tmp_path, _config(""), console) == command
+        assert run_report.report_after_training(tmp_path, make_tiny_config(""), console) == command
         shown = " ".join(capfd.readouterr().err.split())
         assert "no report: RuntimeError: no room; the run itself is complete" in shown
     else:
         with pytest.raises(type(failure)) as raised:
-            run_report.report_after_training(tmp_path, _config(""), console)
+            run_report.report_after_training(tmp_path, make_tiny_config(""), console)
         assert (command in str(raised.value)) == isinstance(failure, KeyboardInterrupt)
 
 
@@ -825,7 +808,7 @@ def test_hostile_names_are_escaped(tmp_path):
         for i in range(6):
             noise = np.random.default_rng(10 * number + i).integers(0, 256, (9, 9, 3), np.uint8)
             Image.fromarray(noise).save(root / name / f"{i}{name}.png")
-    config = _config(root, **{"train.epochs": 1})
+    config = make_tiny_config(root, **{"train.epochs": 1})
     train_and_evaluate(config, tmp_path / "run")
     page = _written(tmp_path / "run")
     assert page.elements.count("script") == 1

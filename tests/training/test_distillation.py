@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import require_devices
+from conftest import make_tiny_config, require_devices
 from test_step import MODEL, PREPROCESSING, _batch, _train_step, assert_trees_equal
 
 from cnn_jax.config import files
@@ -145,21 +145,8 @@ _OPTIONS = {
 
 
 def _config(folder, **changes):
-    config = files.load("default", [])
-    config.update_from_flattened_dict(
-        {
-            "data.source": f"folder:{folder}",
-            "data.image_size": (16, 16),
-            "data.stratify": "exact",
-            "model.features": (4, 8),
-            "model.dense": 16,
-            "train.batch_size": 8,
-            "train.epochs": 2,
-            "report.detail": "none",
-            **changes,
-        }
-    )
-    return config
+    fixed = {"train.epochs": 2, "report.detail": "none"}
+    return make_tiny_config(folder, **(fixed | changes))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from conftest import make_tiny_config
 
 from cnn_jax import main as command
 from cnn_jax.data.mix import Mixing
@@ -28,24 +29,8 @@ SEEDS = (3, 4)
 
 
 def _config(image_folder, **changes):
-    from configs import default
-
-    config = default.get_config()
-    config.update_from_flattened_dict(
-        {
-            "data.source": f"folder:{image_folder}",
-            "data.image_size": (16, 16),
-            "data.stratify": "exact",
-            "model.features": (4, 8),
-            "model.dense": 16,
-            "train.batch_size": 8,
-            "train.epochs": 4,
-            "report.reference": False,
-            "report.detail": "none",
-            **changes,
-        }
-    )
-    return config
+    fixed = {"train.epochs": 4, "report.reference": False, "report.detail": "none"}
+    return make_tiny_config(image_folder, **(fixed | changes))
 
 
 def _history(folder):
