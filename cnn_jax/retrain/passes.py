@@ -226,7 +226,7 @@ class _Pass:
         is_own = promotion.action == "promote" and promotion.note.startswith(_NOTE)
         if not is_own or history[-2:] != (promotion.before, champion.number):
             return None
-        attempt = self._attempt_of(champion)  # None if its state folder is another one.
+        attempt = self._find_attempt(champion)  # None if its state folder is another one.
         if attempt and attempt.status != PROMOTED:  # `resume` first completes the record.
             return None
         previous = self.registry.resolve(champion.model, history[-2])
@@ -284,7 +284,7 @@ class _Pass:
         """
         logs = self.settings.logs
         columns = ("time", "request_id", "image_index", "digest", "shadow_of")
-        # Of deleted files, only rows with feedback remain, which are no random sample.
+        # When a file is deleted, its rows with feedback are kept. They are not a random sample.
         tables = [read_requests(log, columns, since, with_labelled=False) for log in logs]
         rows = [
             row
@@ -298,7 +298,7 @@ class _Pass:
         sample = growing_sample(keys, np.array([key in given for key in keys], bool))
         return {keys[i]: given[keys[i]].value for i in np.flatnonzero(sample)}
 
-    def _attempt_of(self, version: Version) -> Attempt | None:
+    def _find_attempt(self, version: Version) -> Attempt | None:
         """Returns the attempt whose bundle is a version of the registry, or None."""
         return next(
             (a for a in self.state.attempts() if a.record.get("digest") == version.bundle.digest),
@@ -455,7 +455,7 @@ class _Pass:
           DataError: A folder is missing.
         """
         folders = [pathlib.Path(name) for name in bundle.data["source"].split(LOG_MARK)[1:]]
-        if attempt := self._attempt_of(self.champion):
+        if attempt := self._find_attempt(self.champion):
             folders = [attempt.data]  # The state folder may have been moved since the training.
         for folder in folders:
             if not folder.is_dir():

@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from cnn_jax.registry.store import Store
 from cnn_jax.system.atomic import write_bytes
 from cnn_jax.system.errors import ConfigError, TrainingError, UserError, is_url
 from cnn_jax.training.run_directory import BACKUP, CHECKPOINTS, HEARTBEAT, LOCK
@@ -47,6 +46,9 @@ class Backup:
         """
         if is_url(text := os.fspath(url)) and "://" not in text:
             raise ConfigError(f"--backup: must begin with s3://, gs:// or az://, got {text}")
+        # obstore takes 0.1 s to import, and a run without a backup does not need it.
+        from cnn_jax.registry.store import Store
+
         self._store = Store(url, flag="--backup")
         self._seconds = seconds
         self._folder = pathlib.Path()
