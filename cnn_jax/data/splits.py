@@ -29,7 +29,7 @@ class Division:
       group: A pattern for the source's paths, see `group_names`; "" for no groups.
       keep_splits: Whether the data set's own splits are kept.
       folds: The number of folds (parts) of a cross-validation; 0 for no cross-validation.
-      fold: The fold that is the test split; see `divide_into_folds`.
+      fold: The fold that is the test split, from 0; the next fold is the validation split.
     """
 
     fractions: tuple[float, float, float] = (0.7, 0.2, 0.1)
@@ -101,25 +101,28 @@ class Division:
         return groups.tolist()
 
     def divide(self, source: Source, contents: list[str]) -> dict[str, Int[np.ndarray, " _"]]:
-        """Divides the examples of a source into splits; returns the positions of each split.
+        """Divides the examples of a source into splits, class by class; see the function `divide`.
+
+        A cross-validation divides the units of `divide` into folds, by the same rules.
 
         Args:
           source: The examples.
           contents: A text for each example that is the same for equal images.
 
+        Returns:
+          For each name in `SPLITS`, the positions of its examples, ascending.
+
         Raises:
           DataError: A path does not match the pattern of groups.
         """
+        groups = self.groups(source)
         if self.folds:
-            folds = divide_into_folds(
-                source.ids,
-                source.labels,
-                self.folds,
-                self.seed,
-                rule=self.rule,
-                groups=self.groups(source),
-                contents=contents,
-            )
+            # The folds of a class have equal sizes only if the rule is "exact". A class that has at
+            # least as many units as there are folds has a unit in each fold.
+            units = _units(len(source), groups, contents)
+            numbers = _numbers(units, groups or source.ids, self.seed)
+            shares = np.full(self.folds, 1 / self.folds)
+            folds = _assign(units, numbers, source.labels, shares, self.rule)
             # The distance of each example's fold from the fold of the test split.
             distances = (folds - self.fold) % self.folds
             example_splits = self._splits_by_distance[distances]
@@ -130,7 +133,7 @@ class Division:
             self.fractions,
             self.seed,
             rule=self.rule,
-            groups=self.groups(source),
+            groups=groups,
             contents=contents,
             own_splits=source.own_splits if self.keep_splits else None,
         )
@@ -257,38 +260,6 @@ def divide(
     return {
         name: np.flatnonzero(example_splits == position) for position, name in enumerate(SPLITS)
     }
-
-
-def divide_into_folds(
-    ids: list[str],
-    labels: Int[np.ndarray, " n"],
-    num_folds: int,
-    seed: int,
-    *,
-    rule: str = "stable",
-    groups: list[str] | None = None,
-    contents: list[str] | None = None,
-) -> Int[np.ndarray, " n"]:
-    """Divides examples into folds, class by class, for a cross-validation.
-
-    Units and their numbers are defined as in `divide`. A class that has at least as many units as
-    there are folds has a unit in each fold. The folds have equal sizes only if the rule is "exact".
-
-    Args:
-      ids: A unique id of each example.
-      labels: The class of each example. The class of a unit is its most common class.
-      num_folds: The number of folds.
-      seed: The seed of the division.
-      rule: One of `schema.SPLIT_RULES`.
-      groups: The group of each example.
-      contents: A text for each example that is the same for equal images.
-
-    Returns:
-      The fold of each example, from 0.
-    """
-    units = _units(len(ids), groups, contents)
-    numbers = _numbers(units, ids if groups is None else groups, seed)
-    return _assign(units, numbers, labels, np.full(num_folds, 1 / num_folds), rule)
 
 
 def _units(

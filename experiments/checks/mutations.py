@@ -234,7 +234,7 @@ MUTATIONS = [
     ("data/splits.py", "shares[[name in given and name != \"train\" for name in SPLITS]] = 0", "pass", "data/test_splits.py"),
     ("data/splits.py", "seed=seed if data.split_seed < 0 else data.split_seed", "seed=seed", "data/test_splits.py"),
     ("data/splits.py", "(folds - self.fold) % self.folds", "np.maximum(folds - self.fold, 0)", "data/test_splits.py"),
-    ("data/splits.py", "_numbers(units, ids if groups is None else groups, seed)", "np.arange(units.max() + 1) / 1e9", "data/test_splits.py"),
+    ("data/splits.py", "_numbers(units, groups or source.ids, self.seed)", "np.arange(units.max() + 1) / 1e9", "data/test_splits.py"),
     ("data/splits.py", "np.maximum.at(unit_splits, units[~free], example_splits[~free])", "pass", "data/test_splits.py"),
     ("data/files.py", "if (status.st_dev, status.st_ino) in self._seen:", "if False:", "data/test_files.py"),
     ("data/files.py", "elif not (is_inside or self._allow_outside):", "elif False:", "data/test_files.py"),

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cnn_jax.config.schema import SPLIT_RULES, SPLITS, default_config
 from cnn_jax.data.source import Source
-from cnn_jax.data.splits import Division, divide, divide_into_folds, group_names
+from cnn_jax.data.splits import Division, divide, group_names
 from cnn_jax.system.errors import ConfigError, DataError
 
 FRACTIONS = (0.7, 0.2, 0.1)
@@ -341,9 +341,11 @@ def test_each_example_is_tested_in_exactly_one_fold(images, folds, rule):
 
 def test_exact_folds_have_equal_parts_of_each_class():
     labels = np.repeat([0, 1], [50, 25])
-    folds = divide_into_folds([str(i) for i in range(75)], labels, 5, seed=0, rule="exact")
-    for label, size in ((0, 10), (1, 5)):
-        assert list(np.bincount(folds[labels == label])) == [size] * 5
+    ids = [str(i) for i in range(75)]
+    for fold in range(5):
+        division = Division(rule="exact", folds=5, fold=fold)
+        splits = division.divide(_source(ids, labels), ids)
+        assert np.bincount(labels[splits["test"]]).tolist() == [10, 5]
 
 
 def test_the_seed_of_the_splits_is_apart_from_the_training_seed():
