@@ -193,42 +193,46 @@ class Header:
     orientation: int
 
 
-def decode(encoded: bytes, max_pixels: int = MAX_PIXELS, white_level: float = 0) -> Pixels:
-    """Decodes an image file to RGB pixels at full size.
+def decode(
+    image: bytes | Image.Image | Shaped[np.ndarray, "..."],
+    max_pixels: int = MAX_PIXELS,
+    white_level: float = 0,
+) -> Pixels:
+    """Converts an image to RGB pixels at full size.
 
     EXIF orientation is applied, transparent pixels are laid over white, and an animation is
-    represented by its first frame.
+    represented by its first frame. The same picture gives the same pixels in each form, with two
+    exceptions. Pillow keeps only 8 bits of colours of 16 bits when it loads them; so if a Pillow
+    image is not loaded yet, its file is read again, with all 16 bits. And an array has no file
+    format that defines white; so every dtype except uint8 and bool needs a white level, including
+    uint16.
 
     Args:
-      encoded: The bytes of a file in one of `FORMATS`.
-      max_pixels: The largest allowed width times height, checked before decoding.
+      image: The bytes of a file in one of `FORMATS`; a Pillow image of any mode; or grey or RGB
+        values of any numeric dtype, [height, width] or [height, width, 3].
+      max_pixels: The largest allowed width times height of a file or a Pillow image, checked before
+        decoding.
       white_level: See `Preprocessing`.
 
     Returns:
       uint8 [height, width, 3].
 
     Raises:
-      DataError: The bytes are not an image, the image is damaged or too large, or the value
-        of white is unknown.
+      DataError: The bytes are not an image, the image is damaged or too large, the array has
+        another shape or dtype, or the value of white is unknown.
     """
-    return decode_any(encoded, max_pixels, white_level)[1]
+    return decode_with_values(image, max_pixels, white_level)[1]
 
 
-def decode_any(
+def decode_with_values(
     image: bytes | Image.Image | Shaped[np.ndarray, "..."],
     max_pixels: int = MAX_PIXELS,
     white_level: float = 0,
 ) -> tuple[Values | None, Pixels]:
-    """Decodes an image that is given as file bytes, as a Pillow image or as an array.
-
-    The functions `decode`, `to_rgb` and `from_array` describe the three conversions.
-
-    Returns:
-      The range of the values, or None if they have 8 bits; and the pixels, uint8
-      [height, width, 3].
+    """Converts an image like `decode`; also returns the range of its values, None for 8 bits.
 
     Raises:
-      DataError: See `decode`, `to_rgb` and `from_array`.
+      DataError: See `decode`.
     """
     if isinstance(image, bytes):
         if (plain := _decode_plain_jpeg(image, max_pixels)) is not None:
@@ -335,18 +339,6 @@ def pixel_digest(pixels: Pixels) -> str:
     return digest.hexdigest()[:32]
 
 
-def to_rgb(image: Image.Image, max_pixels: int = MAX_PIXELS, white_level: float = 0) -> Pixels:
-    """Converts a Pillow image of any mode to the pixels that `decode` returns for the same file.
-
-    When Pillow loads colours of 16 bits, it keeps only 8 bits. So if the image is not loaded
-    yet, this function reads its file again, with all 16 bits.
-
-    Raises:
-      DataError: The image is too large or damaged, or the white level is unknown.
-    """
-    return decode_any(image, max_pixels, white_level)[1]
-
-
 def _decode_pillow(
     image: Image.Image, max_pixels: int, white_level: float
 ) -> tuple[Values | None, Pixels]:
@@ -359,23 +351,6 @@ def _decode_pillow(
             if frame := image.tell():
                 again.seek(frame)
             return _to_rgb(again, encoded, white_level)
-
-
-def from_array(array: Shaped[np.ndarray, "..."], white_level: float = 0) -> Pixels:
-    """Converts an array of grey or RGB values, of any numeric type, to RGB pixels.
-
-    The pixels are equal to those that `decode` returns for a file with the same values. But an
-    array has no file format that defines white. So every type except uint8 and bool needs a white
-    level, including uint16.
-
-    Args:
-      array: [height, width] or [height, width, 3].
-      white_level: See `Preprocessing`.
-
-    Raises:
-      DataError: The array has another shape or type, or the white level is unknown.
-    """
-    return decode_any(array, white_level=white_level)[1]
 
 
 def _decode_array(

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8, UInt64
 from PIL import Image
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from cnn_jax.data.decode import Pixels
 
@@ -112,9 +114,6 @@ def near_components(
     Returns:
       The number of the set of each image.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     # Images with the same hash and the same thumbnail, such as copies, are compared only once.
     both = np.concatenate([hashes[:, np.newaxis].view(np.uint8), thumbnails], axis=1)
     _, first_images, inverse = np.unique(both, axis=0, return_index=True, return_inverse=True)

@@ -485,7 +485,7 @@ def describe_ignored(ignored: Mapping[str, int]) -> str:
     return f" (left out: {count_ignored(ignored)}{advice})"
 
 
-def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool = False) -> Source:
+def open_csv(path: str | os.PathLike[str], allow_outside: bool = False) -> Source:
     """Creates a source from a CSV file with the columns `path`, `label` and optionally `split`.
 
     Paths are relative to the table's folder; absolute paths in this folder are made relative.
@@ -493,13 +493,12 @@ def open_csv(path: str | os.PathLike[str], name: str = "", allow_outside: bool =
 
     Args:
       path: The CSV file in UTF-8, with a header.
-      name: The name of the source; `csv:PATH` by default.
       allow_outside: Whether paths may lead out of the table's folder.
 
     Raises:
       DataError: The file does not exist, or a row is wrong; the message has the line number.
     """
-    name = name or f"csv:{path}"
+    name = f"csv:{path}"
     table = pathlib.Path(path).expanduser()
     root = table.absolute().parent
     folder = os.path.realpath(root)

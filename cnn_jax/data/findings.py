@@ -179,7 +179,6 @@ class Findings:
       unreadable: The examples that are left out.
       rotated: The positions of images that EXIF rotates.
       copies: The sets of equal images; each is a list of positions.
-      remarks: Other warnings, one sentence each.
       values: The ranges of the values in the files, by type.
     """
 
@@ -189,7 +188,6 @@ class Findings:
     unreadable: list[Unreadable]
     rotated: list[int]
     copies: list[list[int]]
-    remarks: list[str]
     values: list[ValueRange]
 
     @property
@@ -244,7 +242,7 @@ class Findings:
 
         Each warning is a sentence with the problem and its remedy.
         """
-        found = [printable(remark) for remark in self.remarks]
+        found = [printable(remark) for remark in self.source.remarks]
         if reason := self.untrainable():
             found.append(f"training would refuse this: {reason}")
         found += self.reading_warnings()
@@ -408,8 +406,7 @@ def find(
         if record.header is not None and record.header.orientation != 1:
             rotated.append(position)
     copies = [group for group in equal.values() if len(group) > 1]
-    remarks = list(source.remarks)
-    return Findings(source, division, splits, unreadable, rotated, copies, remarks, values)
+    return Findings(source, division, splits, unreadable, rotated, copies, values)
 
 
 def too_few_classes(source: Source) -> str | None:

@@ -10,6 +10,7 @@ So no example changes its split when the source changes either.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import struct
 from collections import Counter
@@ -293,17 +294,6 @@ def join(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """A picklable function that reads an image from one of several sources."""
-
-    readers: tuple[Callable[[Any], bytes], ...]
-
-    def __call__(self, key: tuple[int, Any]) -> bytes:
-        part, own_key = key
-        return self.readers[part](own_key)
-
-
 def _join_sources(base: Source, log: Source, labels: Int[np.ndarray, " m"]) -> Source:
     """Returns the examples of both sources as one source."""
     return dataclasses.replace(
@@ -311,7 +301,7 @@ def _join_sources(base: Source, log: Source, labels: Int[np.ndarray, " m"]) -> S
         name=base.name + log.name,
         ids=base.ids + log.ids,
         labels=np.concatenate([base.labels, labels]),
-        read=_Reader((base.read, log.read)),
+        read=functools.partial(_read, (base.read, log.read)),
         keys=[*((0, key) for key in base.keys), *((1, key) for key in log.keys)],
         sizes=base.sizes + log.sizes,
         versions=base.versions + log.versions,
@@ -319,3 +309,9 @@ def _join_sources(base: Source, log: Source, labels: Int[np.ndarray, " m"]) -> S
         log=None,
         logged=np.repeat([False, True], [len(base), len(log)]),
     )
+
+
+def _read(readers: Sequence[Callable[[Any], bytes]], key: tuple[int, Any]) -> bytes:
+    """Reads an image from one of several sources; the key is the source and the source's key."""
+    number, own_key = key
+    return readers[number](own_key)

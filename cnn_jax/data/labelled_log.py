@@ -314,16 +314,6 @@ def read_known(folder: pathlib.Path) -> dict[str, KnownImage] | None:
     return dict(zip(table["digest"].to_pylist(), images, strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """A picklable function that returns the bytes of an image."""
-
-    images: list[bytes]
-
-    def __call__(self, key: int) -> bytes:
-        return self.images[key]
-
-
 def open_log(folders: Sequence[pathlib.Path], class_names: Sequence[str]) -> Source:
     """Creates a source from the labelled images of request logs, or of a snapshot and logs.
 
@@ -363,7 +353,7 @@ def open_log(folders: Sequence[pathlib.Path], class_names: Sequence[str]) -> Sou
         class_names=list(class_names),
         ids=[f"log/{request}" for request in examples.requests],
         labels=np.array([positions.get(label, -1) for label in examples.labels], np.int32),
-        read=_Reader(examples.images),
+        read=examples.images.__getitem__,
         keys=range(len(examples)),
         sizes=list(map(len, examples.images)),
         versions=examples.digests,

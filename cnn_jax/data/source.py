@@ -67,11 +67,6 @@ class Source:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """Returns an example: "image" (encoded bytes), "label" (an int) and "id"."""
-        image = self.read(self.keys[index])
-        return {"image": image, "label": int(self.labels[index]), "id": self.ids[index]}
-
     @property
     def paths(self) -> list[str]:
         """The ids of the examples, without the leading folder of a split, such as "train/"."""

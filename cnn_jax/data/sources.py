@@ -78,7 +78,7 @@ def _open_base(name: str, track: Track, allow_outside: bool) -> Source:
     if kind in _FOLDERS:
         return open_folder(rest, name, allow_outside)
     if kind == "csv":
-        return open_csv(rest, allow_outside=allow_outside)
+        return open_csv(rest, allow_outside)
     if kind == "tfds":
         return open_tfds(rest, track)
     num_images = int(rest) if rest else shapes.NUM_IMAGES

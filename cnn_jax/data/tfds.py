@@ -1,6 +1,6 @@
 """Sources from TensorFlow Datasets, with random access and without TensorFlow."""
 
-import dataclasses
+import functools
 import os
 import re
 from typing import Any
@@ -14,17 +14,6 @@ from cnn_jax.system.errors import DataError
 # Matches a name of the form dataset[/config][:version][:split]. A split may be a slice such as
 # train[:50%].
 _NAME = re.compile(r"(?P<dataset>[^:]+(:[\d*]+\.[\d*]+\.[\d*]+)?)(:(?P<split>.+))?", re.DOTALL)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Reader:
-    """A picklable function that reads the encoded image of an example."""
-
-    parts: list[Any]
-
-    def __call__(self, key: tuple[int, int]) -> bytes:
-        part, position = key
-        return self.parts[part][position]["image"]
 
 
 def open_tfds(name: str, track: Track = no_track) -> Source:
@@ -88,7 +77,7 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
         class_names=class_names,
         ids=ids,
         labels=np.array(labels, np.int32),
-        read=_Reader(parts),
+        read=functools.partial(_read, parts),
         keys=keys,
         sizes=sizes,
         versions=[f"{builder.data_path}-{builder.info.version}-{size}" for size in sizes],
@@ -96,6 +85,12 @@ def open_tfds(name: str, track: Track = no_track) -> Source:
         ignored={kind: count for kind, count in ignored.items() if count},
         split_folders=named_splits(ids),
     )
+
+
+def _read(parts: list[Any], key: tuple[int, int]) -> bytes:
+    """Reads the encoded image of an example; the key is its part and its position in the part."""
+    part, position = key
+    return parts[part][position]["image"]
 
 
 def _ids(builder: Any, split: str) -> list[str]:

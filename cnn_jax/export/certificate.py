@@ -17,7 +17,7 @@ from PIL import Image
 
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.dataset import Dataset
-from cnn_jax.data.decode import decode_any
+from cnn_jax.data.decode import decode
 from cnn_jax.export.function import ExportError
 from cnn_jax.inference.calibration import log_probabilities
 from cnn_jax.inference.evaluation import labelled_split, predict_split, score
@@ -158,8 +158,7 @@ def golden_images(dataset: Dataset, max_pixels: int, white_level: float) -> dict
     images = []
     for index in chosen:
         encoded = scan.read_example(dataset.source, int(index), max_pixels)
-        _, pixels = decode_any(encoded, max_pixels, white_level)
-        images.append(Image.fromarray(pixels))
+        images.append(Image.fromarray(decode(encoded, max_pixels, white_level)))
         images[-1].thumbnail((_MAX_SIDE, _MAX_SIDE))
     files = {f"golden/{i}.png": _encode(image, "PNG") for i, image in enumerate(images)}
     exif = Image.Exif()
@@ -211,7 +210,7 @@ def check_pixels(
     session = open_session(model)
     largest = 0.0
     for record in records:
-        _, pixels = decode_any(files[record["file"]])
+        pixels = decode(files[record["file"]])
         probabilities = session.run(None, {"pixels": pixels})[0][0]
         largest = max(largest, float(np.abs(probabilities - record["probabilities"]).max()))
     if not largest <= _PIXELS_LIMIT:

@@ -103,7 +103,7 @@ class ImageReader:
         if isinstance(image, np.ndarray):
             image = _plain_array(image)
         limit = preprocessing.max_pixels if max_pixels is None else max_pixels
-        values, pixels = decode.decode_any(
+        values, pixels = decode.decode_with_values(
             image, min(limit, preprocessing.max_pixels), preprocessing.white_level
         )
         doubt = values.doubt(preprocessing.white_level) if values else ""

@@ -335,17 +335,17 @@ def test_a_loaded_pillow_image_gives_the_same_pixels(encoded, white_level):
     image = Image.open(io.BytesIO(encoded))
     image.load()
     expected = decode.decode(encoded, white_level=white_level)
-    np.testing.assert_array_equal(decode.to_rgb(image, white_level=white_level), expected)
+    np.testing.assert_array_equal(decode.decode(image, white_level=white_level), expected)
 
 
 def test_a_loaded_16_bit_colour_image_has_only_the_high_bytes():
     image = Image.open(io.BytesIO(_png(_COLOUR, 2, 16)))
     position = image.fp.tell()
-    whole = decode.to_rgb(image)
+    whole = decode.decode(image)
     # The position in the file is unchanged, so Pillow can still load the image.
     assert image.fp.tell() == position
     image.load()
-    assert np.abs(decode.to_rgb(image).astype(int) - whole).max() == 1
+    assert np.abs(decode.decode(image).astype(int) - whole).max() == 1
 
 
 @pytest.mark.parametrize("colour", [None, 3])
@@ -363,7 +363,7 @@ def test_deep_images_are_turned_by_exif_in_every_form(orientation, colour, tmp_p
     upright = np.rot90(stored, -1) if orientation == 6 else stored
     expected = _rgb(_levels(upright[..., ::-1] if colour else upright, 65535))
     np.testing.assert_array_equal(decode.decode(encoded), expected)
-    np.testing.assert_array_equal(decode.to_rgb(Image.open(io.BytesIO(encoded))), expected)
+    np.testing.assert_array_equal(decode.decode(Image.open(io.BytesIO(encoded))), expected)
 
 
 @pytest.mark.parametrize(
@@ -389,19 +389,19 @@ def test_deep_images_are_turned_by_exif_in_every_form(orientation, colour, tmp_p
     ],
 )
 def test_pillow_images_of_every_mode_are_read(mode):
-    pixels = decode.to_rgb(Image.new(mode, (3, 2)))
+    pixels = decode.decode(Image.new(mode, (3, 2)))
     assert pixels.shape == (2, 3, 3)
     black = Image.new("RGB", (3, 2)).convert("YCbCr") if mode == "YCbCr" else None
     if black:
-        assert decode.to_rgb(black).max() <= 1
+        assert decode.decode(black).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_pillow_images_of_32_bits_need_a_white_level(mode):
     image = Image.new(mode, (3, 2), 7)
     with pytest.raises(decode.UnknownWhiteError, match="from 7 to 7, none of"):
-        decode.to_rgb(image)
-    assert decode.to_rgb(image, white_level=7).min() == 255
+        decode.decode(image)
+    assert decode.decode(image, white_level=7).min() == 255
 
 
 @pytest.mark.parametrize(
@@ -422,18 +422,18 @@ def test_pillow_images_of_32_bits_need_a_white_level(mode):
 )
 def test_arrays_whose_meaning_is_unknown_are_refused(array, error):
     with pytest.raises(DataError, match=error):
-        decode.from_array(array)
+        decode.decode(array)
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.uint32, np.int64, np.float32])
 def test_arrays_are_read_by_the_white_level(dtype):
     array = np.array([[0, 2, 4095]], dtype)
     expected = _rgb(_levels(array, 4095))
-    np.testing.assert_array_equal(decode.from_array(array, 4095), expected)
+    np.testing.assert_array_equal(decode.decode(array, white_level=4095), expected)
 
 
 def test_arrays_of_booleans_are_black_and_white():
-    np.testing.assert_array_equal(decode.from_array(np.eye(3) > 0)[..., 0], 255 * np.eye(3))
+    np.testing.assert_array_equal(decode.decode(np.eye(3) > 0)[..., 0], 255 * np.eye(3))
 
 
 _SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9))

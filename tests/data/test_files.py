@@ -34,10 +34,8 @@ def test_a_folder_has_its_sub_folders_as_classes(tmp_path):
     np.testing.assert_array_equal(source.labels, [0, 1, 1])
     assert source.ignored == {"hidden": 2, "not images": 2, "outside the class folders": 1}
     assert source.remarks == []
-    example = source[0]
-    assert example["label"] == 0
-    assert example["id"] == "cat/ü 猫.png"
-    np.testing.assert_array_equal(decode.decode(example["image"]), np.full((4, 4, 3), 200))
+    encoded = source.read(source.keys[0])
+    np.testing.assert_array_equal(decode.decode(encoded), np.full((4, 4, 3), 200))
 
 
 def test_the_content_decides_what_is_an_image(tmp_path):
@@ -347,9 +345,9 @@ def test_a_table_names_paths_labels_and_splits(tmp_path):
     assert source.ids == ["b.png", "ü 猫, x.png", "sub/a.png", "gone.png"]
     np.testing.assert_array_equal(source.labels, [1, 0, 1, 0])
     assert source.own_splits == ["", "validation", "test", "train"]
-    assert decode.decode(source[2]["image"]).shape == (4, 4, 3)
+    assert decode.decode(source.read(source.keys[2])).shape == (4, 4, 3)
     with pytest.raises(FileNotFoundError):
-        source[3]
+        source.read(source.keys[3])
 
 
 @pytest.mark.parametrize(
@@ -402,7 +400,7 @@ def test_a_pipe_in_a_table_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     source = open_csv(_write_csv(tmp_path / "t.csv", "path,label\npipe.png,x\n"))
     with pytest.raises(OSError, match="is not a regular file"):
-        source[0]
+        source.read(source.keys[0])
 
 
 @pytest.mark.parametrize("name", ["", "folder:", "tfds:", "csv:", "shapes:0", "shapes:x", "/data"])

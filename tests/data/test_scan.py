@@ -77,7 +77,7 @@ def test_the_sink_gets_what_load_gives(folder):
     scan.scan(source, SMALL, sink)
     assert sorted(sink.rows) == [0, 1, 2]
     for row, pixels in sink.rows.items():
-        np.testing.assert_array_equal(pixels, decode.load(source[row]["image"], SMALL))
+        np.testing.assert_array_equal(pixels, decode.load(source.read(source.keys[row]), SMALL))
 
 
 def test_what_is_known_is_not_decoded_again(folder, monkeypatch):
@@ -197,7 +197,7 @@ def test_records_of_another_white_level_are_others(tmp_path):
         scan.scan(source, preprocessing, sink)
         assert sorted(sink.rows) == [0, 1, 2]
         for row, pixels in sink.rows.items():
-            expected = decode.load(source[row]["image"], preprocessing)
+            expected = decode.load(source.read(source.keys[row]), preprocessing)
             np.testing.assert_array_equal(pixels, expected)
         keys.add(scan.pixels_key(preprocessing))
     assert len(keys) == 2
