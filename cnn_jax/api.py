@@ -142,7 +142,7 @@ def _changed_config(
         changed = config.copy_and_resolve_references()
     else:
         changed = files.load(os.fspath(config))
-    values = {schema.full_key(k): v for k, v in files.flat(dict(changes)).items()}
+    values = {schema.full_key(k): v for k, v in schema.flat(dict(changes)).items()}
     if source is not None:
         values["data.source"] = _source(source)
     network = values.get("model.name", changed.model.name)

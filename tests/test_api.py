@@ -195,7 +195,7 @@ def _copied(source, target):
 
 
 def _configured(config="folder", source=None, **changes):
-    return dict(schema.leaves(api._changed_config(config, changes, source)))
+    return schema.flat(api._changed_config(config, changes, source))
 
 
 def test_keys_can_be_given_in_three_ways(tmp_path):

@@ -121,7 +121,7 @@ def compress(
     if _DROPOUT in overrides:
         del model["dropout"]
     with config.ignore_type(), config.unlocked():
-        config.model.update_from_flattened_dict(files.flat(model))
+        config.model.update_from_flattened_dict(schema.flat(model))
         if is_pretrained and "optimizer.l2" not in overrides:
             # The L2 penalty of pretrained networks is on the kernel of the head only.
             config.optimizer.l2 = 0.0

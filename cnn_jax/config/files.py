@@ -23,8 +23,8 @@ from cnn_jax.config.schema import (
     check_value,
     closest_key,
     default_config,
+    flat,
     keys,
-    leaves,
     path_source,
     wrong_value,
 )
@@ -225,24 +225,6 @@ def _read_json(path: pathlib.Path) -> Config:
     return config
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """Flattens a nested dictionary to a mapping from full keys to values; lists become tuples.
-
-    A full key joins the keys of all levels, such as "train.epochs".
-
-    Raises:
-      ValueError: The tree is not a dictionary.
-    """
-    if not isinstance(tree, dict):
-        value = tuple(tree) if isinstance(tree, list) else tree
-        if not prefix:
-            raise ValueError("it must be an object with a value for each key")
-        return {prefix.removesuffix("."): value}
-    return {
-        name: value for key in tree for name, value in flat(tree[key], f"{prefix}{key}.").items()
-    }
-
-
 def load(file: str, overrides: Sequence[str] | Mapping[str, str] = ()) -> Config:
     """Reads a configuration file and changes the values of some keys.
 
@@ -407,7 +389,7 @@ def describe_keys(width: int, file: str = "default") -> str:
       width: The number of columns of the terminal.
       file: The configuration whose values are shown; see `find`.
     """
-    values = dict(leaves(read(find(file))))
+    values = flat(read(find(file)))
     lines = textwrap.wrap(
         f"configuration keys, set by --config.KEY=VALUE, with the values of {find(file).name}:",
         width,

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from cnn_jax.config.files import flat
 from cnn_jax.config.schema import (
     PREPROCESSING_KEYS,
     Config,
     check_image_size,
+    flat,
     image_size,
     keys,
     weights_preprocessing_keys,

@@ -10,7 +10,7 @@ import hashlib
 import math
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from cnn_jax.config.keys import (
@@ -466,13 +466,25 @@ def default_config(network: str = "cnn") -> Config:
     return config
 
 
-def leaves(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the name, such as "train.epochs", and the value of each key of a configuration."""
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the value of each key of a configuration by its full name, such as "train.epochs".
+
+    Args:
+      config: A configuration, or a nested dictionary, for example from JSON. Lists become tuples.
+      prefix: A text before each name.
+
+    Raises:
+      ValueError: The value is not a dictionary.
+    """
+    if not hasattr(config, "items"):
+        raise ValueError("it must be an object with a value for each key")
+    values = {}
     for key, value in config.items():
         if hasattr(value, "items"):
-            yield from leaves(value, f"{prefix}{key}.")
+            values |= flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value
+            values[f"{prefix}{key}"] = tuple(value) if isinstance(value, list) else value
+    return values
 
 
 def image_size(config: Config) -> tuple[int, int]:
@@ -612,7 +624,7 @@ def validate(config: Config, num_devices: int) -> None:
     Raises:
       ConfigError: A key is unknown or missing, or its value is not accepted.
     """
-    values = dict(leaves(config))
+    values = flat(config)
     network: str = values.get("model.name", "cnn")
     check_value("model.name", network)
     for key in values:

@@ -23,7 +23,7 @@ from cnn_jax.inference.predictor import (
     compiled_stages,
     predict_versions,
 )
-from cnn_jax.models.network import feature_map_shapes, network_parts
+from cnn_jax.models.network import feature_map_shapes
 
 # The number of permutations of each feature, and of each image region. With two permutations of a
 # region instead of five, the standard error of the mean over 64 images is 6 % larger, and the
@@ -79,7 +79,7 @@ def first_filters(predictor: BundlePredictor) -> Float[np.ndarray, "features hei
     Raises:
       ValueError: The network does not start with a convolution over R, G and B.
     """
-    kernel = network_parts(predictor.model, predictor.variables).first_kernel
+    kernel = predictor.model.first_kernel(predictor.variables["params"])
     if kernel is None:
         raise ValueError("the network does not start with a convolution over R, G and B")
     return np.asarray(kernel, np.float32).transpose(3, 0, 1, 2)
@@ -103,9 +103,9 @@ def feature_importance(
       For each feature the increase of the loss, in nats, when its values are permuted among the
       images; the mean of five permutations. A negative value means that the loss decreases.
     """
-    parts = network_parts(predictor.model, predictor.variables)
-    kernel = np.asarray(parts.head_kernel, np.float64)
-    logits = embedding @ kernel + np.asarray(parts.head_bias, np.float64)
+    head = predictor.variables["params"]["head"]
+    kernel = np.asarray(head["kernel"], np.float64)
+    logits = embedding @ kernel + np.asarray(head["bias"], np.float64)
 
     def loss(logits: np.ndarray) -> float:
         shifted = logits / predictor.temperature

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Num, PyTree, UInt8
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.inference.batching import map_batches, next_power_of_two, split_batches
 from cnn_jax.inference.predictor import BundlePredictor
-from cnn_jax.models.network import Network, feature_map_shapes, forward, network_parts, stages
+from cnn_jax.models.network import Network, feature_map_shapes, forward, stages
 from cnn_jax.system import runtime
 
 Images = UInt8[np.ndarray, "batch height width 3"]
@@ -197,7 +197,7 @@ METHODS: dict[str, Method] = {
 
 def allows_cam(predictor: BundlePredictor) -> bool:
     """Returns whether the method `cam` works: the last layer must receive the feature-map means."""
-    return network_parts(predictor.model, predictor.variables).embedding_is_mean_map
+    return predictor.model.embedding_is_mean_map
 
 
 def why_no_cam(predictor: BundlePredictor) -> str:
@@ -344,7 +344,7 @@ def _combined_feature_maps(
     found = _feature_maps_and_gradients(
         variables, images, classes, dict.fromkeys(names), model, preprocessing
     )
-    head = network_parts(model, variables).head_kernel.T[classes]
+    head = variables["params"]["head"]["kernel"].T[classes]
     size = images.shape[:3]
     combined = [
         jax.image.resize(method(*found[name], head), size, "bilinear")

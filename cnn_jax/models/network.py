@@ -3,7 +3,7 @@
 import abc
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import flax.linen as nn
 import jax
@@ -16,24 +16,6 @@ from cnn_jax.system.errors import ConfigError, did_you_mean
 
 # The collection of the variables that `gate` reads. Only pruning sets them.
 GATES = "gates"
-
-
-class NetworkParts(NamedTuple):
-    """The parameters that explanation methods need, under names common to all networks.
-
-    Attributes:
-      first_kernel: The kernel of the first layer, if it is a convolution over R, G and B; else
-        None.
-      head_kernel: The kernel of the last dense layer.
-      head_bias: The bias of the last dense layer.
-      embedding_is_mean_map: Whether the embedding is the mean of the last feature maps over
-        their pixels, which class activation maps need.
-    """
-
-    first_kernel: Float[Array, "height width 3 features"] | None
-    head_kernel: Float[Array, "embedding classes"]
-    head_bias: Float[Array, " classes"]
-    embedding_is_mean_map: bool
 
 
 class Stages:
@@ -97,7 +79,10 @@ class Network(nn.Module):
 
     @property
     def embedding_is_mean_map(self) -> bool:
-        """Whether the embedding is the mean of the last feature maps; see `NetworkParts`."""
+        """Whether the embedding is the mean of the last feature maps over their pixels.
+
+        Class activation maps need such an embedding.
+        """
         return False
 
     @nn.nowrap
@@ -106,17 +91,15 @@ class Network(nn.Module):
         """Returns the stage to which a layer belongs; `layer` is a top-level parameter name."""
 
     @nn.nowrap
-    def parts(self, params: Mapping[str, Any]) -> NetworkParts:
-        """Returns the parameters that explanations use; see `NetworkParts`."""
-        first: Any = params
+    def first_kernel(
+        self, params: Mapping[str, Any]
+    ) -> Float[Array, "height width 3 features"] | None:
+        """Returns the kernel of the first layer, if it is a convolution over R, G and B."""
+        if not self.first_layer:
+            return None
         for name in self.first_layer:
-            first = first[name]
-        return NetworkParts(
-            first_kernel=first["kernel"] if self.first_layer else None,
-            head_kernel=params["head"]["kernel"],
-            head_bias=params["head"]["bias"],
-            embedding_is_mean_map=self.embedding_is_mean_map,
-        )
+            params = params[name]
+        return cast(Array, params["kernel"])
 
     @nn.compact
     def stages(
@@ -310,11 +293,6 @@ def stages(
     """
     images = normalize(images, preprocessing)
     return cast(dict, model.apply(variables, images, offsets=offsets, method="stages"))
-
-
-def network_parts(model: Network, variables: Mapping[str, Any]) -> NetworkParts:
-    """Returns the network parameters that the explanation methods need; see `NetworkParts`."""
-    return model.parts(variables["params"])
 
 
 def feature_map_shapes(

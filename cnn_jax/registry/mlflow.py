@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import cnn_jax
-from cnn_jax.config import files
+from cnn_jax.config import schema
 from cnn_jax.registry.ledger import METRICS, RegistryError, Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.store import error_line, hide_passwords
@@ -91,7 +91,7 @@ def log_run(workdir: str | os.PathLike[str], uri: str) -> str:
             return f"{hide_passwords(uri)} already has this run as {run.info.run_id}"
         name = workdir.resolve().name
         with _new_run(client, name, bundle_digest, workdir / "bundle", _TRAINING) as run_id:
-            _log_params(client, run_id, files.flat(_read_json(workdir / "config.json")))
+            _log_params(client, run_id, schema.flat(_read_json(workdir / "config.json")))
             lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
             for record in map(json.loads, lines):
                 _log_metrics(client, run_id, record, record["epoch"])

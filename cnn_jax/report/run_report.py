@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from cnn_jax.config import files
+from cnn_jax.config import schema
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, no_track, scan
 from cnn_jax.data.splits import SPLITS
@@ -406,7 +406,7 @@ def _page(
         are_numbered=style.tick_names(names) != [style.shorten(name) for name in names],
         configuration={
             key: json.dumps(value, ensure_ascii=False)
-            for key, value in files.flat(figures["run"].get("configuration", {})).items()
+            for key, value in schema.flat(figures["run"].get("configuration", {})).items()
         },
         **style.sorting_script(),
     )

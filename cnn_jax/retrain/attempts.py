@@ -27,7 +27,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from cnn_jax.config.schema import Config, leaves
+from cnn_jax.config.schema import Config, flat
 from cnn_jax.data.labelled_log import delete_images
 from cnn_jax.system.atomic import write_text
 from cnn_jax.system.errors import ConfigError, UserError, printable
@@ -250,7 +250,7 @@ def attempt_key(fingerprint: str, config: Config) -> str:
     """
     start = ("checkpoint.init_from", "checkpoint.restore_step")
     ignored = {*INDIFFERENT_KEYS, *start, "seed", "precision"}
-    values: Mapping[str, Any] = {k: v for k, v in leaves(config) if k not in ignored}
+    values: Mapping[str, Any] = {k: v for k, v in flat(config).items() if k not in ignored}
     text = json.dumps({"data": fingerprint, "configuration": values}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -106,7 +106,7 @@ def _sum_by_class(values: Array, labels: Array, num_classes: int) -> Array:
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Returns the element-wise quotient, with 0 where the denominator is 0."""
-    return np.divide(numerator, denominator, out=np.zeros(len(numerator)), where=denominator != 0)
+    return np.divide(numerator, denominator, out=np.zeros(numerator.shape), where=denominator != 0)
 
 
 def per_class(confusion: np.ndarray) -> dict[str, np.ndarray]:
@@ -210,14 +210,11 @@ def bootstrap_intervals(confusion: np.ndarray) -> dict[str, tuple[float, float]]
         counts = rng.multinomial(row.sum(), row[cells] / row.sum(), _RESAMPLES)
         predicted[:, cells] += counts
         correct[:, label] = counts[:, cells == label].sum(axis=1)
-    resampled = [
-        _per_class(correct_row, predicted_row, support)
-        for correct_row, predicted_row in zip(correct, predicted, strict=True)
-    ]
+    resampled = _per_class(correct, predicted, np.broadcast_to(support, correct.shape))
     measured = per_class(confusion)
     intervals = {}
     for key in ("precision", "recall", "f1"):
-        low, high = np.percentile([sample[key].mean() for sample in resampled], (2.5, 97.5))
+        low, high = np.percentile(resampled[key].mean(axis=1), (2.5, 97.5))
         value = measured[key].mean()
         intervals[key] = float(min(low, value)), float(max(high, value))
     return intervals

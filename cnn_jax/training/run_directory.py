@@ -21,7 +21,7 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]
 
-from cnn_jax.config import files, schema
+from cnn_jax.config import schema
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track
 from cnn_jax.data.files import check_output
@@ -193,7 +193,7 @@ def read_config(workdir: pathlib.Path) -> dict[str, Any] | None:
     if not _has_checkpoints(workdir):
         return None
     try:
-        return files.flat(json.loads(path.read_text(encoding="utf-8")))
+        return schema.flat(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(
             f"--workdir: {workdir} has checkpoints but no {_CONFIG}; restore that file, or use "
@@ -222,7 +222,7 @@ def changes(workdir: pathlib.Path, previous: Mapping[str, Any] | None, config: C
     # If a key did not exist when the run started, the run used the key's default value.
     known_keys = schema.keys(config.model.name)
     previous = {name: key.default for name, key in known_keys.items()} | dict(previous)
-    wanted = files.flat(json.loads(config.to_json()))
+    wanted = schema.flat(json.loads(config.to_json()))
     lines = {
         key: f"{key}: {previous.get(key, 'absent')} -> {wanted.get(key, 'absent')}"
         for key in sorted((previous.keys() | wanted.keys()) - _unused_keys(wanted))

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from cnn_jax.config import files
+from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track
@@ -126,7 +126,7 @@ def _train_and_average(
         total = params if total is None else jax.tree.map(np.add, total, params)
     own = json.loads((run / "config.json").read_text(encoding="utf-8"))
     moved = {key: value for key, value in overrides.items() if key in INDIFFERENT_KEYS}
-    resolved = resolve(files.load(str(run / "config.json"), moved), files.flat(own))
+    resolved = resolve(files.load(str(run / "config.json"), moved), schema.flat(own))
     dataset = open_dataset(resolved, console.track)
     _check_data(run, original, dataset.fingerprint)
     params = jax.tree.map(lambda array: (array / members).astype(np.float32), total)

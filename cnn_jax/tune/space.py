@@ -72,7 +72,7 @@ def _check(key: str, distribution: Any, config: Config) -> None:
             f"config.{key}: must be a FloatDistribution, IntDistribution or "
             f"CategoricalDistribution of Optuna, got {distribution!r}"
         )
-    current = dict(schema.leaves(config))[key]
+    current = schema.flat(config)[key]
     for value in _extremes(distribution):
         if isinstance(value, tuple | list):
             raise ConfigError(
@@ -125,7 +125,7 @@ def _parse(value: Any, current: Any) -> Any:
 def configured(config: Config, params: Mapping[str, Any]) -> Config:
     """Returns a copy of the configuration with the values of `params`."""
     changed = config.copy_and_resolve_references()
-    current = dict(schema.leaves(config))
+    current = schema.flat(config)
     with changed.ignore_type():
         for key, value in params.items():
             section, _, name = key.rpartition(".")
@@ -137,7 +137,7 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
 def base_values(config: Config, space: Space) -> dict[str, Any]:
     """Returns a dictionary of the configuration values that are inside the search space."""
     found = {}
-    for key, value in schema.leaves(config):
+    for key, value in schema.flat(config).items():
         distribution = space.get(key)
         if isinstance(distribution, CategoricalDistribution):
             # A search space contains a tuple as text, so the texts are parsed for the comparison.

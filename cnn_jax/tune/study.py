@@ -212,7 +212,7 @@ def _define(plan: Plan, console: Console) -> dict[str, str]:
     dataset = open_dataset(resolved, console.track)
     keys = {
         f"config.{key}": json.dumps(value)
-        for key, value in schema.leaves(resolved)
+        for key, value in schema.flat(resolved).items()
         if key not in plan.space and key not in INDIFFERENT_KEYS
     }
     spaces = {f"space.{key}": distribution_to_json(space) for key, space in plan.space.items()}

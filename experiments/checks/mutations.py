@@ -35,7 +35,7 @@ MUTATIONS = [
     ("training/metrics.py", "_per_class(correct, confusion.sum(axis=0), confusion.sum(axis=1))", "_per_class(correct, confusion.sum(axis=1), confusion.sum(axis=1))", "training/test_metrics.py"),
     ("training/metrics.py", "classes[\"recall\"].mean()", "classes[\"recall\"].max()", "training/test_metrics.py"),
     ("training/metrics.py", "+ z2 / (4 * count**2)", "", "training/test_metrics.py"),
-    ("training/metrics.py", "for correct_row, predicted_row in zip(correct, predicted, strict=True)", "for correct_row, predicted_row in zip(correct, predicted[::-1], strict=True)", "training/test_metrics.py"),
+    ("training/metrics.py", "resampled = _per_class(correct, predicted,", "resampled = _per_class(correct, predicted[::-1],", "training/test_metrics.py"),
     ("inference/calibration.py", "+ log_temperature**2 / 2", "", "inference/test_calibration.py"),
     ("inference/calibration.py", "log_probabilities(probabilities) / temperature", "log_probabilities(probabilities)", "inference/test_calibration.py"),
     ("inference/calibration.py", "np.ceil(confidence * num_bins).astype(int) - 1", "np.floor(confidence * num_bins).astype(int)", "inference/test_calibration.py"),

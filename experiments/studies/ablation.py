@@ -290,7 +290,7 @@ def write_tables(
       folder: The folder of the study.
       pooled: The pooled accuracy of each variant as text; empty without a cross-validation.
     """
-    values = dict(schema.leaves(recipe))
+    values = schema.flat(recipe)
     with_any = [name for name in names if set(wanted) & set(GRIDS[name].variants)]
     # A table with a single row compares nothing, so such a table is shown only if no table has
     # several rows.
@@ -532,7 +532,7 @@ class Run:
             schema.validate(config, num_devices=1)
         except ConfigError as error:
             raise ConfigError(f"{self.variant}: {error}") from error
-        leaves = {k: v for k, v in schema.leaves(config) if k not in INDIFFERENT_KEYS}
+        leaves = {k: v for k, v in schema.flat(config).items() if k not in INDIFFERENT_KEYS}
         return json.loads(json.dumps(leaves))
 
 

@@ -82,7 +82,7 @@ def write_log(
     drawn = open_source(f"folder:{shapes.generate(flags.logged, _SEED) / 'images'}")
     images = []
     for index in range(len(drawn)):
-        pixels = load(drawn[index]["image"], champion.preprocessing)
+        pixels = load(drawn.read(drawn.keys[index]), champion.preprocessing)
         pixels = CORRUPTIONS[flags.corruption](pixels, flags.severity, index)
         encoded = cv2.imencode(".png", cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))[1]
         images.append(encoded.tobytes())

@@ -225,7 +225,7 @@ def test_the_last_value_of_a_repeated_flag_is_used(flags, key, value):
         with pytest.raises(ConfigError, match="batch_norm: must be True or False, got 'no'"):
             files.load("default", flags)
         return
-    assert dict(schema.leaves(files.load("default", flags)))[key] == value
+    assert schema.flat(files.load("default", flags))[key] == value
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_only_the_normalisation_of_the_weights_can_be_taken_over(weights_file):
 
 def test_a_run_that_resumes_does_not_read_the_weights(weights_file, monkeypatch):
     started = resolve.resolve(_config(weights_file))
-    previous = files.flat(json.loads(started.to_json()))
+    previous = schema.flat(json.loads(started.to_json()))
     weights_file.unlink()
     assert resolve.resolve(_config(weights_file), previous).to_json() == started.to_json()
     with pytest.raises(ConfigError, match="there is no file"):
@@ -121,7 +121,7 @@ def test_a_model_of_the_hub_keeps_its_revision(monkeypatch):
     started = resolve.resolve(_config("a/b"))
     assert started.model.pretrained == f"a/b@{COMMIT}"
     assert started.data.image_size == (64, 64)
-    previous = files.flat(json.loads(started.to_json()))
+    previous = schema.flat(json.loads(started.to_json()))
     for name in ("a/b", f"a/b@{COMMIT}"):
         assert resolve.resolve(_config(name), previous).to_json() == started.to_json()
     assert opened == ["a/b"]

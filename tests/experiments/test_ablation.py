@@ -106,7 +106,7 @@ def test_every_variant_is_a_valid_configuration():
 
 
 def test_the_ladder_adds_one_thing_at_a_time():
-    recipe = dict(schema.leaves(default.get_config()))
+    recipe = schema.flat(default.get_config())
     steps = list(ablation.GRIDS["ladder"].variants)
     changed = [
         {key for key, value in ablation.VARIANTS[name].items() if value != recipe[key]}
@@ -206,7 +206,7 @@ def test_titles_of_rows_fit_the_recipe():
     assert of["mixup"]["augment.cutmix_probability"] == 0
     assert of["recipe"]["train.batch_size"] == 256
     config = files.load(str(DEFAULT.with_name("fast.py")), overrides)
-    values = dict(schema.leaves(config))
+    values = schema.flat(config)
     assert ablation.GRIDS["batch_size"].named(values).variants["recipe"] == "256"
     assert ablation.GRIDS["learning_rate"].named(values).variants["recipe"] == (
         "from 0.008 to 0.0001, cosine"

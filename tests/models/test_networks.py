@@ -110,16 +110,16 @@ def test_an_offset_changes_its_stage_and_all_later_stages(case):
         assert case.changed_stages(offsets={stage: offset}) == names[i:]
 
 
-def test_the_head_and_the_embedding_are_as_parts_says(case):
-    parts = case.model.parts(case.params)
+def test_the_first_layer_the_embedding_and_the_head_are_as_declared(case):
+    head = case.params["head"]
     embedding = np.asarray(case.outputs["embedding"], np.float64)
-    logits = embedding @ np.asarray(parts.head_kernel) + np.asarray(parts.head_bias)
+    logits = embedding @ np.asarray(head["kernel"]) + np.asarray(head["bias"])
     np.testing.assert_allclose(case.outputs["logits"], logits, atol=1e-5)
     mean_maps = case.outputs[case.order[-3]].mean((1, 2))
     is_mean = mean_maps.shape == embedding.shape and np.allclose(mean_maps, embedding, atol=1e-5)
-    assert parts.embedding_is_mean_map == is_mean, f"embedding_is_mean_map must be {is_mean}"
-    assert parts.first_kernel is not None
-    assert parts.first_kernel.shape[2] == 3
+    message = f"embedding_is_mean_map must be {is_mean}"
+    assert case.model.embedding_is_mean_map == is_mean, message
+    assert case.model.first_kernel(case.params).shape[2] == 3
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from cnn_jax.config import files
+from cnn_jax.config import schema
 from cnn_jax.data.files import open_folder
 from cnn_jax.explain.pictures import explain
 from cnn_jax.inference.evaluation import open_as_trained
@@ -22,7 +22,7 @@ from configs import default
 
 
 def _flat(config):
-    return files.flat(json.loads(config.to_json()))
+    return schema.flat(json.loads(config.to_json()))
 
 
 def test_only_some_keys_may_change_when_a_run_resumes(tmp_path):

@@ -274,8 +274,8 @@ def test_the_best_configuration_is_a_file_that_runs(tmp_path, name, no_page):
     file = plan.folder / "best.py"
     loaded = files.load(str(file))
     params = {"model.dropout": 0.0, "model.features": "(4, 8)"}
-    expected = dict(schema.leaves(configured(plan.config, params)))
-    found = dict(schema.leaves(loaded))
+    expected = schema.flat(configured(plan.config, params))
+    found = schema.flat(loaded)
     assert found == expected
     assert list(found) == list(expected)
     assert list(map(type, found.values())) == list(map(type, expected.values()))

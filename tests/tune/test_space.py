@@ -143,7 +143,7 @@ def test_a_file_that_is_not_there_is_told(tmp_path):
 
 def test_configured_does_not_change_its_argument():
     base = default.get_config()
-    before = dict(schema.leaves(base))
+    before = schema.flat(base)
     params = {
         "model.features": "(4, 8)",
         "data.image_size": 16,
@@ -153,10 +153,10 @@ def test_configured_does_not_change_its_argument():
         "report.splits": ("validation",),
     }
     changed = configured(base, params)
-    assert dict(schema.leaves(base)) == before
-    assert dict(schema.leaves(changed)) == before | params | {"model.features": (4, 8)}
+    assert schema.flat(base) == before
+    assert schema.flat(changed) == before | params | {"model.features": (4, 8)}
     changed.data.cache = "none"
-    assert dict(schema.leaves(base)) == before
+    assert schema.flat(base) == before
 
 
 @pytest.mark.parametrize(

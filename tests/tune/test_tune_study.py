@@ -114,7 +114,7 @@ def test_a_study_runs_all_its_trials(tmp_path, log, trainer, monitor):
 def test_a_trial_does_not_use_the_test_split(tmp_path, log, trainer):
     plan = make_plan(tmp_path, config={"model.features": (4, 8)})
     study = run(plan)
-    base = dict(schema.leaves(plan.config))
+    base = schema.flat(plan.config)
     assert len(trainer.configs) == 5
     for number, config in trainer.configs.items():
         own = {
@@ -122,7 +122,7 @@ def test_a_trial_does_not_use_the_test_split(tmp_path, log, trainer):
             "report.detail": "none",
             "report.reference": False,
         }
-        assert dict(schema.leaves(config)) == base | study.trials[number].params | own
+        assert schema.flat(config) == base | study.trials[number].params | own
     assert study.trials[0].params.keys() == SPACE.keys()
     # The first trial has the configuration's values, except for its batch size, which is not in the
     # space.
