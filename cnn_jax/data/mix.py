@@ -99,16 +99,6 @@ def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
     )
 
 
-def mixup_weights(
-    share: Float[Array, " batch"], image_size: tuple[int, int]
-) -> Float[Array, "batch height width"]:
-    """Returns the weight of the partner image for MixUp; the weight is equal in all pixels.
-
-    The weight is 1 - share.
-    """
-    return jnp.broadcast_to((1 - share)[:, None, None], (*share.shape, *image_size))
-
-
 def cutmix_weights(
     share: Float[Array, " batch"], centre: Float[Array, "batch 2"], image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
@@ -132,10 +122,10 @@ def partner_weights(
     draws: Draws, image_size: tuple[int, int]
 ) -> Float[Array, "batch height width"]:
     """Returns the weight of the partner image in each pixel, 0 to 1; exactly 0 without mixing."""
-    mixup = mixup_weights(draws.share, image_size)
     cutmix = cutmix_weights(draws.share, draws.centre, image_size)
     weights = jnp.where(draws.is_cutmix[:, None, None], cutmix, 0)
-    return jnp.where(draws.is_mixup[:, None, None], mixup, weights)
+    # The weight of MixUp is equal in all pixels.
+    return jnp.where(draws.is_mixup[:, None, None], (1 - draws.share)[:, None, None], weights)
 
 
 def blend(

@@ -84,19 +84,15 @@ def embeddings(
         return stored
     loader = dataclasses.replace(dataset.loader, on_device=False)
     indices = np.concatenate([dataset.splits[name] for name in sorted(dataset.splits)])
-    own = np.array_split(indices, jax.process_count())
-    run = compiled_stages(_embedding, model, loader.preprocessing)
-    rows = map_split(
-        functools.partial(run, jax.device_put(variables)),
-        loader,
-        own[jax.process_index()],
-        track,
-        "computing features",
-    )
-    gathered = sharding.gather_rows(rows)
-    result = np.zeros((len(dataset.source), gathered[0].shape[1]), np.float32)
-    for part, values in zip(own, gathered, strict=True):
-        result[part] = values
+    compiled = compiled_stages(_embedding, model, loader.preprocessing)
+    run = functools.partial(compiled, jax.device_put(variables))
+
+    def compute(positions: Int[np.ndarray, " part"]) -> list[np.ndarray]:
+        return [map_split(run, loader, indices[positions], track, "computing features")]
+
+    (rows,) = sharding.share_rows(compute, len(indices))
+    result = np.zeros((len(dataset.source), rows.shape[1]), np.float32)
+    result[indices] = rows
     with contextlib.suppress(OSError):  # A run works without the cache, whose disk may be full.
         cache.write_array("features", key, result)
     return result

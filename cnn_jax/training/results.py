@@ -14,7 +14,6 @@ from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.pipeline import Loader
 from cnn_jax.data.splits import Division
-from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.bundle import Bundle, write_bundle
 from cnn_jax.inference.calibration import fit_temperature
 from cnn_jax.inference.evaluation import bundle_metrics, predict_split, score
@@ -141,7 +140,7 @@ def _predict(
     def predict(positions: Int[np.ndarray, " k"]) -> Float[np.ndarray, "k classes"]:
         return predict_split(predictor, loader, indices[positions], track, description)
 
-    return _share(lambda positions: [predict(positions)], len(indices))[0]
+    return sharding.share_rows(lambda positions: [predict(positions)], len(indices))[0]
 
 
 def _share_predictions(predict: Callable[[np.ndarray], Predictions], count: int) -> Predictions:
@@ -151,28 +150,4 @@ def _share_predictions(predict: Callable[[np.ndarray], Predictions], count: int)
         predictions = predict(positions)
         return [predictions.probabilities, predictions.embeddings, predictions.images]
 
-    return Predictions(*_share(arrays, count))
-
-
-def _share(function: Callable[[np.ndarray], list[np.ndarray]], count: int) -> list[np.ndarray]:
-    """Computes arrays with one row for each position below `count`; the processes share the work.
-
-    Each of n processes calls `function` with the positions of every n-th batch, and then all
-    processes receive all rows.
-
-    Args:
-      function: Takes positions, and returns arrays with a row for each position.
-      count: The number of positions.
-    """
-    positions = np.arange(count)
-    parts = [
-        positions[positions // BATCH_SIZE % jax.process_count() == process]
-        for process in range(jax.process_count())
-    ]
-    shared = []
-    for own_rows in function(parts[jax.process_index()]):
-        rows = np.empty((count, *own_rows.shape[1:]), own_rows.dtype)
-        for part, gathered in zip(parts, sharding.gather_rows(own_rows), strict=True):
-            rows[part] = gathered
-        shared.append(rows)
-    return shared
+    return Predictions(*sharding.share_rows(arrays, count))

@@ -138,17 +138,30 @@ def lost_process(error: BaseException) -> TrainingError | None:
     )
 
 
-def gather_rows(rows: np.ndarray) -> list[np.ndarray]:
-    """Gathers the arrays [n, ...] of all processes, where n may differ between processes.
+def share_rows(
+    function: Callable[[Int[np.ndarray, " part"]], list[np.ndarray]], count: int
+) -> list[np.ndarray]:
+    """Computes arrays with one row for each position below `count`; the processes share the work.
 
-    The result is in the order of the processes.
+    Args:
+      function: Takes positions, and returns arrays with a row for each position.
+      count: The number of positions.
+
+    Returns:
+      The arrays with all rows, in the order of the positions, in each process.
     """
+    parts = np.array_split(np.arange(count), jax.process_count())
+    own = function(parts[jax.process_index()])
     if jax.process_count() == 1:
-        return [rows]
-    counts = multihost_utils.process_allgather(np.array(len(rows))).tolist()
-    padding = [(0, max(counts) - len(rows))] + [(0, 0)] * (rows.ndim - 1)
-    padded = multihost_utils.process_allgather(np.pad(rows, padding))
-    return [part[:count] for part, count in zip(padded, counts, strict=True)]
+        return own
+    shared = []
+    for rows in own:
+        # The arrays that JAX gathers must have equal shapes. The first part is the longest.
+        padding = [(0, len(parts[0]) - len(rows))] + [(0, 0)] * (rows.ndim - 1)
+        gathered = multihost_utils.process_allgather(np.pad(rows, padding))
+        pairs = zip(gathered, parts, strict=True)
+        shared.append(np.concatenate([padded[: len(part)] for padded, part in pairs]))
+    return shared
 
 
 def make_mesh(model: int = 1, devices: Sequence[Any] | None = None) -> Mesh:

@@ -35,11 +35,15 @@ def _array(*values):
     return jnp.array(values, jnp.float32)
 
 
+def _mixup_weights(share, image_size):
+    is_mixup, centre = jnp.ones(len(share), bool), jnp.zeros((len(share), 2))
+    return mix.partner_weights(mix.Draws(is_mixup, ~is_mixup, share, centre), image_size)
+
+
 def test_mixup_by_hand():
     images = _array([[0, 10], [20, 30]], [[100, 100], [0, 0]], [[8, 0], [0, 8]])[..., None]
     targets = _array([1, 0], [0, 1], [1, 0])
-    share = _array(0.75, 0.5, 1.0)
-    mixed, labels = mix.blend(images, targets, mix.mixup_weights(share, (2, 2)))
+    mixed, labels = mix.blend(images, targets, _mixup_weights(_array(0.75, 0.5, 1.0), (2, 2)))
     # The first result is 3/4 of image 1 plus 1/4 of image 3. The second result is half of image 2
     # plus half of image 1. Image 3 is not mixed.
     expected = [[[2, 7.5], [15, 24.5]], [[50, 55], [10, 15]], [[8, 0], [0, 8]]]
@@ -198,7 +202,7 @@ def test_nothing_is_mixed_with_padding():
 
 def test_a_batch_of_one_stays_as_it_is():
     images, targets, _ = _batch(size=1)
-    mixed, labels = mix.blend(images, targets, mix.mixup_weights(_array(0.3), (6, 10)))
+    mixed, labels = mix.blend(images, targets, _mixup_weights(_array(0.3), (6, 10)))
     np.testing.assert_allclose(mixed, images, atol=1e-6)
     np.testing.assert_allclose(labels, targets, atol=1e-6)
 
