@@ -484,7 +484,7 @@ def test_classes_are_those_with_something_to_read(opened):
     expected = {kind.path.split("/")[0] for kind in KINDS if kind.expected == "image"}
     assert dataset.source.class_names == sorted(expected)
     assert set(listing.class_names) - expected == {"bombs", "cut", "false", "with nothing to read"}
-    remarks = "\n".join(dataset.findings.remarks)
+    remarks = "\n".join(dataset.source.remarks)
     assert "the folder only text has no images" in remarks
     assert "bombs, cut, false, with nothing to read: no readable images" in remarks
     assert "4 links lead out of the folder: data.allow_outside=True" in remarks

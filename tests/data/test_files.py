@@ -376,7 +376,7 @@ def test_spaces_and_absolute_paths_in_a_table_do_not_count(tmp_path):
     text = f"path , label\n{tmp_path}/d/a.png ,x \n"
     source = open_csv(_write_csv(tmp_path / "t.csv", text))
     assert (source.ids, source.class_names) == (["d/a.png"], ["x"])
-    assert source[0]["image"]
+    assert source.read(source.keys[0])
 
 
 def test_a_table_may_lead_outside_if_that_is_allowed(tmp_path):
@@ -385,7 +385,7 @@ def test_a_table_may_lead_outside_if_that_is_allowed(tmp_path):
     table.parent.mkdir()
     _write_csv(table, f"path,label\n../a.png,x\n{tmp_path}/a.png,y\n")
     source = open_csv(table, allow_outside=True)
-    assert source[0]["image"] == source[1]["image"]
+    assert source.read(source.keys[0]) == source.read(source.keys[1])
 
 
 def test_what_is_no_table_is_explained(tmp_path):

@@ -114,7 +114,7 @@ def test_copies_of_images_of_the_data_are_left_out(folder, tmp_path, resize):
     dataset = _open(f"folder:{folder}+log:{tmp_path / 'log'}", None, preprocessing)
     assert dataset.source.ids[60:] == [f"log/{request_id(30)}/0"]
     assert dataset.source.ignored == {KNOWN_COPY: 20}
-    (remark,) = dataset.findings.remarks
+    (remark,) = dataset.source.remarks
     assert f"log/{request_id(7)}/0 of red/007.png: the class in the data is used" in remark
     assert "ignored: 20 copies of images of the data" in dataset.findings.summary()[1]
 

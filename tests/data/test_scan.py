@@ -179,10 +179,10 @@ def test_the_pixels_key_depends_on_how_images_are_resized(folder):
     ]
     assert len({scan.pixels_key(preprocessing) for preprocessing in options}) == 6
     for preprocessing in options:
-        sink = _Sink()
-        scan.scan(open_folder(folder), preprocessing, sink)
+        sink, source = _Sink(), open_folder(folder)
+        scan.scan(source, preprocessing, sink)
         for row, pixels in sink.rows.items():
-            expected = decode.load(open_folder(folder)[row]["image"], preprocessing)
+            expected = decode.load(source.read(source.keys[row]), preprocessing)
             np.testing.assert_array_equal(pixels, expected)
 
 

@@ -4,7 +4,7 @@ import io
 import imagehash
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from scipy.sparse import coo_array
@@ -60,6 +60,7 @@ def _no_thumbnails(hashes):
     return np.zeros((len(hashes), 192), np.uint8)
 
 
+@settings(deadline=None)
 @given(_hashes(), st.integers(0, 12))
 def test_near_pairs_are_those_of_brute_force(hashes, distance):
     hashes = np.unique(hashes)
@@ -69,6 +70,7 @@ def test_near_pairs_are_those_of_brute_force(hashes, distance):
     assert found == _near_by_brute_force(hashes, distance)
 
 
+@settings(deadline=None)
 @given(_hashes(), st.integers(0, 12))
 def test_components_are_those_of_brute_force(hashes, distance):
     pairs = np.array(sorted(_near_by_brute_force(hashes, distance)), int).reshape(-1, 2)

@@ -72,7 +72,9 @@ def test_a_part_of_a_tfds_data_set_can_be_taken(tfds_folder):
     parts = open_source("tfds:two_colours:train[75%:]+test[:2]")
     tested = [i for i in open_source("tfds:two_colours:test").ids if i in ("test/0", "test/1")]
     assert parts.ids == [*whole.ids[9:], *tested]
-    assert [parts[i]["image"] for i in range(3)] == [whole[i]["image"] for i in range(9, 12)]
+    assert [parts.read(parts.keys[i]) for i in range(3)] == [
+        whole.read(whole.keys[i]) for i in range(9, 12)
+    ]
     for wrong in ("train[50%:10%]", "train[x]"):
         with pytest.raises(DataError, match="has no split"):
             open_source(f"tfds:two_colours:{wrong}")
