@@ -198,6 +198,7 @@ def test_training_needs_neither_opencv_nor_tfds(image_folder, tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "run" / "bundle" / "bundle.json").exists()
+    assert "OpenCV is not installed, so the bundle has no reference statistics" in result.stderr
 
 
 def test_a_finished_run_is_logged_to_mlflow(image_folder, tmp_path):

@@ -305,8 +305,17 @@ def _join(
     """Adds the labelled images of request logs, as training at their size would add them.
 
     The other parameters of the network's preprocessing are not known, and have their defaults.
+
+    Raises:
+      DataError: No image of the log can be read.
     """
-    headers = [r.header for r in scan.scan(log, preprocessing, None, track) if r.header]
+    logged = scan.scan(log, preprocessing, None, track)
+    headers = [record.header for record in logged if record.header]
+    if not headers:
+        raise DataError(
+            f"{log.name}: no logged image can be read; {log.ids[0]} {logged[0].error}; use a "
+            "larger --max_pixels, or leave the log out"
+        )
     (size, _), *_ = _commonest([(header.height, header.width) for header in headers])
     preprocessing = dataclasses.replace(preprocessing, image_size=size)
 

@@ -49,7 +49,6 @@ from cnn_jax.training import (
 from cnn_jax.training.backup import Backup
 from cnn_jax.training.checkpoint import Checkpoints, History, best_record
 from cnn_jax.training.distillation import open_teachers
-from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.memory import Memory
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_schedule
@@ -612,8 +611,14 @@ def restore_or_start(run: Run, folder: Folder, track: Track) -> Progress:
             run.console.print(f"starts from {description}")
         history: History = []
         if config.train.probe:
-            state, record = _fit_head(run, state, track)
-            history.append(record)
+            clock = Clock()
+            state, fitted = probe.fit_head(config, run.dataset, run.programs, state, track)
+            clock.count(len(run.dataset.source))
+            run.console.print(
+                f"the probe fitted the head to the features, with an L2 of {fitted.l2:g}"
+            )
+            metrics = fitted.metrics
+            history.append(_record(run, 0, 0, clock, metrics["train"], metrics["validation"]))
         return Progress(0, state, totals, history, Clock())
     if (finished := _last_epoch(saved.history)) > config.train.epochs:
         raise ConfigError(
@@ -622,36 +627,6 @@ def restore_or_start(run: Run, folder: Folder, track: Track) -> Progress:
         )
     clock = Clock(saved.seconds)
     return Progress(saved.step, saved.state, saved.epoch_metrics, saved.history, clock)
-
-
-def _fit_head(run: Run, state: TrainState, track: Track) -> tuple[TrainState, dict[str, Any]]:
-    """Fits the head to the features of the initial network; see `probe`.
-
-    Returns:
-      The state with the fitted head, and the record of epoch 0.
-    """
-    config, dataset = run.config, run.dataset
-    clock = Clock()
-    variables = jax.device_get(run.programs.gather(state.variables))
-    features = probe.embeddings(run.programs.model, variables, config, dataset, track)
-    class_weights = None
-    if config.train.balance != "none":
-        class_weights = balanced_weights(dataset.findings.counts["train"])
-    parts = {name: dataset.splits[name] for name in ("train", "validation")}
-    fitted = probe.fit(
-        {name: features[indices] for name, indices in parts.items()},
-        {name: dataset.source.labels[indices] for name, indices in parts.items()},
-        len(dataset.source.class_names),
-        class_weights,
-    )
-    clock.count(len(features))
-    head = {
-        "kernel": sharding.distribute(fitted.kernel, state.params["head"]["kernel"].sharding),
-        "bias": sharding.distribute(fitted.bias, state.params["head"]["bias"].sharding),
-    }
-    run.console.print(f"the probe fitted the head to the features, with an L2 of {fitted.l2:g}")
-    record = _record(run, 0, 0, clock, fitted.metrics["train"], fitted.metrics["validation"])
-    return state.with_params({**state.params, "head": head}), record
 
 
 def _record(

@@ -22,7 +22,7 @@ from cnn_jax.data.augment import Augmentation
 from cnn_jax.report import style
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import TrainingError
-from cnn_jax.training import initial_weights
+from cnn_jax.training import initial_weights, probe
 from cnn_jax.training.distillation import open_teachers
 from cnn_jax.training.loop import make_network, open_dataset
 from cnn_jax.training.programs import make_programs
@@ -153,6 +153,8 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
     state = programs.init_state()
     if weights is not None:
         state, _ = initial_weights.start_from(weights, config, state, dataset.source.class_names)
+    if config.train.probe:
+        state, _ = probe.fit_head(config, dataset, programs, state, console.track)
     teachers = jax.tree.map(programs.layout.to_all_devices, teachers)
     pixels = programs.send_pixels(dataset.loader)
     stream = pipeline.training_batches(

@@ -26,7 +26,10 @@ from cnn_jax.inference.predictor import compiled_stages
 from cnn_jax.models.network import Network
 from cnn_jax.system import runtime
 from cnn_jax.training import sharding
+from cnn_jax.training.loss import balanced_weights
 from cnn_jax.training.metrics import Metrics
+from cnn_jax.training.programs import Programs
+from cnn_jax.training.step import TrainState
 
 # The tested factors of the L2 penalty, from the strongest to the weakest. Each fit starts from the
 # solution of the previous fit.
@@ -58,6 +61,40 @@ class Probe:
     bias: Float[np.ndarray, " classes"]
     l2: float
     metrics: dict[str, dict[str, float]]
+
+
+def fit_head(
+    config: Any, dataset: Dataset, programs: Programs, state: TrainState, track: Track
+) -> tuple[TrainState, Probe]:
+    """Fits the head to the features of the initial network of a run.
+
+    Args:
+      config: The resolved configuration of the run.
+      dataset: The data set of the run.
+      programs: The jitted functions of the run.
+      state: The state before the first step.
+      track: Shows the progress of a loop.
+
+    Returns:
+      The state with the fitted head, and the head.
+    """
+    variables = jax.device_get(programs.gather(state.variables))
+    features = embeddings(programs.model, variables, config, dataset, track)
+    class_weights = None
+    if config.train.balance != "none":
+        class_weights = balanced_weights(dataset.findings.counts["train"])
+    parts = {name: dataset.splits[name] for name in ("train", "validation")}
+    fitted = fit(
+        {name: features[indices] for name, indices in parts.items()},
+        {name: dataset.source.labels[indices] for name, indices in parts.items()},
+        len(dataset.source.class_names),
+        class_weights,
+    )
+    head = {
+        name: sharding.distribute(array, state.params["head"][name].sharding)
+        for name, array in (("kernel", fitted.kernel), ("bias", fitted.bias))
+    }
+    return state.with_params({**state.params, "head": head}), fitted
 
 
 def embeddings(

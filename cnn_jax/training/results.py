@@ -1,6 +1,7 @@
 """The results of a finished run: metrics, predictions and the bundle of the best network."""
 
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +23,8 @@ from cnn_jax.quality.reference import Predictions
 from cnn_jax.quality.reference_fit import measure_samples
 from cnn_jax.quality.trust import fit_reference
 from cnn_jax.training import run_directory, sharding
+
+logger = logging.getLogger(__name__)
 
 
 def write_results(
@@ -100,7 +103,13 @@ def write_results(
     if on_metrics is not None:
         on_metrics(report)
     reference = None
-    if config.report.reference and _has_opencv():
+    if config.report.reference and not _has_opencv():
+        logger.warning(
+            "OpenCV is not installed, so the bundle has no reference statistics; `cnn_jax monitor "
+            "--bundle=%s --fit_reference=FILE` computes them on a machine with OpenCV",
+            workdir,
+        )
+    elif config.report.reference:
         samples = measure_samples(
             BundlePredictor(bundle),
             loader,

@@ -168,6 +168,16 @@ def test_images_of_another_size_are_left_out_or_refused(folder, log, tmp_path):
         _open(f"folder:{folder}+log:{log}", None, larger)
 
 
+def test_a_survey_says_why_no_logged_image_can_be_read(folder, tmp_path):
+    write_images_to_log(tmp_path / "log", {0: _pixels(0, size=99)})
+    write_labels(tmp_path / "log", {0: "red"}, when=1)
+    listing = open_source(f"folder:{folder}+log:{tmp_path / 'log'}")
+    with pytest.raises(
+        DataError, match=r"no logged image can be read; \S+ has 99 x 99 pixels, mor"
+    ):
+        survey(listing, Division(), max_pixels=9_000)
+
+
 def test_an_empty_log_adds_nothing(folder, tmp_path):
     write_images_to_log(tmp_path / "log", {0: _pixels(0)})
     before, after = _open(f"folder:{folder}"), _open(f"folder:{folder}+log:{tmp_path / 'log'}")

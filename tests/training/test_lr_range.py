@@ -81,6 +81,15 @@ def test_a_range_test_of_a_network(image_folder, tmp_path):
         lr_range.measure(config, 40, 1e4, 1e6, Console(is_silent=True))
 
 
+def test_a_range_test_starts_after_the_probe(image_folder, monkeypatch):
+    found, expected = [], lr_range.analyse(RATES, _losses(1e-3, 0.1))
+    monkeypatch.setattr(lr_range, "analyse", lambda _, losses, __: found.append(losses) or expected)
+    for probe in (False, True):
+        config = _config(image_folder, **{"train.probe": probe, "model.dropout": 0.0})
+        lr_range.measure(config, 20, 1e-6, 1e-5, Console(is_silent=True))
+    assert found[1][0] < found[0][0]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
