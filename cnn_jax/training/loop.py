@@ -342,7 +342,14 @@ def make_run(
     console: Console,
     heartbeat: Heartbeat,
 ) -> Run:
-    """Creates the learning-rate schedule and the jitted functions of a run."""
+    """Creates the learning-rate schedule and the jitted functions of a run.
+
+    The arguments are attributes of `Run`; `model` is the network.
+
+    Raises:
+      BundleError, ConfigError, DataError: The teachers cannot be used; see `open_teachers`. If the
+        run has checkpoints, the first and the last error are stored in `Run.teacher_error` instead.
+    """
     steps_per_epoch = math.ceil(len(dataset.splits["train"]) / config.train.batch_size)
     schedule = make_schedule(
         config.optimizer.learning_rate,

@@ -178,6 +178,10 @@ def fit(
       labels: The classes of the examples of both splits.
       num_classes: The number of classes.
       class_weights: A factor for the losses of each class; None for a factor of 1.
+
+    Returns:
+      The head of the L2 penalty with the highest validation accuracy; of equal accuracies, the one
+      with the lowest validation loss.
     """
     train = features["train"]
     mean, deviation = train.mean(axis=0), np.maximum(train.std(axis=0), _MIN_DEVIATION)
