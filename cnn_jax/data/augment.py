@@ -80,6 +80,7 @@ class Augmentation:
         return cls(**{name: augment[name] for name in names if name in augment})
 
     def is_identity(self) -> bool:
+        """Returns whether the augmentation leaves all images unchanged."""
         return self == Augmentation()
 
     def describe(self) -> str:
@@ -155,6 +156,12 @@ def draw(
     image_size: tuple[int, int],
 ) -> dict[str, np.ndarray]:
     """Draws the random parameters of a batch.
+
+    Args:
+      rng: The generator. The result is a function of its state and of the other arguments.
+      augmentation: The ranges of the parameters.
+      batch_size: The number of images, B.
+      image_size: (height, width) of the images in pixels.
 
     Returns:
       "matrix" [B, 2, 3] and "contrast" [B], float32. With TrivialAugment, also its "operation" and
@@ -261,7 +268,20 @@ def apply_on_device(
     box: Int[Array, "batch 4"] | None = None,
     colour: UInt8[Array, "batch channel"] | None = None,
 ) -> Float[Array, "batch height width channel"]:
-    """Augments images in JAX with parameters from `draw`; returns float32 grey levels, 0 to 255."""
+    """Augments images in JAX.
+
+    Args:
+      images: Grey levels.
+      matrix: See `draw`, like the other parameters. None: the augmentation is off.
+      contrast: The factor of the distance of each grey level from the mean of its channel.
+      operation: The operations of TrivialAugment.
+      strength: The strengths of TrivialAugment.
+      box: The boxes of random erasing, in pixels.
+      colour: The colours of the boxes.
+
+    Returns:
+      Grey levels, float32, 0 to 255, which are not rounded.
+    """
     _, height, width, _ = images.shape
     y, x = jnp.mgrid[:height, :width].astype(jnp.float32)
     output_pixels = jnp.stack([x, y, jnp.ones_like(x)])
@@ -313,7 +333,12 @@ def apply_on_host(
     box: Int[np.ndarray, "batch 4"] | None = None,
     colour: UInt8[np.ndarray, "batch channel"] | None = None,
 ) -> UInt8[np.ndarray, "batch height width channel"]:
-    """Augments images on the host with parameters from `draw`; returns rounded grey levels."""
+    """Augments images in OpenCV and Pillow, with the arguments of `apply_on_device`.
+
+    Returns:
+      Rounded grey levels. They differ from the result of `apply_on_device` by rounding only, also
+      because OpenCV rounds the positions from which pixels are read.
+    """
     cv2 = opencv()
     height, width, channels = images.shape[1:]
     out = np.empty_like(images)

@@ -132,12 +132,9 @@ class File:
 
     @classmethod
     def from_status(cls, path: str, status: os.stat_result) -> "File":
+        """Creates the object from a path, relative to the folder, and the result of `stat`."""
         changed = (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
         return cls(path, status.st_size, "-".join(map(str, changed)))
-
-    @property
-    def parts(self) -> list[str]:
-        return self.path.split("/")
 
 
 @dataclasses.dataclass(frozen=True)

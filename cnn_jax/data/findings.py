@@ -398,7 +398,16 @@ def find(
     unreadable: list[Unreadable],
     values: list[ValueRange],
 ) -> Findings:
-    """Collects the findings about a source of readable examples."""
+    """Collects the findings about a source of readable examples.
+
+    Args:
+      source: The readable examples.
+      records: The record of each example.
+      division: How the examples were divided.
+      splits: The positions of the examples by split.
+      unreadable: The examples that are left out.
+      values: The ranges of the values in all files, also in unreadable ones.
+    """
     equal: dict[str, list[int]] = defaultdict(list)
     rotated = []
     for position, record in enumerate(records):

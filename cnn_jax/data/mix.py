@@ -47,6 +47,7 @@ class Mixing:
         return cls(**{name: augment[name] for name in names if name in augment})
 
     def is_identity(self) -> bool:
+        """Returns whether no example is mixed."""
         return self.mixup_probability == self.cutmix_probability == 0
 
     def describe(self) -> str:
@@ -82,7 +83,13 @@ class Draws(NamedTuple):
 
 
 def draw(key: PRNGKeyArray, mixing: Mixing, batch_size: int) -> Draws:
-    """Draws the random parameters of one batch, independently for each example."""
+    """Draws the random parameters of one batch, independently for each example.
+
+    Args:
+      key: The random key of this batch.
+      mixing: The probabilities and proportions.
+      batch_size: The number of examples, B.
+    """
     for_method, for_share, for_centre = jax.random.split(key, 3)
     number = jax.random.uniform(for_method, (batch_size,))
     is_mixup = number < mixing.mixup_probability
@@ -107,6 +114,11 @@ def cutmix_weights(
     The box's height and width are sqrt(1 - share) of the image's, so the box covers 1 - share
     of the pixels, or fewer if it extends over the border. A pixel is inside the box if its centre
     is.
+
+    Args:
+      share: The weight of the example itself, 0 to 1.
+      centre: y and x of the centre of the box, as fractions of the height and the width.
+      image_size: (height, width) in pixels.
     """
     side = jnp.sqrt(1 - share)[:, None]
 

@@ -87,6 +87,11 @@ def load_image(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Reads, decodes and resizes one image of a source.
 
+    Args:
+      source: The images. Images of a request log already have the size of the network's input.
+      index: The position of the image in the source.
+      preprocessing: How the image is decoded and resized.
+
     Raises:
       DataError: The image cannot be read or decoded; the message names the image.
     """

@@ -101,6 +101,12 @@ def _digest(content: bytes) -> str:
 def read_example(source: Source, index: int, max_pixels: int) -> bytes:
     """Reads the encoded bytes of an example.
 
+    Args:
+      source: The images.
+      index: The position of the image in the source.
+      max_pixels: The largest number of pixels of an image. A file with more than four bytes for
+        each of these pixels, and 1 MiB, is not read.
+
     Raises:
       DataError: The bytes cannot be read, or are too many for an image of `max_pixels`.
     """

@@ -129,6 +129,14 @@ def fingerprint(
     """Returns the sha256 of the ids, classes, contents and splits of all examples.
 
     The hash does not depend on the order of the examples.
+
+    Args:
+      source: The examples.
+      digests: The digest of the encoded bytes of each example; see `scan.Record`.
+      splits: The positions of the examples by split; each example is in one split.
+
+    Returns:
+      64 hexadecimal digits.
     """
     example_splits = {i: split for split, indices in splits.items() for i in indices}
     lines = sorted(

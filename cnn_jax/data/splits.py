@@ -374,6 +374,11 @@ def group_names(paths: Sequence[str], pattern: str, name: str = "the source") ->
     at the pattern's end matches letters and digits only: for `stop/0012_7.jpg`,
     `{class}/{track}` gives the group `stop/0012`.
 
+    Args:
+      paths: The paths of the examples, with "/" between their parts.
+      pattern: The value of `data.group`.
+      name: The name of the source, for messages.
+
     Raises:
       ConfigError: The pattern has no `{word}`.
       DataError: A path does not match.

@@ -60,7 +60,14 @@ def dense_convolve(
     stride: int,
     pads: Padding,
 ) -> Float[Array, "batch new_height new_width features"]:
-    """Computes a standard convolution: each output channel depends on all input channels."""
+    """Computes a standard convolution: each output channel depends on all input channels.
+
+    Args:
+      x: The images, in the dtype of the kernel.
+      kernel: The kernel, whose height and width are equal and odd.
+      stride: The stride in both directions.
+      pads: The numbers of zeros to add on each side; see `paddings`.
+    """
     kernel_size = kernel.shape[0]
     height, width = _output_size(x, kernel_size, stride, pads)
     if kernel_size == 1:
@@ -96,7 +103,10 @@ def depthwise_convolve(
     stride: int,
     pads: Padding,
 ) -> Float[Array, "batch new_height new_width channel"]:
-    """Computes a depthwise convolution: each channel has a separate kernel."""
+    """Computes a depthwise convolution: each channel has a separate kernel.
+
+    The arguments are those of `dense_convolve`, except the shape of the kernel.
+    """
     return _depthwise(x, kernel, stride, pads)
 
 

@@ -173,23 +173,15 @@ class Memory:
                 )
                 if sizes is None:
                     raise
-                raise self._not_compiled(*sizes.groups()) from error
-            available = sharding.free_device_bytes() + self._estimate.fixed
-            raise self._estimate.error(available, "now has") from error
-
-    def _not_compiled(self, needed: str, available: str) -> TrainingError:
-        """Returns an out-of-memory error for a program that XLA refuses to compile.
-
-        Args:
-          needed: The memory that the program needs, as in XLA's message.
-          available: The memory of a device, as in XLA's message.
-        """
-        return TrainingError(
-            "out of memory: a training step with "
-            f"train.batch_size={self._programs.layout.batch_size} needs {needed} of the "
-            f"{available} of each device; use a smaller train.batch_size, or a larger "
-            "train.accumulation_steps"
-        )
+                needed, available = sizes.groups()
+                raise TrainingError(
+                    "out of memory: a training step with "
+                    f"train.batch_size={self._programs.layout.batch_size} needs {needed} of the "
+                    f"{available} of each device; use a smaller train.batch_size, or a larger "
+                    "train.accumulation_steps"
+                ) from error
+            free = sharding.free_device_bytes() + self._estimate.fixed
+            raise self._estimate.error(free, "now has") from error
 
 
 def _size(num_bytes: float) -> str:

@@ -57,7 +57,13 @@ class Metrics:
         labels: Int[Array, " batch"],
         mask: Bool[Array, " batch"],
     ) -> "Metrics":
-        """Returns the metrics of one batch; examples whose mask is False are ignored."""
+        """Returns the metrics of one batch.
+
+        Args:
+          logits: The outputs of the network, float32.
+          labels: The true class of each example.
+          mask: False for examples that are ignored, such as padding.
+        """
         num_classes = logits.shape[-1]
         losses = jnp.where(mask, cross_entropy(logits, labels), 0)
         predictions = jnp.argmax(logits, axis=-1)
