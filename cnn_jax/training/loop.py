@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Int, PyTree
 
 from cnn_jax.config import schema
 from cnn_jax.config.resolve import resolve
@@ -451,8 +451,8 @@ def _train(
         raise run.teacher_error
     log = run_directory.EpochLog(run.workdir, progress.history)
     display = run.console.training(train.epochs, run.steps_per_epoch)
-    augmentation = Augmentation.from_config(run.config.augment)
-    stream = training_batches(run, run.dataset.loader, augmentation, progress.step)
+    rows = run.programs.layout.rows
+    stream = training_batches(run.config, run.dataset, rows, start=progress.step)
     with contextlib.closing(log), stream as batches, display, contextlib.closing(trace):
         improvements = _improvements(progress.history, monitor)
         display.start(progress.history, improvements, progress.step, is_finished)
@@ -671,28 +671,35 @@ def _last_epoch(history: History) -> int:
 
 
 def training_batches(
-    run: Run,
-    loader: pipeline.Loader,
-    augmentation: Augmentation,
+    config: Config,
+    dataset: Dataset,
+    rows: Int[np.ndarray, " rows"] | None = None,
+    *,
     start: int = 0,
     stop: int | None = None,
+    augmentation: Augmentation | None = None,
 ) -> contextlib.closing[Generator[pipeline.NumpyBatch, None, None]]:
-    """Returns a stream of the training batches with the numbers `start` to `stop` - 1.
+    """Returns the stream of training batches that a configuration describes.
 
-    The stream is endless if `stop` is None.
+    Args:
+      config: The resolved configuration.
+      dataset: The data set of the run.
+      rows: The rows of each batch that this process loads; None: all rows.
+      start: The number of the first batch.
+      stop: The number after the last batch; None: the stream is endless.
+      augmentation: The augmentation, if it is not that of the configuration.
     """
-    config = run.config
     return pipeline.training_batches(
-        loader,
-        run.dataset.splits["train"],
+        dataset.loader,
+        dataset.splits["train"],
         batch_size=config.train.batch_size,
-        augmentation=augmentation,
+        augmentation=augmentation or Augmentation.from_config(config.augment),
         place=config.augment.place,
         seed=config.seed,
         start=start,
         stop=stop,
         balanced=config.train.balance == "sampling",
-        rows=run.programs.layout.rows,
+        rows=rows,
     )
 
 
@@ -834,7 +841,9 @@ def _estimate_statistics(run: Run, state: TrainState) -> TrainState:
     statistics = programs.empty_statistics()
     # Worker processes would take longer to start than these few batches take to load.
     loader = dataclasses.replace(run.dataset.loader, workers=0)
-    with training_batches(run, loader, Augmentation(), stop=count) as batches:
+    dataset, rows = dataclasses.replace(run.dataset, loader=loader), programs.layout.rows
+    stream = training_batches(run.config, dataset, rows, stop=count, augmentation=Augmentation())
+    with stream as batches:
         for batch in batches:
             run.heartbeat.beat("estimating statistics")
             with jax.transfer_guard("disallow"):

@@ -17,14 +17,12 @@ from matplotlib.figure import Figure
 from cnn_jax.config import schema
 from cnn_jax.config.resolve import resolve
 from cnn_jax.config.schema import Config
-from cnn_jax.data import pipeline
-from cnn_jax.data.augment import Augmentation
 from cnn_jax.report import style
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import TrainingError
 from cnn_jax.training import initial_weights, probe
 from cnn_jax.training.distillation import open_teachers
-from cnn_jax.training.loop import make_network, open_dataset
+from cnn_jax.training.loop import make_network, open_dataset, training_batches
 from cnn_jax.training.programs import make_programs
 
 # Losses are averaged over this fraction of the steps, half of them before a step.
@@ -157,16 +155,7 @@ def measure(config: Config, steps: int, low: float, high: float, console: Consol
         state, _ = probe.fit_head(config, dataset, programs, state, console.track)
     teachers = jax.tree.map(programs.layout.to_all_devices, teachers)
     pixels = programs.send_pixels(dataset.loader)
-    stream = pipeline.training_batches(
-        dataset.loader,
-        dataset.splits["train"],
-        batch_size=config.train.batch_size,
-        augmentation=Augmentation.from_config(config.augment),
-        place=config.augment.place,
-        seed=config.seed,
-        stop=steps,
-        balanced=config.train.balance == "sampling",
-    )
+    stream = training_batches(config, dataset, stop=steps)
     losses: list[float] = []
     window, not_finite_at = round(steps * _WINDOW), None
     with stream as batches:

@@ -23,7 +23,6 @@ from jaxtyping import Float, PyTree
 from cnn_jax.config import schema
 from cnn_jax.config.schema import Config
 from cnn_jax.data import Track, pipeline
-from cnn_jax.data.augment import Augmentation
 from cnn_jax.system import signals
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import ConfigError, Interrupted
@@ -284,10 +283,8 @@ def _train(runs: Sequence[Run], progresses: Sequence[Progress], interrupted: Int
         members = []
         for run, progress in pairs:
             log = stack.enter_context(contextlib.closing(EpochLog(run.workdir, progress.history)))
-            augmentation = Augmentation.from_config(config.augment)
-            batches = stack.enter_context(
-                loop.training_batches(run, run.dataset.loader, augmentation, start)
-            )
+            stream = loop.training_batches(run.config, run.dataset, start=start)
+            batches = stack.enter_context(stream)
             member = _Member(run, progress, log, batches, not run.is_finished(progress))
             members.append(member)
             if progress.history and not run.checkpoints.steps():
