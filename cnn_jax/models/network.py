@@ -334,11 +334,6 @@ def abstract_variables(model: Network, image_size: tuple[int, int]) -> dict[str,
     return jax.eval_shape(lambda images: model.init(jax.random.key(0), images), images)
 
 
-def has_batch_norm(model: Network, image_size: tuple[int, int]) -> bool:
-    """Returns whether a network has BatchNorm layers."""
-    return bool(jax.tree.leaves(abstract_variables(model, image_size).get("batch_stats", {})))
-
-
 def updates_statistics(model: Network, image_size: tuple[int, int]) -> bool:
     """Returns whether training mode changes the statistics of any BatchNorm layer."""
 

@@ -17,7 +17,7 @@ from cnn_jax.config.schema import Config
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.findings import count
 from cnn_jax.data.mix import Mixing
-from cnn_jax.models.network import Network, count_parameters, forward_flops, has_batch_norm
+from cnn_jax.models.network import Network, count_parameters, forward_flops, updates_statistics
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
 from cnn_jax.system.text import FACT_INDENT, shorten, table, wrap
@@ -224,8 +224,8 @@ def _accumulation(config: Config, model: Network, image_size: tuple[int, int]) -
     if parts == 1:
         return ""
     rows = config.train.batch_size // parts
-    has_norm = has_batch_norm(model, image_size)
-    norm = "; BatchNorm uses the statistics of each part" if has_norm else ""
+    uses_batch = updates_statistics(model, image_size)
+    norm = "; BatchNorm uses the statistics of each part" if uses_batch else ""
     return f"\neach batch in {parts} parts of {count(rows, 'image')}{norm}"
 
 

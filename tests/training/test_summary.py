@@ -28,17 +28,24 @@ def test_the_plan_does_not_warn_about_a_large_test_split(images):
     assert summary._interval_width(images, default.get_config()) == []
 
 
-@pytest.mark.parametrize("batch_norm", [False, True])
-def test_accumulation_asks_the_network_for_batch_norm(batch_norm):
-    """The line mentions BatchNorm if the network has it, even without the key `batch_norm`."""
+@pytest.mark.parametrize(
+    ("options", "is_named"),
+    [
+        ({"batch_norm": False}, False),
+        ({"batch_norm": True}, True),
+        ({"batch_norm": True, "train_from": "logits"}, False),
+    ],
+)
+def test_accumulation_asks_the_network_for_batch_norm(options, is_named):
+    """The line mentions BatchNorm if it uses batches, even without the key `batch_norm`."""
     config = default.get_config()
     config.train.accumulation_steps = 4
     with config.unlocked():
         del config.model.batch_norm
-    model = CNN(num_classes=3, features=(4, 8), dense=16, batch_norm=batch_norm)
+    model = CNN(num_classes=3, features=(4, 8), dense=16, **options)
     line = summary._accumulation(config, model, (8, 8))
     assert "4 parts of 8 images" in line
-    assert ("BatchNorm" in line) == batch_norm
+    assert ("BatchNorm" in line) == is_named
 
 
 def test_the_plan_names_the_options_of_training():
