@@ -352,6 +352,14 @@ def test_only_small_segments_are_joined(folder):
 
 
 @pytest.mark.usefixtures("small_segments")
+def test_rows_are_copied_to_several_segments(folder):
+    _write(*range(60))  # Without a call of `store_if_full`, all rows are in one segment.
+    assert _read(*range(25)) == []
+    sizes = [path.stat().st_size / (ROW_BYTES + INDEX_BYTES) for path in _files(folder)]
+    assert sorted(sizes) == [5, 10, 10, 60]
+
+
+@pytest.mark.usefixtures("small_segments")
 def test_full_segments_are_kept_after_an_error_of_the_disk(folder, monkeypatch):
     def write_until_the_disk_is_full():
         with _open().writer(30) as writer:
@@ -429,6 +437,7 @@ def test_only_the_temporary_file_of_a_killed_process_is_removed(folder):
         _age(partial, 2)
         assert _read(1) == []
         assert partial.exists()
+    _age(partial, 0)
     # All full segments of the killed process remain.
     assert _open().digests == set(map(_digest, range(1, 102)))
     assert _read(1, *range(2, 102)) == []
