@@ -35,7 +35,7 @@ _OWN_FILES = {
     "looks": _OWN_FILE,
     COMPILED: re.compile(r".+-[0-9a-f]{64}-cache"),
 }
-# The names of temporary files that begin so are those of `open_temporary`.
+# The prefix of the temporary files that `open_temporary` creates.
 _LOCKED = ".partial-locked-"
 # The length of a day in seconds.
 _A_DAY = 24 * 60 * 60
