@@ -5,15 +5,17 @@ Everything in the folder can be computed again, so it may be removed at any time
 """
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
 import pathlib
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Collection
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -33,6 +35,8 @@ _OWN_FILES = {
     "looks": _OWN_FILE,
     COMPILED: re.compile(r".+-[0-9a-f]{64}-cache"),
 }
+# The prefix of the temporary files that `open_temporary` creates.
+_LOCKED = ".partial-locked-"
 # The length of a day in seconds.
 _A_DAY = 24 * 60 * 60
 # Cached arrays and compiled programs are removed after this number of seconds without use.
@@ -134,6 +138,28 @@ def write_array(kind: str, key: str, array: np.ndarray) -> None:
         np.save(file, array)
 
 
+def open_temporary(folder: pathlib.Path) -> tuple[IO[bytes], pathlib.Path]:
+    """Creates a temporary file, which `sweep` removes after this process has been killed.
+
+    The file is locked until it is closed. The operating system also closes the file when the
+    process ends for any reason.
+
+    Returns:
+      The open file and its path.
+
+    Raises:
+      OSError: The file cannot be created.
+    """
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=_LOCKED, dir=folder)
+        with contextlib.suppress(OSError):  # Not all network file systems have locks.
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        # Another process may have removed the file before it was locked.
+        if os.fstat(descriptor).st_nlink:
+            return os.fdopen(descriptor, "r+b"), pathlib.Path(name)
+        os.close(descriptor)
+
+
 def sweep(folder: pathlib.Path, keep: Collection[pathlib.Path | None] = ()) -> None:
     """Removes files that were unused for 30 days, and temporary files of killed processes.
 
@@ -141,12 +167,36 @@ def sweep(folder: pathlib.Path, keep: Collection[pathlib.Path | None] = ()) -> N
       folder: A folder of arrays (`write_array`) or of rows (`row_cache`).
       keep: Files that are not removed.
     """
-    for pattern, seconds in (
-        (".partial-*", _A_DAY),
-        ("*.npy", SECONDS_KEPT),
-        ("*.rows", SECONDS_KEPT),
-    ):
-        for path in folder.glob(pattern):
-            with contextlib.suppress(OSError):
-                if path not in keep and time.time() - path.stat().st_mtime > seconds:
-                    path.unlink()
+    for path in folder.glob(".partial-*"):
+        with contextlib.suppress(OSError):
+            _remove_abandoned(path)
+    for path in (*folder.glob("*.npy"), *folder.glob("*.rows")):
+        with contextlib.suppress(OSError):
+            if path not in keep and _seconds_unused(path) > SECONDS_KEPT:
+                path.unlink()
+
+
+def _remove_abandoned(path: pathlib.Path) -> None:
+    """Removes a temporary file if its process has ended.
+
+    The process has ended if the file should be locked but is not. If this cannot be found out, the
+    file is removed one day after it was last written.
+    """
+    with contextlib.ExitStack() as stack:
+        is_abandoned = False
+        if path.name.startswith(_LOCKED):
+            try:
+                # On NFS, only a file that is open for writing can be locked.
+                file = stack.enter_context(path.open("r+b"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_abandoned = True
+            except BlockingIOError:
+                return
+            except OSError:  # Another user owns the file, or the file system has no locks.
+                pass
+        if is_abandoned or _seconds_unused(path) > _A_DAY:
+            path.unlink()
+
+
+def _seconds_unused(path: pathlib.Path) -> float:
+    return time.time() - path.stat().st_mtime

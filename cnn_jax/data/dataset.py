@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from cnn_jax.data import Track, cache, no_track, scan
+from cnn_jax.data import Track, cache, no_track, row_cache, scan
 from cnn_jax.data.decode import Pixels
 from cnn_jax.data.findings import (
     Findings,
@@ -196,8 +196,9 @@ def choose_residency(
     """Resolves the value of `data.cache`, which may be "auto", to the place where pixels are kept.
 
     "auto" is the first place that is large enough: the device, if the images need at most a
-    quarter of its memory; the host's memory, with the same limit; the disk, if they need at
-    most half of its free space. If no place is large enough, images are decoded each time.
+    quarter of its memory; the host's memory, with the same limit; the disk, if the images that
+    are not yet in the cache need at most half of its free space. If no place is large enough,
+    images are decoded each time.
 
     Args:
       requested: "auto" or one of `schema.RESIDENCIES`.
@@ -216,7 +217,9 @@ def choose_residency(
         return "device"
     if decoded <= memory_bytes() / 4:
         return "memory"
-    return "disk" if decoded <= cache.free_bytes() / 2 else "none"
+    # Images of other data sets are counted too. If space is missing, the scan notices it.
+    stored = row_cache.stored_bytes("pixels", scan.pixels_key(preprocessing))
+    return "disk" if decoded - stored <= cache.free_bytes() / 2 else "none"
 
 
 def _decoded_bytes(listing: Source, preprocessing: Preprocessing) -> int:
@@ -245,6 +248,9 @@ class _InMemory:
     def write(self, row: int, digest: str, pixels: Pixels) -> None:
         self.pixels[row] = pixels
 
+    def store(self) -> None:
+        pass
+
 
 @dataclasses.dataclass(frozen=True)
 class _ToCache:
@@ -258,6 +264,9 @@ class _ToCache:
 
     def write(self, row: int, digest: str, pixels: Pixels) -> None:
         self.writer.write(digest, pixels)
+
+    def store(self) -> None:
+        self.writer.store_if_full()
 
 
 def _scan(

@@ -137,6 +137,7 @@ def _cached_rows(
             rows = track(found, "comparing images", len(missing))
             for position, row in zip(missing, rows, strict=True):
                 writer.write(digests[position], row)
+                writer.store_if_full()
     return np.asarray(stored.rows(digests, compute))
 
 

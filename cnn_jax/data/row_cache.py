@@ -1,9 +1,10 @@
 """A cache of rows: one uint8 array for each image file, stored under the digest of the file.
 
 The rows of a data set are in files called segments. A segment never changes: missing rows are
-written to a new segment, so one added image writes one row. A segment contains its rows, and then
+written to new segments, so one added image writes one row. A segment contains its rows, and then
 the digest and the checksum of each row. It gets its name when it is complete, so several processes
-may use the cache at the same time.
+may use the cache at the same time. The size of a segment is limited, so that a killed process loses
+only a few rows.
 """
 
 import contextlib
@@ -14,7 +15,6 @@ import logging
 import math
 import os
 import pathlib
-import tempfile
 import threading
 import zlib
 from collections import Counter
@@ -31,10 +31,21 @@ logger = logging.getLogger(__name__)
 # The second part of a segment: the digest (32 hexadecimal digits) and the CRC-32 of each row.
 _INDEX = np.dtype([("digest", "u1", (16,)), ("checksum", "<u4")])
 _DIGITS = 32
-# The largest number of segments from which the rows of a data set are read.
-_MAX_SEGMENTS = 8
+# A segment is full at this size. A killed process loses at most the rows of one segment.
+_SEGMENT_BYTES = 2**32
+# The largest number of segments of less than half this size from which a data set is read.
+_MAX_SMALL_SEGMENTS = 8
 # The number of rows that are copied into memory at a time.
 _BLOCK = 256
+
+
+def stored_bytes(kind: str, key: str) -> int:
+    """Returns the size of all segments with a key in the folder `kind` of the cache, in bytes."""
+    size = 0
+    for path in (cache.cache_dir() / kind).glob(f"{key}-*.rows"):
+        with contextlib.suppress(OSError):  # For example, another process deleted the segment.
+            size += path.stat().st_size
+    return size
 
 
 class RowCache:
@@ -80,7 +91,8 @@ class RowCache:
         """Returns the rows of these digests, memory-mapped.
 
         Rows are copied to a new segment if at most half of their segment is used, or if the rows
-        are in too many segments. A segment that is not used any more is deleted after 30 days.
+        are in too many small segments. A segment that is not used any more is deleted after 30
+        days.
 
         Args:
           digests: The digest of each example; the cache must have a row for each of them.
@@ -94,9 +106,10 @@ class RowCache:
             for row, digest in enumerate(segment.digests):
                 if digest in wanted:
                     places.setdefault(digest, (segment, row))
-        used = _most_used_first(places.values())
-        if len(used) > _MAX_SEGMENTS:
-            worn.update(used[_MAX_SEGMENTS // 2 :])
+        half = _SEGMENT_BYTES // (2 * _stored_bytes(self._shape))
+        small = [s for s in _most_used_first(places.values()) if len(s.digests) < half]
+        if len(small) > _MAX_SMALL_SEGMENTS:
+            worn.update(small[_MAX_SMALL_SEGMENTS // 2 :])
         rows = CachedRows([places[digest] for digest in digests], self._shape, compute)
         if moving := {digest: i for i, digest in enumerate(digests) if places[digest][0] in worn}:
             places.update(self._copy(moving, rows))
@@ -109,23 +122,25 @@ class RowCache:
     def _copy(
         self, positions: dict[str, int], rows: "CachedRows"
     ) -> dict[str, tuple["_Segment", int]]:
-        """Copies rows to a new segment; returns their new places, or {} without enough space.
+        """Copies rows to new segments; returns their new places, or {} without enough space.
 
         Args:
           positions: The position in `rows` of each digest.
           rows: The rows of all examples.
         """
         # A copy is not necessary, so it may use at most half of the free disk space.
-        if len(positions) * math.prod(self._shape) > cache.free_bytes() / 2:
+        if len(positions) * _stored_bytes(self._shape) > cache.free_bytes() / 2:
             return {}
+        old = len(self._segments)
         try:
             with self.writer(len(positions)) as writer:
                 for digest, position in positions.items():
                     writer.write(digest, rows[np.array([position])][0])
+                    writer.store_if_full()
         except OSError:
             return {}
-        copy = self._segments[-1]
-        return {digest: (copy, row) for row, digest in enumerate(copy.digests)}
+        copies = self._segments[old:]
+        return {digest: (copy, row) for copy in copies for row, digest in enumerate(copy.digests)}
 
 
 def _most_used_first(places: Iterable[tuple["_Segment", int]]) -> list["_Segment"]:
@@ -133,10 +148,10 @@ def _most_used_first(places: Iterable[tuple["_Segment", int]]) -> list["_Segment
 
 
 class RowWriter:
-    """A context manager that writes rows to a new segment.
+    """A context manager that writes rows to new segments.
 
     The rows that were written are stored when the context ends, also if it ends with an exception
-    such as KeyboardInterrupt. They are not stored after an OSError.
+    such as KeyboardInterrupt. After an OSError, only the rows in full segments are stored.
     """
 
     def __init__(
@@ -147,31 +162,39 @@ class RowWriter:
         count: int,
         add: Callable[["_Segment"], None],
     ):
-        """Creates the file at its full size, so that no later write fails because the disk is full.
+        """Creates the file of the first segment.
 
         Args:
-          folder: The folder of the segment.
+          folder: The folder of the segments.
           key: The key of the rows.
           shape: The shape of a row.
           count: The largest number of rows that will be written.
-          add: Receives the new segment, unless it is empty.
+          add: Receives each new segment, unless it is empty.
 
         Raises:
-          OSError: The folder cannot be written, or the disk has too little space.
+          OSError: The folder cannot be written, or the disk has too little space for all rows.
         """
-        self._key, self._shape, self._add = key, shape, add
+        self._folder, self._key, self._shape = folder, key, shape
+        self._count, self._add = count, add
         self._rows: dict[str, int] = {}
-        self._checksums: list[int] = []
         self._lock = threading.Lock()
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".partial-", dir=folder)
-        self._path = pathlib.Path(name)
-        self._file = os.fdopen(descriptor, "r+b")
-        try:
-            _take_room(descriptor, count * (math.prod(shape) + _INDEX.itemsize))
-        except BaseException:
-            self._remove()
-            raise
+        if count * _stored_bytes(shape) > cache.free_bytes():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._open()
+
+    def _open(self) -> None:
+        """Creates the file of a segment, and reserves disk space for its rows."""
+        self._checksums: list[int] = []
+        self._file, self._path = cache.open_temporary(self._folder)
+        size = min(self._count * _stored_bytes(self._shape), _SEGMENT_BYTES)
+        # macOS cannot reserve disk space.
+        if size and hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(self._file.fileno(), 0, size)
+            except BaseException:
+                self._remove()
+                raise
 
     def __enter__(self) -> "RowWriter":
         return self
@@ -189,6 +212,22 @@ class RowWriter:
     def _remove(self) -> None:
         self._file.close()
         self._path.unlink(missing_ok=True)
+
+    def store_if_full(self) -> None:
+        """Stores the segment and starts the next one if the segment has its full size.
+
+        No thread may write at the same time. Processes that write the same rows in the same order,
+        and call this function after the same rows, store these rows once.
+
+        Raises:
+          OSError: The disk reports an error, or has too little space for the next segment.
+        """
+        if len(self._rows) * _stored_bytes(self._shape) >= _SEGMENT_BYTES:
+            self._publish()
+            self._count -= len(self._rows)
+            self._rows = {}
+            self._remove()
+            self._open()
 
     def write(self, digest: str, row: UInt8[np.ndarray, "..."]) -> None:
         """Writes a row, unless it was written before. Several threads may write at the same time.
@@ -229,14 +268,9 @@ class RowWriter:
         self._add(segment)
 
 
-def _take_room(descriptor: int, size: int) -> None:
-    """Reserves disk space for a file; raises OSError if there is not enough space."""
-    if hasattr(os, "posix_fallocate"):
-        if size:
-            os.posix_fallocate(descriptor, 0, size)
-    # macOS cannot reserve disk space, so only the amount of free space is checked.
-    elif size > cache.free_bytes():
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def _stored_bytes(shape: tuple[int, ...]) -> int:
+    """Returns the number of bytes of a row in a segment, with its digest and its checksum."""
+    return math.prod(shape) + _INDEX.itemsize
 
 
 class CachedRows:
@@ -367,14 +401,13 @@ def _open_segment(path: pathlib.Path, shape: tuple[int, ...]) -> _Segment:
       OSError: The file cannot be read.
       ValueError: The file is damaged.
     """
-    row_size = math.prod(shape)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        file.seek(size // (row_size + _INDEX.itemsize) * row_size)
+        file.seek(size // _stored_bytes(shape) * math.prod(shape))
         index = np.frombuffer(file.read(), _INDEX)
     text = index["digest"].tobytes().hex()
     digests = [text[start : start + _DIGITS] for start in range(0, len(text), _DIGITS)]
-    if size % (row_size + _INDEX.itemsize) or not path.stem.endswith(_set_digest(digests)):
+    if size % _stored_bytes(shape) or not path.stem.endswith(_set_digest(digests)):
         raise ValueError
     open_rows = functools.partial(_map, path, (len(digests), *shape))
     return _Segment(path, digests, index["checksum"], open_rows)
@@ -384,7 +417,9 @@ def _map(file: pathlib.Path | IO[bytes], shape: tuple[int, ...]) -> UInt8[np.nda
     """Returns the rows of a segment, memory-mapped."""
     try:
         return np.asarray(np.memmap(file, np.uint8, "r", shape=shape))
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.EMFILE:
+            raise  # Too many files are open. The file itself is not damaged.
         # The file was deleted or cut after its digests were read. With zeros, rows are damaged.
         return np.broadcast_to(np.uint8(0), shape)
 

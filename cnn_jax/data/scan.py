@@ -11,6 +11,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar, runtime_checkable
@@ -32,6 +33,8 @@ _VERSION = 3
 # The largest allowed size of an image file is a number of bytes for each allowed pixel, plus a
 # number of bytes for metadata. A larger file is not read.
 _BYTES_A_PIXEL, _OTHER_BYTES = 4, 2**20
+# The records are stored when this number of seconds has passed, and at the end.
+_SECONDS_UNTIL_STORED = 60.0
 # To limit the memory use, files with more bytes than this number are read and decoded one at a
 # time.
 _LARGE_FILE = 2**23
@@ -142,6 +145,10 @@ class PixelSink(Protocol):
         """Writes the image of the example at position `row`."""
         ...
 
+    def store(self) -> None:
+        """Is called now and then while no thread writes, to protect the images from a crash."""
+        ...
+
 
 def scan(
     source: Source,
@@ -194,10 +201,21 @@ def scan(
                 pixels = decode.decode(encoded, preprocessing.max_pixels, preprocessing.white_level)
             sink.write(row, record.digest, resize(pixels, preprocessing))
 
+    due = time.monotonic() + _SECONDS_UNTIL_STORED
+
+    def store() -> None:
+        nonlocal due
+        if sink is not None:
+            sink.store()
+        if (start := time.monotonic()) >= due:
+            _remember(source, preprocessing, records)
+            # The records of millions of images take a while. This time must stay a small fraction.
+            due = start + max(_SECONDS_UNTIL_STORED, 20 * (time.monotonic() - start))
+
     if rows:
         try:
             # At an interruption, `closing` waits until no thread uses the sink any more.
-            with contextlib.closing(on_all_cores(work, rows)) as finished:
+            with contextlib.closing(on_all_cores(work, rows, store)) as finished:
                 for _ in track(finished, "reading images", len(rows)):
                     pass
         finally:  # The records of the finished images are kept even after Ctrl-C.
@@ -206,15 +224,23 @@ def scan(
 
 
 def on_all_cores(
-    work: Callable[[int], _Result], rows: Sequence[int]
+    work: Callable[[int], _Result],
+    rows: Sequence[int],
+    pause: Callable[[], None] = lambda: None,
 ) -> Generator[_Result, None, None]:
     """Yields work(row) for each row, in order; one thread per core computes the results.
 
     Threads are fast because decoders and hashes release Python's global lock.
+
+    Args:
+      work: Computes the result of a row.
+      rows: The rows.
+      pause: Is called from time to time while no thread works.
     """
     with ThreadPoolExecutor(num_cores()) as pool:
         for chunk in _chunks(rows, 64 * num_cores()):
             yield from pool.map(work, chunk)
+            pause()
 
 
 def num_cores() -> int:

@@ -22,14 +22,15 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cnn_jax
 from cnn_jax.config import schema
 from cnn_jax.registry.ledger import METRICS, RegistryError, Version
-from cnn_jax.registry.registry import Registry
-from cnn_jax.registry.store import error_line, hide_passwords
-from cnn_jax.system.errors import ConfigError, UserError
+from cnn_jax.system.errors import ConfigError, UserError, error_line, hide_passwords
+
+if TYPE_CHECKING:  # Importing obstore would delay each training run by 0.1 s.
+    from cnn_jax.registry.registry import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _log_metrics(client: Any, run_id: str, values: Mapping[str, Any], step: int 
     client.log_batch(run_id, metrics=logged)
 
 
-def export_version(registry: Registry, version: Version, uri: str) -> list[str]:
+def export_version(registry: "Registry", version: Version, uri: str) -> list[str]:
     """Registers a version and its aliases in MLflow, under the name of its model.
 
     A version that MLflow already has is not registered again.
@@ -175,7 +176,7 @@ def _create_model(client: Any, name: str) -> None:
             raise
 
 
-def _export_bundle(client: Any, registry: Registry, version: Version) -> str:
+def _export_bundle(client: Any, registry: "Registry", version: Version) -> str:
     """Registers a version, and stores its bundle in a new run unless a run already has it."""
     bundle = version.bundle
     metrics = {f"test_{metric}": bundle.test_metric(metric) for metric in METRICS}

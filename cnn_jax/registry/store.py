@@ -9,7 +9,6 @@ import datetime
 import functools
 import os
 import pathlib
-import re
 import shutil
 import threading
 import uuid
@@ -28,7 +27,7 @@ from obstore.exceptions import (
 from obstore.store import LocalStore, from_url
 
 from cnn_jax.system.atomic import sync
-from cnn_jax.system.errors import ConfigError, UserError, printable
+from cnn_jax.system.errors import ConfigError, UserError, error_line, hide_passwords, printable
 
 # The folder of temporary files, relative to the registry.
 TEMPORARY = "tmp"
@@ -298,23 +297,6 @@ def _aws_profile() -> Any:
         return Boto3CredentialProvider()
     except (ImportError, ValueError):  # A ValueError means that boto3 finds no credentials.
         return None
-
-
-def hide_passwords(text: str) -> str:
-    """Replaces the passwords of URLs in a text with ***.
-
-    In NAME:PASSWORD@HOST the password is replaced. A name without a password, and a query after ?,
-    may be a token and are replaced too. The part before @ in an abfs:// URL is a container.
-    """
-    text = re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
-    text = re.sub(r"(?<!abfs)(?<!abfss)://[^/@:\s]+@", "://***@", text)
-    return re.sub(r"(://[^\s?]*\?)\S+", r"\1***", text)
-
-
-def error_line(error: BaseException) -> str:
-    """Returns the message of an exception in one line, without passwords and debugging data."""
-    message = str(error).partition("\n\nDebug source:")[0]
-    return hide_passwords(printable(" ".join(message.split()))) or type(error).__name__
 
 
 def unique_name() -> str:

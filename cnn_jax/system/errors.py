@@ -98,6 +98,23 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def hide_passwords(text: str) -> str:
+    """Replaces the passwords of URLs in a text with ***.
+
+    In NAME:PASSWORD@HOST the password is replaced. A name without a password, and a query after ?,
+    may be a token and are replaced too. The part before @ in an abfs:// URL is a container.
+    """
+    text = re.sub(r"([^/@:\s]*):[^/\s]*@", r"\1:***@", text)
+    text = re.sub(r"(?<!abfs)(?<!abfss)://[^/@:\s]+@", "://***@", text)
+    return re.sub(r"(://[^\s?]*\?)\S+", r"\1***", text)
+
+
+def error_line(error: BaseException) -> str:
+    """Returns the message of an exception in one line, without passwords and debugging data."""
+    message = str(error).partition("\n\nDebug source:")[0]
+    return hide_passwords(printable(" ".join(message.split()))) or type(error).__name__
+
+
 def closest(name: str, known: Iterable[str]) -> str | None:
     """Returns the known name that is most similar to a misspelt name, or None.
 

@@ -86,9 +86,10 @@ class Backup:
         self._run = _value(owner, "run") or uuid.uuid4().hex
         names.discard(BACKUP)
         self._copied = dict.fromkeys(names)
-        if owner == known:
-            return
         try:
+            if owner == known:
+                self._copied |= self._stored_checkpoints(names)
+                return
             # With this content, the next start repeats a restoration that was interrupted.
             write_bytes(path, json.dumps({"run": self._run}).encode())
             self._write_files(names)
@@ -136,7 +137,9 @@ class Backup:
     def copy(self) -> None:
         """Copies the files that are new or have changed; removes files that no longer exist.
 
-        A new checkpoint is complete in the copy before an older checkpoint is removed.
+        A new checkpoint is complete in the copy before an older checkpoint is removed. Checkpoints
+        are copied from the oldest to the newest, because the newest may need the checkpoint of the
+        best epoch.
 
         Raises:
           StoreError: The object store cannot be read or written.
@@ -172,6 +175,27 @@ class Backup:
             if str(error) != self._warning:
                 logger.warning("%s", error)
             self._warning = str(error)
+
+    def _stored_checkpoints(self, names: set[str]) -> dict[str, Any]:
+        """Returns the files of the checkpoints that the copy has in full.
+
+        The file that marks a complete checkpoint has the time at which the checkpoint was saved. So
+        it differs if a checkpoint of the same step was saved again.
+
+        Args:
+          names: The names of all files in the copy.
+
+        Returns:
+          The time and the size of each file in the folder, by its name.
+        """
+        files = self._files()
+        same = tuple(
+            mark.removesuffix(_COMPLETE)
+            for mark in names & files.keys()
+            if mark.endswith(f"/{_COMPLETE}")
+            and self._store.read(mark) == (self._folder / mark).read_bytes()
+        )
+        return {name: files[name] for name in names & files.keys() if name.startswith(same)}
 
     def _write_files(self, names: set[str]) -> None:
         """Replaces the checkpoints of the folder, and writes the other files of the copy."""
@@ -211,8 +235,18 @@ class Backup:
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Returns sorted names, in which the files that mark complete checkpoints are the last."""
-    return sorted(names, key=lambda name: (name.endswith(f"/{_COMPLETE}"), name))
+    """Returns the names in the order in which the files are copied.
+
+    Checkpoints come after all other files, the oldest checkpoint first. The last file of each
+    checkpoint is the file that marks it as complete.
+    """
+
+    def order(name: str) -> tuple[int, str, bool, str]:
+        folder, *rest = pathlib.PurePath(name).parts
+        step = rest[0] if folder == CHECKPOINTS else ""
+        return len(step), step, name.endswith(f"/{_COMPLETE}"), name
+
+    return sorted(names, key=order)
 
 
 def _version(path: pathlib.Path) -> tuple[int, int]:

@@ -33,6 +33,8 @@ from cnn_jax.training.step import Statistics, TrainState, TrainStep, eval_step, 
 
 # The number of columns of an array of packed images.
 _COLUMNS = 128
+# The size of the pieces in which the images of a data set are copied to the devices, in bytes.
+_PIECE_BYTES = 2**25
 # A jitted training function: (state, batch, pixels, extra) -> (state, metrics).
 _Training = Callable[[TrainState, Mapping[str, Array], Array | None, PyTree], Any]
 
@@ -299,12 +301,31 @@ class Programs:
     def send_pixels(self, loader: Loader) -> jax.Array | None:
         """Copies the images of the whole data set to all devices, for the argument `pixels`.
 
+        The images are read from their files in pieces, because the memory of the host may be
+        smaller than the memory of the devices.
+
         Returns:
           The images in the form of `pack`; None if the pixels are not kept on the devices.
         """
-        if not loader.on_device or loader.pixels is None:
+        pixels = loader.pixels
+        if not loader.on_device or pixels is None:
             return None
-        return self.layout.to_all_devices(pack(np.asarray(loader.pixels)))
+
+        count, replicated = len(pixels), self.layout.replicated
+        size = min(max(_PIECE_BYTES * count // pixels.nbytes, 1), count)
+        shape = (count, *pack(pixels[np.arange(1)]).shape[1:])
+        packed = jax.jit(lambda: jnp.zeros(shape, jnp.uint8), out_shardings=replicated)()
+        insert = jax.jit(
+            functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=0),
+            donate_argnums=0,
+            out_shardings=replicated,
+        )
+        # All pieces have the same size, so that `insert` is compiled once.
+        for start in (*range(0, count - size, size), count - size):
+            piece = self.layout.to_all_devices(pack(pixels[np.arange(start, start + size)]))
+            # Wait, so that the host's memory has only one piece at a time.
+            packed = insert(packed, piece, start).block_until_ready()
+        return packed
 
     def send(self, batches: Sequence[Mapping[str, np.ndarray]]) -> tuple[Any, dict[str, jax.Array]]:
         """Copies batches to the devices; selects the training function for one or several batches.

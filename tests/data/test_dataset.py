@@ -1,6 +1,9 @@
 import dataclasses
 import errno
 import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -157,6 +160,41 @@ def test_an_untouched_copy_of_a_folder_shares_its_pixels(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     _open(tmp_path / "copy", residency="disk")
     assert len(list((tmp_path / "cache" / "pixels").iterdir())) == 1
+
+
+# Opens a folder with the segments of the cache and the intervals of the scan as small as possible,
+# and is killed when 40 images have been read.
+_KILLED = """
+import os, pathlib, signal, sys
+from cnn_jax.data import row_cache, scan
+from cnn_jax.data.dataset import open_dataset
+from cnn_jax.data.files import open_folder
+from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.data.splits import Division
+row_cache._SEGMENT_BYTES = 5 * 596
+scan._SECONDS_UNTIL_STORED = 0
+scan.time.monotonic = lambda: 0  # The next interval depends on the time that storing took.
+scan._chunks = lambda rows, size: [[row] for row in rows]
+
+def track(items, *_):
+    for number, item in enumerate(items):
+        if number == 40:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+
+preprocessing = Preprocessing(image_size=(12, 16))
+listing = open_folder(pathlib.Path(sys.argv[1]))
+open_dataset(listing, Division(), preprocessing, residency="disk", track=track)
+"""
+
+
+def test_a_killed_scan_keeps_what_it_decoded(folder, decoded):
+    killed = subprocess.run([sys.executable, "-c", _KILLED, str(folder)])
+    assert killed.returncode == -signal.SIGKILL
+    dataset = _open(folder, residency="disk")
+    assert len(decoded) == 20  # The records and the pixels of 40 images were stored.
+    np.testing.assert_array_equal(_all_images(dataset), _all_images(_open(folder)))
+    assert not list((folder.parent / "cache" / "pixels").glob(".partial-*"))
 
 
 @pytest.mark.parametrize(("residency", "then"), [("disk", "none"), ("memory", "memory")])
@@ -328,3 +366,9 @@ def test_where_pixels_live_depends_on_what_fits(folder, monkeypatch):
     assert choose(memory=0, disk=2 * 34_560 - 1) == "none"
     for residency in RESIDENCIES:
         assert choose(residency) == residency
+    _open(folder, residency="disk")
+    assert choose(memory=0, disk=0) == "disk"  # All images are in the cache already.
+    for path in _cached_files(folder):
+        os.truncate(path, 34_000)
+    assert choose(memory=0, disk=2 * 560) == "disk"
+    assert choose(memory=0, disk=2 * 560 - 1) == "none"

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import os
 import pathlib
 import subprocess
@@ -10,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
-from cnn_jax.data import cache
+from cnn_jax.data import cache, row_cache
 from cnn_jax.data.row_cache import RowCache
 
 KEY = "a" * 32
@@ -275,9 +276,10 @@ def test_rows_in_many_segments_are_joined(folder):
 
 def test_without_space_rows_are_not_copied(folder, monkeypatch):
     _write(*range(10))
-    monkeypatch.setattr(cache, "free_bytes", lambda: 2 * ROW_BYTES - 1)
+    needed = 2 * (ROW_BYTES + INDEX_BYTES)
+    monkeypatch.setattr(cache, "free_bytes", lambda: needed - 1)
     assert _read(1) == []
-    monkeypatch.setattr(cache, "free_bytes", lambda: 2 * ROW_BYTES)
+    monkeypatch.setattr(cache, "free_bytes", lambda: needed)
     assert len(_files(folder)) == 1
     assert _read(1) == []
     assert len(_files(folder)) == 2
@@ -310,29 +312,165 @@ def test_rows_in_memory_follow_the_rows_of_files(folder):
     np.testing.assert_array_equal(found[np.array([3, 0, 2])], expected[[3, 0, 2]])
 
 
-_WRITE_FOREVER = """
-import itertools, numpy as np
-from cnn_jax.data.row_cache import RowCache
-with RowCache("pixels", "a" * 32, (2, 3, 3)).writer(10**6) as writer:
-    for number in itertools.count():
-        writer.write(f"{number:032x}", np.zeros((2, 3, 3), np.uint8))
-        if number == 100:
-            print(flush=True)
+@pytest.fixture
+def small_segments(monkeypatch):
+    """A segment is full when it has ten rows."""
+    monkeypatch.setattr(row_cache, "_SEGMENT_BYTES", 10 * (ROW_BYTES + INDEX_BYTES))
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_rows_are_stored_in_segments_of_a_limited_size(folder):
+    sizes = []
+    with _open().writer(100) as writer:
+        for number in range(34):
+            writer.write(_digest(number), _row(number))
+            writer.store_if_full()
+            sizes += [path.stat().st_size for path in folder.glob(".partial-*")]
+    # The file of a segment has its full size from the beginning.
+    assert set(sizes) == {10 * (ROW_BYTES + INDEX_BYTES)}
+    assert sorted(len(segment.digests) for segment in _open()._segments) == [4, 10, 10, 10]
+    assert _read(*range(34)) == []
+    assert len(list(folder.iterdir())) == 4
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_only_small_segments_are_joined(folder):
+    with _open().writer(120) as writer:
+        for number in range(120):
+            writer.write(_digest(number), _row(number))
+            writer.store_if_full()
+    assert len(_files(folder)) == 12
+    assert _read(*range(120)) == []
+    assert len(_files(folder)) == 12
+    for number in range(120, 147, 3):
+        _write(*range(number, number + 3))
+    assert len(_files(folder)) == 21
+    assert _read(*range(147)) == []
+    assert len(_files(folder)) == 23  # Fifteen rows were copied.
+    assert _read(*range(147)) == []
+    assert len(_files(folder)) == 23
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_rows_are_copied_to_several_segments(folder):
+    _write(*range(60))  # Without a call of `store_if_full`, all rows are in one segment.
+    assert _read(*range(25)) == []
+    sizes = [path.stat().st_size / (ROW_BYTES + INDEX_BYTES) for path in _files(folder)]
+    assert sorted(sizes) == [5, 10, 10, 60]
+
+
+@pytest.mark.usefixtures("small_segments")
+def test_full_segments_are_kept_after_an_error_of_the_disk(folder, monkeypatch):
+    def write_until_the_disk_is_full():
+        with _open().writer(30) as writer:
+            for number in range(10):
+                writer.write(_digest(number), _row(number))
+            monkeypatch.setattr(os, "posix_fallocate", _no_space)
+            writer.store_if_full()
+
+    with pytest.raises(OSError, match="full"):
+        write_until_the_disk_is_full()
+    assert [path.suffix for path in folder.iterdir()] == [".rows"]
+    assert _read(*range(10)) == []
+
+
+def _no_space(*_):
+    raise OSError(errno.ENOSPC, "full")
+
+
+def test_too_little_space_for_all_segments_is_noticed_at_once(folder, monkeypatch):
+    needed = 1000 * (ROW_BYTES + INDEX_BYTES)
+    monkeypatch.setattr(cache, "free_bytes", lambda: needed - 1)
+    with pytest.raises(OSError, match="No space left on device"):
+        _open().writer(1000)
+    assert list(folder.iterdir()) == []
+    monkeypatch.setattr(cache, "free_bytes", lambda: needed)
+    with _open().writer(1000):
+        pass
+
+
+def test_too_many_open_files_do_not_damage_a_segment(folder, monkeypatch):
+    _write(1, 2)
+
+    def fail(*_args, **_options):
+        raise OSError(errno.EMFILE, "too many")
+
+    monkeypatch.setattr(np, "memmap", fail)
+    with pytest.raises(OSError, match="too many"):
+        _read(1, 2)
+    monkeypatch.undo()
+    assert len(_files(folder)) == 1
+
+
+# Writes 101 rows in segments of ten rows, and then waits.
+_WRITE = """
+import sys, numpy as np
+from cnn_jax.data import row_cache
+row_cache._SEGMENT_BYTES = 380
+with row_cache.RowCache("pixels", "a" * 32, (2, 3, 3)).writer(10**6) as writer:
+    for number in range(2, 103):
+        row = np.random.default_rng(number).integers(0, 256, (2, 3, 3), "u1")
+        writer.write(f"{number:032x}", row)
+        writer.store_if_full()
+    print(flush=True)
+    sys.stdin.read()
 """
 
 
-def test_a_killed_writer_leaves_no_rows(folder):
+@contextlib.contextmanager
+def _process_that_writes():
+    """Runs a process that has written rows and has not finished; kills it at the end."""
+    command = [sys.executable, "-c", _WRITE]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as process:
+        try:
+            assert process.stdout.readline()
+            yield
+        finally:
+            process.kill()
+
+
+def test_only_the_temporary_file_of_a_killed_process_is_removed(folder):
     _write(1)
-    command = [sys.executable, "-c", _WRITE_FOREVER]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.kill()
-    assert _open().digests == {_digest(1)}
-    (partial,) = folder.glob(".partial-*")
-    _age(partial, 2)
-    assert _read(1) == []
+    with _process_that_writes():
+        (partial,) = folder.glob(".partial-*")
+        _age(partial, 2)
+        assert _read(1) == []
+        assert partial.exists()
+    _age(partial, 0)
+    # All full segments of the killed process remain.
+    assert _open().digests == set(map(_digest, range(1, 102)))
+    assert _read(1, *range(2, 102)) == []
     assert not partial.exists()
+
+
+def test_without_locks_a_temporary_file_is_removed_after_a_day(folder, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(cache.fcntl, "flock", fail)
+    with _open().writer(1):
+        (partial,) = folder.glob(".partial-*")
+        cache.sweep(folder)
+        assert partial.exists()
+        _age(partial, 2)
+        cache.sweep(folder)
+        assert not partial.exists()
+
+
+def test_a_file_that_is_removed_before_it_is_locked_is_created_again(folder, monkeypatch):
+    """`sweep` of another process may find the new file without a lock."""
+    original = cache.fcntl.flock
+
+    def flock(descriptor, operation):
+        monkeypatch.undo()
+        monkeypatch.setenv("CNN_JAX_CACHE", str(folder.parent))
+        cache.sweep(folder)
+        original(descriptor, operation)
+
+    monkeypatch.setattr(cache.fcntl, "flock", flock)
+    _write(1)
+    assert _read(1) == []
 
 
 def test_without_fallocate_the_free_space_is_checked(monkeypatch):

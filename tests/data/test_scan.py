@@ -22,6 +22,9 @@ class _Sink:
     def write(self, row, digest, pixels):
         self.rows[row] = pixels
 
+    def store(self):
+        pass
+
 
 @pytest.fixture
 def folder(tmp_path):

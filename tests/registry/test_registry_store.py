@@ -19,7 +19,7 @@ import pytest
 
 from cnn_jax.registry import store as stores
 from cnn_jax.registry.store import NoAnswerError, Store, StoreError, unique_name
-from cnn_jax.system.errors import ConfigError
+from cnn_jax.system.errors import ConfigError, hide_passwords
 
 pytest_plugins = ["registry_fixtures"]
 SECRET = "s3cret"
@@ -465,7 +465,7 @@ def test_an_unknown_profile_is_a_usage_error(monkeypatch):
     ],
 )
 def test_passwords_in_urls_are_hidden(text, expected):
-    assert stores.hide_passwords(text) == expected
+    assert hide_passwords(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def write(folder, **contents):
             path = folder / "checkpoints" / name.removeprefix("step")
             path.mkdir(parents=True)
             (path / "array").write_text(text)
-            (path / "_CHECKPOINT_METADATA").write_text("{}")
+            (path / "_CHECKPOINT_METADATA").write_text(f"saved {text}")
         else:
             (folder / name).write_text(text)
 
@@ -83,7 +83,7 @@ def test_another_machine_gets_the_finished_files(machine, copy):
     assert not (copy / unfinished.relative_to(a)).exists()
     with running(Backup(copy), b):
         assert read(b) == {"config": "{}", "checkpoints/10/array": "x"}
-        assert (b / "checkpoints/10/_CHECKPOINT_METADATA").read_text() == "{}"
+        assert (b / "checkpoints/10/_CHECKPOINT_METADATA").read_text() == "saved x"
 
 
 def test_the_copy_follows_changes_and_removals(machine, copy):
@@ -125,6 +125,57 @@ def test_a_checkpoint_is_marked_as_complete_after_its_files(machine, copy, monke
     assert read(b) == {"checkpoints/10/array": "x"}
 
 
+@pytest.fixture
+def uploads(monkeypatch):
+    """A list of the names of all files that are written to the copy, in their order."""
+    names, original = [], Store.write
+
+    def write(self, name, data):
+        names.append(name)
+        original(self, name, data)
+
+    monkeypatch.setattr(Store, "write", write)
+    return names
+
+
+def test_a_restart_does_not_copy_finished_checkpoints_again(machine, copy, uploads):
+    a = machine("a")
+    use(a, copy, step10="x", step20="y", log="1")
+    (copy / "checkpoints/10/array").unlink()
+    uploads.clear()
+    use(a, copy, step30="z")
+    assert uploads == [
+        "backup.json",
+        "log",  # A file outside of a checkpoint may have changed.
+        "checkpoints/10/array",
+        "checkpoints/30/array",
+        "checkpoints/30/_CHECKPOINT_METADATA",
+    ]
+    assert read(copy) == read(a)
+
+
+def test_a_checkpoint_that_was_saved_again_is_copied_again(machine, copy):
+    a = machine("a")
+    use(a, copy, step10="x", step20="y")
+    shutil.rmtree(a / "checkpoints/20")
+    write(a, step20="z")
+    use(a, copy)
+    assert read(copy) == {"checkpoints/10/array": "x", "checkpoints/20/array": "z"}
+    assert (copy / "checkpoints/20/_CHECKPOINT_METADATA").read_text() == "saved z"
+
+
+def test_older_checkpoints_are_complete_before_newer_ones(machine, copy, uploads):
+    use(machine("a"), copy, step100="y", step20="x", log="1")
+    assert uploads == [
+        "backup.json",
+        "log",
+        "checkpoints/20/array",
+        "checkpoints/20/_CHECKPOINT_METADATA",
+        "checkpoints/100/array",
+        "checkpoints/100/_CHECKPOINT_METADATA",
+    ]
+
+
 def test_a_machine_that_continues_later_gets_what_the_other_machine_did(machine, copy):
     a, b = machine("a"), machine("b")
     use(a, copy, step10="x", log="a")
@@ -138,19 +189,19 @@ def test_a_machine_that_continues_later_gets_what_the_other_machine_did(machine,
 def test_an_interrupted_restoration_is_repeated(machine, copy, monkeypatch):
     a, b, original = machine("a"), machine("b"), Store.read
 
-    def fail_at_the_log(self, name):
-        if name == "log":
+    def fail_at_a_checkpoint(self, name):
+        if name == "checkpoints/20/array":
             raise StoreError("killed here")
         return original(self, name)
 
-    use(a, copy, step10="x", log="a")
-    monkeypatch.setattr(Store, "read", fail_at_the_log)
+    use(a, copy, step10="x", step20="y")
+    monkeypatch.setattr(Store, "read", fail_at_a_checkpoint)
     with pytest.raises(StoreError, match="killed here"):
         use(b, copy)
     assert read(b) == {"checkpoints/10/array": "x"}
     monkeypatch.undo()
     use(b, copy)
-    assert read(b) == read(copy) == {"checkpoints/10/array": "x", "log": "a"}
+    assert read(b) == {"checkpoints/10/array": "x", "checkpoints/20/array": "y"}
 
 
 def test_a_machine_keeps_its_own_files_if_no_other_machine_used_the_copy(machine, copy):

@@ -4,6 +4,8 @@ import collections
 import dataclasses
 import json
 import math
+import types
+from unittest import mock
 
 import jax
 import jax.monitoring
@@ -13,6 +15,7 @@ import pytest
 from conftest import require_cpu
 
 from cnn_jax.data import augment
+from cnn_jax.data.pipeline import Loader
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
@@ -114,6 +117,21 @@ def test_images_are_unpacked_unchanged(image_size):
 def test_packing_copies_no_images_of_the_usual_sizes():
     images = np.zeros((2, 32, 32, 3), np.uint8)
     assert np.shares_memory(programs.pack(images), images)
+
+
+@pytest.mark.parametrize("count", [1, 4, 11])
+def test_a_data_set_is_sent_to_the_devices_in_pieces(monkeypatch, count):
+    """A piece has four images of 5 x 7 pixels."""
+    images = np.random.default_rng(0).integers(0, 256, (count, 5, 7, 3), np.uint8)
+    expected, pack, sizes = programs.pack(images), programs.pack, []
+    monkeypatch.setattr(programs, "pack", lambda piece: sizes.append(len(piece)) or pack(piece))
+    monkeypatch.setattr(programs, "_PIECE_BYTES", 4 * images[0].nbytes)
+    loader = mock.Mock(spec=Loader, on_device=True, pixels=images)
+    layout = sharding.Layout(sharding.make_mesh(), 8)
+    sent = programs.Programs.send_pixels(types.SimpleNamespace(layout=layout), loader)
+    np.testing.assert_array_equal(sent, expected)
+    assert sent.sharding == layout.replicated
+    assert max(sizes) == min(count, 4)
 
 
 def _explain(message):
