@@ -53,7 +53,7 @@ def make_router(service: Service) -> APIRouter:
     async def feedback(request: Request) -> JSONResponse:
         """The answer is sent after the feedback was written to the request log."""
         async with service.body(request) as body:
-            given = _parse(body)
+            given = await service.parse(lambda: _parse(body), request)
         if service.request_log is None:
             message = "there is no request log; start the server with --request_log"
             raise Refused(404, "no_log", message)

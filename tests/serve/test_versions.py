@@ -33,7 +33,7 @@ from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry.registry import Registry
 from cnn_jax.serve import loader as loader_module
 from cnn_jax.serve.engine import Engine
-from cnn_jax.serve.limits import Limits
+from cnn_jax.serve.limits import Limits, Refused
 from cnn_jax.serve.loader import BundleSource, DesiredState, Loader, Source
 from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.service import AVAILABLE, END, LOADING, Models, Service
@@ -487,6 +487,84 @@ def test_a_failing_source_is_read_again(caplog):
 
     asyncio.run(run())
     assert "cannot read the registry" in caplog.text
+
+
+def test_another_alias_does_not_replace_a_default_version_that_is_not_loaded(monkeypatch):
+    monkeypatch.setattr(loader_module, "make_version", make_fake_version)
+    monkeypatch.setattr(loader_module, "_FIRST_RETRY", 0.05)
+    is_damaged = True
+
+    class Damaged(Source):
+        def desired(self):
+            aliases = {"champion": 1, "challenger": 2}
+            return {"shapes": DesiredState({1: "1", 2: "2"}, aliases)}
+
+        def open(self, model, number):
+            if number == 1 and is_damaged:
+                raise BundleError("it is damaged")
+
+    async def run():
+        nonlocal is_damaged
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+        models = service.models
+        loader = Loader(service, Damaged(), (1,), poll=0.01)
+        following = asyncio.ensure_future(loader.follow())
+        while not models.loaded("shapes"):
+            await asyncio.sleep(0.01)
+        assert not models.is_ready()
+        with pytest.raises(Refused, match="shapes is not ready"):
+            models.find()
+        assert models.find(alias="challenger").number == 2
+        assert models.aliases("shapes") == {"challenger": 2}
+        is_damaged = False
+        while not models.is_ready():
+            await asyncio.sleep(0.01)
+        assert models.find().number == models.find(alias="champion").number == 1
+        assert models.default_alias("shapes") == "champion"
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_the_time_until_a_retry_is_limited():
+    service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+    loader = Loader(service, BundleSource.__new__(BundleSource), (1,))
+    key = "shapes", 1, "1"
+    waits = []
+    for _ in range(1_100):  # 2**1024 is no float.
+        loader._fail(key, BundleError("it is damaged"))
+        wait, retry_at = loader._failures[key]
+        assert retry_at - time.monotonic() == pytest.approx(wait, abs=1.0)
+        waits.append(wait)
+    assert waits[:7] == [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0]
+    assert set(waits[7:]) == {300.0}
+
+
+def test_a_repaired_version_that_is_wanted_again_is_loaded_at_once(monkeypatch):
+    monkeypatch.setattr(loader_module, "make_version", make_fake_version)
+    monkeypatch.setattr(loader_module, "_FIRST_RETRY", 300.0)
+    wanted, damaged = [1], {2}
+
+    class Damaged(Source):
+        def desired(self):
+            return {"shapes": DesiredState({wanted[0]: "digest"}, {"champion": wanted[0]})}
+
+        def open(self, model, number):
+            if number in damaged:
+                raise BundleError("it is damaged")
+
+    async def run():
+        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+        loader = Loader(service, Damaged(), (1,), poll=0.01)
+        for wanted[0], expected in ((1, 1), (2, 1), (1, 1)):
+            await loader.synchronize()
+            assert service.models.default("shapes").number == expected
+        damaged.clear()
+        wanted[0] = 2
+        await loader.synchronize()
+        assert service.models.default("shapes").number == 2
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_broken_new_model_does_not_affect_others(serve, registry, tmp_path):
