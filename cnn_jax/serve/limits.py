@@ -33,6 +33,20 @@ class Limits:
         """Maximum number of pixels of a request's images, because a client may use only half."""
         return self.all_pixels // 2
 
+    def check_count(self, images: int, explain: bool = False) -> None:
+        """Checks the number of images in a request, which may ask for explanation maps.
+
+        Raises:
+          Refused: There are too many images, or none.
+        """
+        if not images:
+            raise Refused(400, "no_image", "there is no image in the request")
+        limit = self.explained if explain else self.images
+        if images > limit:
+            kind = "images with maps" if explain else "images"
+            message = f"a request may have at most {limit} {kind}, not {images:,}"
+            raise Refused(413, "too_many", message)
+
 
 class Refused(Exception):  # noqa: N818 (the client's error, not the server's)
     """Raised if the server refuses a request; the client receives this error.

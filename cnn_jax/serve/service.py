@@ -335,13 +335,7 @@ class Service:
           Overloaded: Too many images are in flight.
           DeadlineExceeded: The deadline passed before all images were computed.
         """
-        if not images:
-            raise Refused(400, "no_image", "there is no image in the request")
-        limit = self.limits.explained if explain else self.limits.images
-        if len(images) > limit:
-            kind = "images with maps" if explain else "images"
-            message = f"a request may have at most {limit} {kind}, not {len(images)}"
-            raise Refused(413, "too_many", message)
+        self.limits.check_count(len(images), explain)
         program = version.explain_program if explain else version.predict_program
         if program is None:
             message = f"{version.model}, version {version.number} is an exported model without maps"
