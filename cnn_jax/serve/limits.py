@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterator
 
+import pydantic
 from starlette.requests import Request
 from starlette.types import Receive
 
@@ -88,6 +89,12 @@ def check_query(request: Request, known: Collection[str] = ()) -> None:
             raise Refused(400, "parameter", f"the parameter {name} is given more than once")
 
 
+def first_problem(error: pydantic.ValidationError) -> str:
+    """Returns the name and the problem of the first invalid field of a request."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 class Bodies:
     """Reads the bodies of requests, and limits the total size of all bodies in memory."""
 
@@ -126,11 +133,8 @@ class Bodies:
                     _extend(pause, deadline)
                     async for part in _parts(receive):
                         self._check_size(size + len(part))
-                        if not self._quota.fits(client, len(part)):
-                            message = "the requests in flight are too large; try again in 1 s"
-                            raise Refused(429, "busy", message, retry_after="1")
+                        self._add(len(part), client)
                         size += len(part)
-                        self._quota.add(client, len(part))
                         parts.append(part)
                         _extend(pause, deadline)
             except TimeoutError as error:
@@ -144,6 +148,25 @@ class Bodies:
             yield body
         finally:
             self._quota.add(client, -size)
+
+    @contextlib.contextmanager
+    def hold(self, size: int, client: str) -> Iterator[None]:
+        """Counts a body that is kept after its request towards the total until the context ends.
+
+        Raises:
+          Refused: The total size of the bodies would be too large.
+        """
+        self._add(size, client)
+        try:
+            yield
+        finally:
+            self._quota.add(client, -size)
+
+    def _add(self, size: int, client: str) -> None:
+        if not self._quota.fits(client, size):
+            message = "the requests in flight are too large; try again in 1 s"
+            raise Refused(429, "busy", message, retry_after="1")
+        self._quota.add(client, size)
 
     def _check_size(self, size: int) -> None:
         if size > (limit := self._limits.body_bytes):
