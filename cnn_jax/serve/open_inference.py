@@ -217,17 +217,24 @@ def _images(
         raise Refused(400, "json", message)
     if data is not None and binary:
         raise Refused(400, "json", 'the tensor has both "data" and bytes after the JSON')
-    is_binary = data is None and binary is not None
-    if not is_binary and not isinstance(data, list):
+    if data is None and binary is not None:
+        if kind == "UINT8":
+            return list(_pixels(shape, np.frombuffer(binary, np.uint8), limits))
+        elements = _elements(binary, limits)
+        _check_files(shape, len(elements), limits)
+        return elements
+    if not isinstance(data, list):
         raise Refused(400, "json", '"data" must be a list')
     if kind == "UINT8":
-        levels = np.frombuffer(binary, np.uint8) if is_binary else parse_grey_levels(data)
-        return list(_pixels(shape, levels, limits))
-    files = _elements(binary, limits) if is_binary else data
-    if shape not in ([len(files)], [len(files), 1]):
-        raise Refused(400, "json", f'"shape" must be [{len(files)}], the number of images')
-    limits.check_count(len(files))
-    return files if is_binary else [decode_base64(image) for image in files]
+        return list(_pixels(shape, parse_grey_levels(data), limits))
+    _check_files(shape, len(data), limits)
+    return [decode_base64(image) for image in data]
+
+
+def _check_files(shape: Sequence[int], count: int, limits: Limits) -> None:
+    if shape not in ([count], [count, 1]):
+        raise Refused(400, "json", f'"shape" must be [{count}], the number of images')
+    limits.check_count(count)
 
 
 def _elements(binary: bytes, limits: Limits) -> list[bytes | np.ndarray]:

@@ -387,7 +387,7 @@ class Service:
         ids = {**ids, "request_id": new_request_id(), "arm": arm, "shadow_of": ids["request_id"]}
         deadline = time.monotonic() + self.limits.seconds
         program = challenger.predict_program
-        size = sum(memoryview(image).nbytes for image in images)
+        size = sum(len(one) if isinstance(one, bytes) else one.nbytes for one in images)
         try:
             with challenger.hold(), self._bodies.hold(size, _SHADOW):
                 results = await self._compute(

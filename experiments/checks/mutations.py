@@ -385,7 +385,7 @@ MUTATIONS = [
     ("data/request_log.py", "view = view[os.write(self._descriptor, view) :]", "view = view[: os.write(self._descriptor, view) and 0]", "serve/test_request_log.py"),
     ("data/request_log.py", "os.ftruncate(self._descriptor, self._bytes)", "pass", "serve/test_request_log.py"),
     ("data/request_log.py", "and not self.path.exists():", "and False:", "serve/test_request_log.py"),
-    ("serve/engine.py", "if not w.request.future.done())", ")", "serve/test_engine.py"),
+    ("serve/engine.py", "if not w.request.future.done()", "", "serve/test_engine.py"),
     ("serve/engine.py", "request.missing -= 1", "request.missing = 0", "serve/test_engine.py"),
     ("serve/engine.py", "            del batch  #", "            #", "serve/test_engine.py"),
     ("serve/engine.py", "self._last = weakref.ref(program)", "self._last = lambda: program", "serve/test_engine.py"),
