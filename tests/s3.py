@@ -13,7 +13,10 @@ BUCKET = "bucket"
 
 @contextlib.contextmanager
 def s3_service():
-    """Starts an S3 service with an empty bucket in a new process; yields options for obstore."""
+    """Starts an S3 service in a new process, with an empty bucket.
+
+    Yields the environment variables of its clients.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -24,10 +27,10 @@ def s3_service():
             _wait_for(f"{url}/moto-api/", process)
             urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"))
             yield {
-                "access_key_id": "key",
-                "secret_access_key": "secret",
-                "endpoint": url,
-                "region": "us-east-1",
+                "AWS_ACCESS_KEY_ID": "key",
+                "AWS_SECRET_ACCESS_KEY": "secret",
+                "AWS_ENDPOINT_URL": url,
+                "AWS_REGION": "us-east-1",
             }
         finally:
             process.kill()

@@ -436,42 +436,41 @@ def _table(rows: Sequence[Mapping[str, str]], width: int | None) -> str:
     text = ["  ".join(line[name].ljust(widths[name]) for name in names).rstrip() for line in lines]
     if width is None or max(map(len, text)) <= width:
         return "\n".join(text)
-    return "\n\n".join(_facts(list(row.items()), width) for row in rows)
+    return "\n\n".join(_facts(row, width) for row in rows)
 
 
-def _facts(facts: Sequence[tuple[str, str]], width: int | None) -> str:
+def _facts(facts: Mapping[str, str], width: int | None) -> str:
     """Formats names and descriptions as two aligned columns, wrapped to a width."""
-    indent = max(len(name) for name, _ in facts) + 2
-    return "\n".join(align(dict(facts), width, indent))
+    return "\n".join(align(facts, width, max(map(len, facts)) + 2))
 
 
 def _describe_model(model: Model, width: int | None) -> str:
     """Formats a model's name and the history of each alias, latest version first."""
-    aliases = [
-        (f"@{alias}", " <- ".join(map(str, reversed(history))))
+    aliases = {
+        f"@{alias}": " <- ".join(map(str, reversed(history)))
         for alias, history in sorted(model.aliases.items())
-    ]
-    return _facts([("model", model.name), *aliases], width)
+    }
+    return _facts({"model": model.name, **aliases}, width)
 
 
 def _describe(model: Model, version: Version, url: str, width: int | None) -> str:
     """Returns the description of a version that `show` prints."""
     bundle = version.bundle
-    facts = [
-        ("version", str(version)),
-        ("aliases", ", ".join(model.version_aliases(version.number)) or "-"),
-        ("added", f"{version.time} by {_author(version)}"),
-        ("note", printable(version.note) or "-"),
-        ("classes", str(bundle.classes)),
-        ("pixels", _pixels(version)),
-        ("size", _size(version)),
-        ("digest", bundle.digest),
-        ("data", printable(bundle.fingerprint) or "-"),
-        ("bundle", printable(f"{url}/{bundle.path}")),
-    ]
+    facts = {
+        "version": str(version),
+        "aliases": ", ".join(model.version_aliases(version.number)) or "-",
+        "added": f"{version.time} by {_author(version)}",
+        "note": printable(version.note) or "-",
+        "classes": str(bundle.classes),
+        "pixels": _pixels(version),
+        "size": _size(version),
+        "digest": bundle.digest,
+        "data": printable(bundle.fingerprint) or "-",
+        "bundle": printable(f"{url}/{bundle.path}"),
+    }
     for split, metrics in bundle.metrics.items():
         text = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-        facts.append((printable(split), printable(text)))
+        facts[printable(split)] = printable(text)
     return _facts(facts, width)
 
 

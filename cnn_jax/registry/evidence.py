@@ -83,11 +83,10 @@ def compare_with_history(
     candidate: Version,
     alias: str,
     source: str,
+    dataset: Dataset,
     margin: float,
     earlier: Sequence[int] = (),
     track: Track = no_track,
-    *,
-    dataset: Dataset | None = None,
 ) -> Evidence:
     """Compares a version with the version of an alias, and with the best of earlier versions.
 
@@ -103,10 +102,10 @@ def compare_with_history(
       candidate: The version to promote.
       alias: An alias.
       source: The name of a source.
+      dataset: The source, divided as the training data of the candidate.
       margin: The difference in accuracy that is still accepted, above 0 and below 1.
       earlier: The numbers of the earlier versions.
       track: Shows progress.
-      dataset: The source, divided as the training data of the candidate; opened if it is None.
 
     Returns:
       The comparison with the version of the alias. Its field `best` is the comparison with the best
@@ -116,10 +115,7 @@ def compare_with_history(
       NotComparedError: The version of the alias cannot predict the images.
       UserError: See `compare_versions`.
     """
-    if dataset is None:
-        opened = _open(registry, candidate, source, "test", track)
-    else:
-        opened = _load(registry, candidate), dataset
+    opened = _load(registry, candidate), dataset
     new = _measure(candidate, *opened, "test", track, warn=False)
     current = registry.resolve(candidate.model, alias)
     found = {}

@@ -94,19 +94,16 @@ class Registry:
       url: The location of the registry for messages: without passwords, and in one line.
     """
 
-    def __init__(
-        self, url: str | os.PathLike[str], options: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, url: str | os.PathLike[str]) -> None:
         """Creates the object for a registry, without reading or writing files.
 
         Args:
           url: A folder, or a URL such as s3://BUCKET/PATH.
-          options: The configuration of obstore for this store, such as {"endpoint": ...}.
 
         Raises:
           ConfigError: The URL is invalid.
         """
-        self._store = Store(url, options)
+        self._store = Store(url)
         self.url = self._store.url
         self._lock = threading.RLock()
         self._identity: bytes | None = None

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -54,8 +54,6 @@ _CLIENT = {
 # No request is sent again after this time, so that an operation on a store that never answers fails
 # after less than a minute.
 _RETRY = {"retry_timeout": datetime.timedelta(seconds=30)}
-_KEYS = {"access_key_id", "AWS_ACCESS_KEY_ID"}
-
 
 _Result = TypeVar("_Result")
 
@@ -79,17 +77,11 @@ class Store:
       url: The location of the registry for messages: without passwords, and in one line.
     """
 
-    def __init__(
-        self,
-        url: str | os.PathLike[str],
-        options: Mapping[str, Any] | None = None,
-        flag: str = "--registry",
-    ) -> None:
+    def __init__(self, url: str | os.PathLike[str], flag: str = "--registry") -> None:
         """Creates the object without reading or writing files.
 
         Args:
           url: A folder, or a URL such as s3://BUCKET/PATH, gs://BUCKET/PATH or az://CONTAINER/PATH.
-          options: The configuration of obstore for this store, such as {"endpoint": ...}.
           flag: The flag that names the store, for messages.
 
         Raises:
@@ -111,12 +103,10 @@ class Store:
             )
         if "?" in rest or "#" in rest:
             raise ConfigError(f"{flag}: {self.url}: must not contain ? or #")
-        names = {*(options or {}), *os.environ}
-        needs_profile = protocol.startswith("s3") and not names & _KEYS
+        needs_profile = protocol.startswith("s3") and "AWS_ACCESS_KEY_ID" not in os.environ
         try:
             self._files = from_url(
                 url,
-                config=dict(options or {}),  # type: ignore[arg-type]
                 client_options=_CLIENT,  # type: ignore[arg-type]
                 retry_config=_RETRY,  # type: ignore[arg-type]
                 credential_provider=_aws_profile() if needs_profile else None,

@@ -566,10 +566,10 @@ class _Pass:
                     version,
                     CHAMPION,
                     config.data.source,
+                    data,
                     attempt.record["margin"],
                     self._earlier_champions(version),
                     self.console.track,
-                    dataset=data,
                 )
             except NotComparedError as error:
                 return self._end(attempt, REFUSED, str(error), version=version.number)

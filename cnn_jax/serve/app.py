@@ -126,16 +126,12 @@ def _make_app(**options: Any) -> FastAPI:
         redirect_slashes=False,
         **options,
     )
-    _add_error_handlers(app)
-    return app
-
-
-def _add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(Refused, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnected, _client_disconnected)
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _invalid_parameter)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _internal_error)
+    return app
 
 
 async def _refuse_query(request: Request) -> None:

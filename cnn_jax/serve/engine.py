@@ -377,16 +377,15 @@ class Engine:
         program = self._waiting[0].request.program
         end = self._waiting[0].decode_end + self._max_wait
         while True:
-            self._drop_cancelled()
+            # Drop the images of requests that were cancelled or have timed out.
+            self._waiting = collections.deque(
+                w for w in self._waiting if not w.request.future.done()
+            )
             count = sum(image.request.program is program for image in self._waiting)
             left = end - time.monotonic()
             if self._is_closing or left <= 0 or not count or count >= program.largest_size:
                 return
             self._changed.wait(left)
-
-    def _drop_cancelled(self) -> None:
-        """Removes the images of requests that were cancelled or have timed out."""
-        self._waiting = collections.deque(w for w in self._waiting if not w.request.future.done())
 
     def _compute(self, batch: Sequence[_DecodedImage]) -> None:
         """Runs the program on a batch, and sends the results to the event loop."""
@@ -394,7 +393,8 @@ class Engine:
         try:
             results = self._run(batch)
         except Exception as error:  # Catch every error, because the compute thread must continue.
-            self._loop.call_soon_threadsafe(_fail_all, batch, error)
+            for image in batch:
+                self._loop.call_soon_threadsafe(_fail, image.request, error)
             return
         finally:
             self._computing_since = None
@@ -465,11 +465,6 @@ def _set_result(request: _Request, index: int, result: Computed | DataError) -> 
     request.missing -= 1
     if not request.missing and not request.future.done():
         request.future.set_result(request.results)
-
-
-def _fail_all(batch: Sequence[_DecodedImage], error: Exception) -> None:
-    for image in batch:
-        _fail(image.request, error)
 
 
 def _fail(request: _Request, error: Exception) -> None:

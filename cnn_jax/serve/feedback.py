@@ -5,9 +5,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cnn_jax.serve.engine import ending_at
 from cnn_jax.serve.images import parse_json
-from cnn_jax.serve.limits import Refused
+from cnn_jax.serve.limits import Refused, first_problem
 from cnn_jax.serve.responses import JSONResponse
 from cnn_jax.serve.service import Service
+
+_MAX_BYTES = 10_000
 
 
 class Feedback(BaseModel):
@@ -66,12 +68,12 @@ def make_router(service: Service) -> APIRouter:
 
 
 def _parse(body: bytes) -> Feedback:
+    if len(body) > _MAX_BYTES:  # The event loop would wait until a large body is parsed.
+        raise Refused(413, "too_large", f"feedback may have at most {_MAX_BYTES:,} bytes")
     try:
         given = Feedback.model_validate(parse_json(body), strict=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        raise Refused(400, "json", f"{name}: {first['msg']}") from error
+        raise Refused(400, "json", first_problem(error)) from error
     if given.label is None and given.reward is None:
         raise Refused(400, "json", 'the feedback needs "label" or "reward"')
     return given

@@ -2,7 +2,7 @@
 
 This module changes the following behaviour of uvicorn:
 - It waits forever for the end of a request's headers, and for a client that does not read.
-- It stores headers and trailers of any size.
+- It stores headers and trailers of any size, and any number of requests on a connection.
 - When it refuses a request, it closes the connection even if the client is still sending. Then the
   client cannot read the error.
 - It skips the body of a request with an Upgrade header.
@@ -43,6 +43,9 @@ _LINGER_BYTES = 32_000_000
 # Maximum number of connections. Beyond this number, the server aborts a connection that is idle, or
 # whose client has paused for _STALLED_SECONDS seconds in the middle of a request.
 _MAX_CONNECTIONS, _STALLED_SECONDS = 1_000, 1.0
+# Maximum number of requests that may wait on a connection until an earlier one is answered. Without
+# the limit, one packet of 256 kB could contain 14,000 requests, which need 30 MB.
+_MAX_PIPELINED = 100
 
 
 class _Parser:
@@ -163,6 +166,8 @@ class _Protocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > _MAX_HEADER_BYTES:  # All headers arrived at once.
             raise httptools.HttpParserError("the headers are too long")
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            raise httptools.HttpParserError("too many requests wait on this connection")
         self._is_in_headers = False
         self._has_progress = True
         self._stop_timer()

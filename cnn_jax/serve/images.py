@@ -45,15 +45,14 @@ def read_images(body: bytes, content_type: str, limits: Limits) -> list[Part]:
     """
     kind, options = parse_options_header(content_type)
     if kind == b"multipart/form-data":
-        parts = _parse_form(body, options.get(b"boundary", b""), limits.images)
+        parts = _parse_form(body, options.get(b"boundary", b""), limits)
     else:
         parts = [Part("0", body)] if body else []
-    if not parts:
-        raise Refused(400, "no_image", "there is no image in the request")
+    limits.check_count(len(parts))
     return parts
 
 
-def _parse_form(body: bytes, boundary: bytes, max_files: int) -> list[Part]:
+def _parse_form(body: bytes, boundary: bytes, limits: Limits) -> list[Part]:
     """Parses a form, and returns the files that the form contains.
 
     Raises:
@@ -71,10 +70,11 @@ def _parse_form(body: bytes, boundary: bytes, max_files: int) -> list[Part]:
         name = (file.file_name or b"").decode("utf-8", "replace")[:_MAX_NAME_CHARACTERS]
         if name or content:
             parts.append(Part(name or str(len(parts)), content))
-        else:
-            num_empty += 1
-        if len(parts) > max_files or num_empty > _MAX_EMPTY_PARTS:
-            raise Refused(413, "too_many", f"a request may have at most {max_files} images")
+            limits.check_count(len(parts))
+            return
+        num_empty += 1
+        if num_empty > _MAX_EMPTY_PARTS:
+            raise Refused(413, "too_many", "the form has too many empty parts")
 
     def refuse_field(field: Field) -> None:
         # The client may have meant an image or a query parameter.

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Iterator
 
+import pydantic
 from starlette.requests import Request
 from starlette.types import Receive
 
@@ -32,6 +33,20 @@ class Limits:
     def request_pixels(self) -> int:
         """Maximum number of pixels of a request's images, because a client may use only half."""
         return self.all_pixels // 2
+
+    def check_count(self, images: int, explain: bool = False) -> None:
+        """Checks the number of images in a request, which may ask for explanation maps.
+
+        Raises:
+          Refused: There are too many images, or none.
+        """
+        if not images:
+            raise Refused(400, "no_image", "there is no image in the request")
+        limit = self.explained if explain else self.images
+        if images > limit:
+            kind = "images with maps" if explain else "images"
+            message = f"a request may have at most {limit} {kind}, not {images:,}"
+            raise Refused(413, "too_many", message)
 
 
 class Refused(Exception):  # noqa: N818 (the client's error, not the server's)
@@ -74,6 +89,12 @@ def check_query(request: Request, known: Collection[str] = ()) -> None:
             raise Refused(400, "parameter", f"the parameter {name} is given more than once")
 
 
+def first_problem(error: pydantic.ValidationError) -> str:
+    """Returns the name and the problem of the first invalid field of a request."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+
+
 class Bodies:
     """Reads the bodies of requests, and limits the total size of all bodies in memory."""
 
@@ -112,11 +133,8 @@ class Bodies:
                     _extend(pause, deadline)
                     async for part in _parts(receive):
                         self._check_size(size + len(part))
-                        if not self._quota.fits(client, len(part)):
-                            message = "the requests in flight are too large; try again in 1 s"
-                            raise Refused(429, "busy", message, retry_after="1")
+                        self._add(len(part), client)
                         size += len(part)
-                        self._quota.add(client, len(part))
                         parts.append(part)
                         _extend(pause, deadline)
             except TimeoutError as error:
@@ -130,6 +148,25 @@ class Bodies:
             yield body
         finally:
             self._quota.add(client, -size)
+
+    @contextlib.contextmanager
+    def hold(self, size: int, client: str) -> Iterator[None]:
+        """Counts a body that is kept after its request towards the total until the context ends.
+
+        Raises:
+          Refused: The total size of the bodies would be too large.
+        """
+        self._add(size, client)
+        try:
+            yield
+        finally:
+            self._quota.add(client, -size)
+
+    def _add(self, size: int, client: str) -> None:
+        if not self._quota.fits(client, size):
+            message = "the requests in flight are too large; try again in 1 s"
+            raise Refused(429, "busy", message, retry_after="1")
+        self._quota.add(client, size)
 
     def _check_size(self, size: int) -> None:
         if size > (limit := self._limits.body_bytes):

@@ -241,9 +241,8 @@ class Loader:
         service.metrics.hanging_loads.set_function(
             lambda: sum(load.is_late for load in list(self._loads.values()))
         )
-        # The number of failures and the time of the next retry, for each version that could not be
-        # loaded.
-        self._failures: dict[_Key, tuple[int, float]] = {}
+        # The seconds until the next retry, and its time, for each version that could not be loaded.
+        self._failures: dict[_Key, tuple[float, float]] = {}
         self._has_synchronized = False
         self.problem = ""
         self.is_settled = False
@@ -288,17 +287,25 @@ class Loader:
             await asyncio.wait(running, timeout=self._pause(), return_when=asyncio.FIRST_COMPLETED)
 
     def _apply(self, desired: Mapping[str, DesiredState]) -> None:
-        """Moves aliases, unloads versions, and marks loads that are no longer wanted."""
+        """Moves aliases, unloads versions, and marks the loads that are no longer wanted."""
         self._remove_models(desired)
         for model, state in desired.items():
             self._service.models.add_model(model, is_required=not self._has_synchronized)
             self._update_aliases(model, state)
             self._unload(model, state.versions)
         self._has_synchronized = True
+        wanted = {
+            (model, number, digest_)
+            for model, state in desired.items()
+            for number, digest_ in state.versions.items()
+        }
+        # If a version is no longer wanted, forget its failures, because its files may be repaired
+        # before the version is wanted again.
+        kept = wanted | self._loads.keys()
+        self._failures = {key: self._failures[key] for key in kept & self._failures.keys()}
         for key, load in self._loads.items():
-            model, number, digest_ = key
-            was_wanted = load.is_wanted
-            load.is_wanted = model in desired and desired[model].versions.get(number) == digest_
+            model, number, _ = key
+            was_wanted, load.is_wanted = load.is_wanted, key in wanted
             if was_wanted and not load.is_wanted:
                 if model in desired:
                     self._service.models.set_state(model, number, END)
@@ -362,7 +369,7 @@ class Loader:
 
     def _is_due(self, key: _Key) -> bool:
         """Returns whether a load may start: none is running, and it is not too early to retry."""
-        _, retry_at = self._failures.get(key, (0, 0.0))
+        _, retry_at = self._failures.get(key, (0.0, 0.0))
         return key not in self._loads and time.monotonic() >= retry_at
 
     def _update_aliases(self, model: str, state: DesiredState) -> None:
@@ -370,14 +377,14 @@ class Loader:
         models = self._service.models
         loaded = models.loaded(model)
         before = models.aliases(model)
-        # Until the new version of an alias is loaded, the alias still points to the old version.
+        # Until the new version of an alias is loaded, the alias still points to the old version. An
+        # alias without a loaded version stays in the mapping, because the first alias determines
+        # the default version.
         targets = {
-            alias: number if number in loaded else before.get(alias)
+            alias: number if number in loaded else before.get(alias, number)
             for alias, number in state.aliases.items()
         }
-        models.set_aliases(
-            model, {a: number for a, number in targets.items() if number is not None}
-        )
+        models.set_aliases(model, targets)
         models.set_experiment(model, state.experiment)
 
     def _remove_models(self, desired: Mapping[str, DesiredState]) -> None:
@@ -464,9 +471,10 @@ class Loader:
         A late load that fails at last is reported twice, and is counted as one failure.
         """
         model, number, _ = key
-        count = self._failures.get(key, (0, 0.0))[0] + (not is_counted)
-        wait = min(_FIRST_RETRY * 2 ** (count - 1), _MAX_RETRY)
-        self._failures[key] = count, time.monotonic() + wait
+        wait, _ = self._failures.get(key, (0.0, 0.0))
+        if not is_counted:
+            wait = min(2 * wait, _MAX_RETRY) or _FIRST_RETRY
+        self._failures[key] = wait, time.monotonic() + wait
         self.problem = str(error) if isinstance(error, UserError) else repr(error)
         self._service.models.set_state(model, number, END, _public_message(error))
         self._service.metrics.loads.labels(model, "failed").inc(not is_counted)

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 from fastapi import APIRouter, Query, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from PIL import Image
@@ -19,7 +18,7 @@ from cnn_jax.explain.names import method_named
 from cnn_jax.explain.overlay import draw_overlay
 from cnn_jax.serve.engine import Computed
 from cnn_jax.serve.images import Part, read_images
-from cnn_jax.serve.limits import Refused, cancel_on_disconnect, check_query
+from cnn_jax.serve.limits import Refused, cancel_on_disconnect, check_query, first_problem
 from cnn_jax.serve.responses import JSONResponse
 from cnn_jax.serve.service import Service, image_refusal
 from cnn_jax.system.errors import DataError
@@ -133,15 +132,13 @@ def _query(request: Request) -> PredictQuery:
     """Validates and returns the query parameters of a request.
 
     Raises:
-      Refused: A parameter is not known, or is given twice.
-      RequestValidationError: A value is invalid.
+      Refused: A parameter is not known or is given twice, or its value is invalid.
     """
     check_query(request, PredictQuery.model_fields)
     try:
         return PredictQuery.model_validate(dict(request.query_params))
     except ValidationError as error:
-        errors = [{**item, "loc": ("query", *item["loc"])} for item in error.errors()]
-        raise RequestValidationError(errors) from error
+        raise Refused(400, "parameter", first_problem(error)) from error
 
 
 def make_router(service: Service) -> APIRouter:

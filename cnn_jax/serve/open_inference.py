@@ -18,7 +18,7 @@ from fastapi import APIRouter, Request
 
 import cnn_jax
 from cnn_jax.serve.images import check_range, decode_base64, parse_grey_levels, parse_json
-from cnn_jax.serve.limits import Refused, cancel_on_disconnect
+from cnn_jax.serve.limits import Limits, Refused, cancel_on_disconnect
 from cnn_jax.serve.responses import JSONResponse
 from cnn_jax.serve.service import Service, VersionNumber, probability_rows
 from cnn_jax.serve.versions import Version
@@ -85,7 +85,9 @@ def make_router(service: Service) -> APIRouter:
         async with service.body(request, version) as body:
             length = request.headers.get("inference-header-content-length")
             async with cancel_on_disconnect(request.receive):
-                inference = await service.parse(lambda: _parse(body, length), request)
+                inference = await service.parse(
+                    lambda: _parse(body, length, service.limits), request
+                )
                 answers = await service.answer(version, inference.images, request)
         rows = probability_rows(answers, "image")
         content: dict[str, Any] = {
@@ -155,11 +157,11 @@ class _Inference:
     id: str | None  # The client's id of the request, which the answer repeats.
 
 
-def _parse(body: bytes, json_length: str | None) -> _Inference:
+def _parse(body: bytes, json_length: str | None, limits: Limits) -> _Inference:
     """Parses the body of a request, of which the first `json_length` bytes (None: all) are JSON.
 
     Raises:
-      Refused: The body is not a request of this protocol.
+      Refused: The body is not a request of this protocol, or has too many images.
     """
     binary = None
     if json_length is not None:
@@ -173,7 +175,7 @@ def _parse(body: bytes, json_length: str | None) -> _Inference:
     inputs = fields.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
         raise Refused(400, "json", '"inputs" must be a list of one tensor')
-    images = _images(inputs[0], binary)
+    images = _images(inputs[0], binary, limits)
     return _Inference(images, _requested_outputs(fields.get("outputs")), request_id)
 
 
@@ -189,15 +191,18 @@ def _requested_outputs(outputs: Any) -> frozenset[str]:
     return frozenset(one["name"] for one in outputs)
 
 
-def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.ndarray]:
+def _images(
+    tensor: dict[str, Any], binary: bytes | None, limits: Limits
+) -> list[bytes | np.ndarray]:
     """Returns the images in the input tensor.
 
     Args:
       tensor: The JSON description of the tensor.
       binary: The bytes after the JSON; None if the request has no binary part.
+      limits: The limits of a request.
 
     Raises:
-      Refused: The tensor does not contain images.
+      Refused: The tensor does not contain images, or contains too many.
     """
     if tensor.get("name", _INPUT) != _INPUT:
         raise Refused(400, "json", f"the only input is {_INPUT}")
@@ -214,23 +219,26 @@ def _images(tensor: dict[str, Any], binary: bytes | None) -> list[bytes | np.nda
         raise Refused(400, "json", 'the tensor has both "data" and bytes after the JSON')
     if data is None and binary is not None:
         if kind == "UINT8":
-            return list(_pixels(shape, np.frombuffer(binary, np.uint8)))
-        return _files(shape, _elements(binary))
+            return list(_pixels(shape, np.frombuffer(binary, np.uint8), limits))
+        elements = _elements(binary, limits)
+        _check_files(shape, len(elements), limits)
+        return elements
     if not isinstance(data, list):
         raise Refused(400, "json", '"data" must be a list')
     if kind == "UINT8":
-        return list(_pixels(shape, parse_grey_levels(data)))
-    return _files(shape, [decode_base64(image) for image in data])
+        return list(_pixels(shape, parse_grey_levels(data), limits))
+    _check_files(shape, len(data), limits)
+    return [decode_base64(image) for image in data]
 
 
-def _files(shape: Sequence[int], files: list[bytes]) -> list[bytes | np.ndarray]:
-    if shape not in ([len(files)], [len(files), 1]):
-        raise Refused(400, "json", f'"shape" must be [{len(files)}], the number of images')
-    return list(files)
+def _check_files(shape: Sequence[int], count: int, limits: Limits) -> None:
+    if shape not in ([count], [count, 1]):
+        raise Refused(400, "json", f'"shape" must be [{count}], the number of images')
+    limits.check_count(count)
 
 
-def _elements(binary: bytes) -> list[bytes]:
-    """Splits bytes into elements; 4 little-endian bytes before each element give its length."""
+def _elements(binary: bytes, limits: Limits) -> list[bytes | np.ndarray]:
+    """Splits bytes into files; 4 little-endian bytes before each file give its length."""
     elements, start = [], 0
     while start < len(binary):
         length = int.from_bytes(binary[start : start + 4], "little")
@@ -238,15 +246,17 @@ def _elements(binary: bytes) -> list[bytes]:
         if start + length > len(binary):
             raise Refused(400, "image", "the binary data is shorter than its lengths say")
         elements.append(binary[start : start + length])
+        limits.check_count(len(elements))
         start += length
     return elements
 
 
-def _pixels(shape: Sequence[int], levels: np.ndarray) -> np.ndarray:
+def _pixels(shape: Sequence[int], levels: np.ndarray, limits: Limits) -> np.ndarray:
     """Reshapes pixel values to an array of images, uint8 [images, height, width, 3].
 
     Raises:
-      Refused: The shape does not fit, or the largest grey level of an image is 1.
+      Refused: The shape does not fit, there are too many images, or the largest grey level of an
+        image is 1.
     """
     if len(shape) != 4 or shape[3] != 3:
         raise Refused(400, "json", '"shape" must be [images, height, width, 3]')
@@ -254,6 +264,7 @@ def _pixels(shape: Sequence[int], levels: np.ndarray) -> np.ndarray:
     if levels.size != math.prod(shape):
         message = f'"shape" does not match the number of values, which is {levels.size}'
         raise Refused(400, "image", message)
+    limits.check_count(shape[0])
     images = levels.reshape(shape)
     for image in images:
         check_range(image)

@@ -44,7 +44,12 @@ def make_router(service: Service, app: FastAPI) -> APIRouter:
 
     @router.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        content = _render("docs.html", groups=_routes_by_tag(app))
+        routes = [
+            {"method": method.upper(), "path": path, **route}
+            for path, methods in app.openapi()["paths"].items()
+            for method, route in methods.items()
+        ]
+        content = _render("docs.html", routes=routes)
         policy = _POLICY.format(script="'none'")
         return HTMLResponse(content, headers={"content-security-policy": policy})
 
@@ -98,28 +103,3 @@ def _describe(service: Service, model: str) -> dict[str, Any]:
         "aliases": models.aliases(model),
         "versions": versions,
     }
-
-
-def _routes_by_tag(app: FastAPI) -> dict[str, list[dict[str, Any]]]:
-    """Returns the descriptions of all routes, grouped by tag, from the OpenAPI schema."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for path, methods in app.openapi()["paths"].items():
-        for method, route in methods.items():
-            parameters = [
-                {
-                    "name": parameter["name"],
-                    "location": parameter["in"],
-                    "description": parameter.get("description", ""),
-                }
-                for parameter in route.get("parameters", ())
-            ]
-            described = {
-                "method": method.upper(),
-                "path": path,
-                "summary": route.get("summary", ""),
-                "description": route.get("description", ""),
-                "parameters": parameters,
-                "bodies": list(route.get("requestBody", {}).get("content", ())),
-            }
-            groups.setdefault(route.get("tags", ["other"])[0], []).append(described)
-    return groups

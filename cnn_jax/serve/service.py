@@ -12,9 +12,8 @@ import numpy as np
 from fastapi import Path, Request
 
 from cnn_jax.data import decode
-from cnn_jax.data.decode import Pixels
 from cnn_jax.registry.split import CHALLENGER_ARM, CHAMPION_ARM, Experiment
-from cnn_jax.serve.engine import Computed, DeadlineExceeded, Engine, Overloaded, Program
+from cnn_jax.serve.engine import Computed, DeadlineExceeded, Engine, Program
 from cnn_jax.serve.image_size import count_pixels
 from cnn_jax.serve.limits import Bodies, Limits, Refused
 from cnn_jax.serve.metrics import ServerMetrics
@@ -48,11 +47,9 @@ class Models:
         # The version of a model's first alias is the default version of the model.
         self._aliases: dict[str, dict[str, int]] = {}
         self._experiments: dict[str, Experiment | None] = {}
-        # The (state, problem) of each version, by model and number. The problem says why a version
-        # could not be loaded; "" means that there is no problem.
-        self._states: dict[str, dict[int, tuple[str, str]]] = {}
-        # The start time of each load that is running, by (model, number).
-        self._load_starts: dict[tuple[str, int], float] = {}
+        # The state of each version, by model and number: the state, the problem, and when the state
+        # began. The problem says why a version could not be loaded; "" means that there is none.
+        self._states: dict[str, dict[int, tuple[str, str, float]]] = {}
         # The models that must be ready before the server counts as ready.
         self._required: set[str] = set()
 
@@ -70,8 +67,13 @@ class Models:
 
     def loading(self) -> dict[tuple[str, int], float]:
         """Returns for how many seconds each version has been loading."""
-        now = time.monotonic()
-        return {key: now - start for key, start in dict(self._load_starts).items()}
+        # The copies are needed because another thread may call this method.
+        return {
+            (model, number): time.monotonic() - start
+            for model, states in self._states.copy().items()
+            for number, (state, _, start) in states.copy().items()
+            if state == LOADING
+        }
 
     def states(self, model: str) -> dict[int, tuple[str, str]]:
         """Returns (state, problem) by version number, for loaded and recently unloaded versions.
@@ -80,7 +82,7 @@ class Models:
           Refused: The model does not exist.
         """
         self._check(model)
-        return dict(self._states[model])
+        return {number: state[:2] for number, state in self._states[model].items()}
 
     def loaded(self, model: str) -> dict[int, Version]:
         """Returns the loaded versions of a model, by number."""
@@ -114,14 +116,12 @@ class Models:
             (model,) = names
         self._check(model)
         loaded = self._versions.get(model, {})
-        if alias is not None:
-            version = self.aliases(model).get(alias)
-            if version is None:
-                raise Refused(404, "no_version", f"{model} has no version {alias!r} here")
-        if version is not None:
-            if version not in loaded:
-                raise Refused(404, "no_version", f"{model} has no version {version} here")
-            return loaded[version]
+        if version is not None or alias is not None:
+            number = version if alias is None else self.aliases(model).get(alias)
+            if number is None or number not in loaded:
+                name = version if alias is None else alias
+                raise Refused(404, "no_version", f"{model} has no version {name!r} here")
+            return loaded[number]
         default = self.default(model)
         if default is None:
             raise Refused(503, "not_ready", f"{model} is not ready", retry_after="1")
@@ -164,11 +164,8 @@ class Models:
         """Sets the state of a version, and the reason if the version could not be loaded."""
         states = self._states.setdefault(model, {})
         states.pop(number, None)
-        states[number] = state, problem
-        self._load_starts.pop((model, number), None)
-        if state == LOADING:
-            self._load_starts[model, number] = time.monotonic()
-        ended = [number for number, (state, _) in states.items() if state == END]
+        states[number] = state, problem, time.monotonic()
+        ended = [number for number, (state, _, _) in states.items() if state == END]
         for oldest in ended[:-_MAX_ENDED]:
             del states[oldest]
 
@@ -177,8 +174,6 @@ class Models:
         for values in (self._versions, self._aliases, self._states, self._experiments):
             values.pop(model, None)
         self._required.discard(model)
-        for key in [key for key in self._load_starts if key[0] == model]:
-            del self._load_starts[key]
 
     def add_version(self, version: Version) -> None:
         """Makes a loaded version available to requests."""
@@ -335,13 +330,7 @@ class Service:
           Overloaded: Too many images are in flight.
           DeadlineExceeded: The deadline passed before all images were computed.
         """
-        if not images:
-            raise Refused(400, "no_image", "there is no image in the request")
-        limit = self.limits.explained if explain else self.limits.images
-        if len(images) > limit:
-            kind = "images with maps" if explain else "images"
-            message = f"a request may have at most {limit} {kind}, not {len(images)}"
-            raise Refused(413, "too_many", message)
+        self.limits.check_count(len(images), explain)
         program = version.explain_program if explain else version.predict_program
         if program is None:
             message = f"{version.model}, version {version.number} is an exported model without maps"
@@ -376,8 +365,10 @@ class Service:
         client: str,
     ) -> list[Computed | DataError]:
         """Decodes images and runs a program of a version on them, within the limits."""
+        # Refuse a hostile file that has more pixels than its first bytes say, because its decoding
+        # would take more time than the request was admitted for.
         reads = [
-            functools.partial(self._read, version, image, size)
+            functools.partial(version.read, image, max(size, _SMALL_PIXELS))
             for image, size in zip(images, pixels, strict=True)
         ]
         with self.engine.admit(len(images), sum(pixels), client):
@@ -396,15 +387,16 @@ class Service:
         ids = {**ids, "request_id": new_request_id(), "arm": arm, "shadow_of": ids["request_id"]}
         deadline = time.monotonic() + self.limits.seconds
         program = challenger.predict_program
+        size = sum(len(one) if isinstance(one, bytes) else one.nbytes for one in images)
         try:
-            with challenger.hold():
+            with challenger.hold(), self._bodies.hold(size, _SHADOW):
                 results = await self._compute(
                     challenger, program, images, pixels, deadline, _SHADOW
                 )
-        except Overloaded:
-            return  # The server has too many other images; this is no failure of the challenger.
         except DeadlineExceeded:
             self.record_failure(challenger.model, ids, "late")
+        except Refused:
+            return  # The server has too much other work; this is no failure of the challenger.
         except Exception:
             logger.exception("the challenger failed on request %s", ids["shadow_of"])
             self.record_failure(challenger.model, ids, "internal")
@@ -432,14 +424,6 @@ class Service:
             return image.shape[0] * image.shape[1]
         pixels = count_pixels(image)
         return self.limits.pixels if pixels is None else min(pixels, self.limits.pixels)
-
-    def _read(self, version: Version, image: bytes | np.ndarray, pixels: int) -> Pixels:
-        """Decodes and resizes an image on a decoder thread; see `Version.read`."""
-        if isinstance(image, np.ndarray):
-            return version.read(image)
-        # Refuse a hostile file that has more pixels than its first bytes say, because its decoding
-        # would take more time than the request was admitted for.
-        return version.read(image, max_pixels=max(pixels, _SMALL_PIXELS))
 
     def _record(
         self,

@@ -12,7 +12,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 
 from cnn_jax.serve.images import decode_base64, parse_json, parse_pixels
-from cnn_jax.serve.limits import Refused, cancel_on_disconnect
+from cnn_jax.serve.limits import Limits, Refused, cancel_on_disconnect
 from cnn_jax.serve.responses import JSONResponse
 from cnn_jax.serve.service import Service, VersionNumber, probability_rows
 from cnn_jax.serve.versions import Version
@@ -65,7 +65,7 @@ def make_router(service: Service) -> APIRouter:
             service.body(request, version) as body,
             cancel_on_disconnect(request.receive),
         ):
-            images, key = await service.parse(lambda: _images(body), request)
+            images, key = await service.parse(lambda: _images(body, service.limits), request)
             answers = await service.answer(version, images, request)
         rows = probability_rows(answers, "instance")
         return JSONResponse({key: [row.tolist() for row in rows]})
@@ -133,11 +133,11 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-def _images(body: bytes) -> tuple[list[bytes | np.ndarray], str]:
+def _images(body: bytes, limits: Limits) -> tuple[list[bytes | np.ndarray], str]:
     """Returns the images in a request's body, and the key of the predictions in the response.
 
     Raises:
-      Refused: The body is not a request of this protocol.
+      Refused: The body is not a request of this protocol, or has too many images.
     """
     fields = parse_json(body)
     signature = fields.get("signature_name", _SIGNATURE)
@@ -153,6 +153,7 @@ def _images(body: bytes) -> tuple[list[bytes | np.ndarray], str]:
     if not isinstance(instances, list):
         alternative = f', or {{"{_INPUT}": [...]}}' if key == "inputs" else ""
         raise Refused(400, "json", f'"{key}" must be a list of images{alternative}')
+    limits.check_count(len(instances))
     images = [_image(index, instance) for index, instance in enumerate(instances)]
     return images, {"instances": "predictions", "inputs": "outputs"}[key]
 

@@ -70,8 +70,7 @@ class Version:
 
         Args:
           image: The content of an image file, or pixels, uint8 [h, w, 3] or [h, w].
-          max_pixels: The largest number of pixels of an image file, if it is less than the limit of
-            `preprocessing`.
+          max_pixels: A limit on the pixels of the image, below the limit of `preprocessing`.
 
         Raises:
           DataError: The image cannot be used.

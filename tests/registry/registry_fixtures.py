@@ -23,15 +23,17 @@ def bundle(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def s3():
-    """The options with which obstore connects to an S3 service on this machine."""
+    """The environment variables with which obstore connects to an S3 service on this machine."""
     pytest.importorskip("moto", reason="moto is not installed, which plays S3")
-    with s3_service() as options:
-        yield options
+    with s3_service() as variables:
+        yield variables
 
 
 @pytest.fixture(params=["folder", "s3"])
-def place(request, tmp_path):
-    """The URL and the options of a new registry in a folder or on S3."""
+def place(request, tmp_path, monkeypatch):
+    """The URL of a new registry in a folder or on S3."""
     if request.param == "folder":
-        return str(tmp_path / "new" / "registry"), {}
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}", request.getfixturevalue("s3")
+        return str(tmp_path / "new" / "registry")
+    for name, value in request.getfixturevalue("s3").items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from bundles import make_bundle
 
+from cnn_jax.data.dataset import Dataset
 from cnn_jax.inference.bundle import write_bundle
 from cnn_jax.inference.evaluation import labelled_split, open_as_trained, predict_split
 from cnn_jax.inference.predictor import BundlePredictor
@@ -132,6 +133,7 @@ def measured(monkeypatch, results, logged=()):
         return module._Measured(version, is_correct, labels, {*logged} & {*is_correct})
 
     monkeypatch.setattr(module, "_open", lambda *_: (None, None))
+    monkeypatch.setattr(module, "_load", lambda *_: None)
     monkeypatch.setattr(module, "_measure", measure)
 
 
@@ -146,11 +148,12 @@ def test_the_best_version_is_found_on_shared_images(registry, monkeypatch):
     results = {1: first_correct(200, 160), 2: first_correct(200, 165)}
     results[3] = others | first_correct(100, 99)
     measured(monkeypatch, results)
-    candidate = registry.resolve("colours", 2)
-    found = compare_with_history(registry, candidate, "champion", "shapes", 0.1, [3])
+    candidate, dataset = registry.resolve("colours", 2), object.__new__(Dataset)
+    arguments = registry, candidate, "champion", "shapes", dataset, 0.1
+    found = compare_with_history(*arguments, [3])
     assert found.reference == 1
     assert (found.best.reference, found.best.images) == (3, 100)
-    alone = compare_with_history(registry, candidate, "champion", "shapes", 0.1)
+    alone = compare_with_history(*arguments)
     assert alone.best is None
 
 

@@ -14,6 +14,14 @@ import requests
 from conftest import REPOSITORY
 
 
+def until(condition, seconds=30):
+    """Waits until a condition, a function without arguments, is true."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "the condition did not become true"
+        time.sleep(0.02)
+
+
 class Served:
     """A server that runs in a separate process.
 

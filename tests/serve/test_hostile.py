@@ -152,6 +152,25 @@ def test_deep_and_wide_json(server):
     assert peak_megabytes(server) - before < _MOST_MEGABYTES
 
 
+def test_very_many_images_are_refused_before_they_are_converted(server):
+    """To convert six million images would take up to a minute and a gigabyte."""
+    count = 6_000_000
+    before = peak_megabytes(server)
+    heads = [{"datatype": "UINT8", "shape": [count, 1, 1, 3]}]
+    heads.append({"datatype": "BYTES", "shape": [4_500_000]})
+    requests_ = [
+        ("/v2/models/default/infer", json.dumps({"inputs": [head]}).encode(), b"\0" * 3 * count)
+        for head in heads
+    ]
+    instances = b'{"instances": [' + b"[[2]]," * 300_000 + b"[[2]]]}"
+    requests_.append(("/v1/models/default:predict", instances, b""))
+    for path, head, binary in requests_:
+        headers = AS_ADMIN | {"Inference-Header-Content-Length": str(len(head))}
+        answer = post(f"{server.url}{path}", head + binary, headers=headers, timeout=60)
+        assert (answer.status_code, answer.json()["reason"]) == (413, "too_many"), answer.text
+    assert peak_megabytes(server) - before < _MOST_MEGABYTES
+
+
 def test_numbers_and_shapes_of_any_size(server):
     for tensor in (
         {"shape": [10**4000, 10**4000, 1, 3], "data": [1]},

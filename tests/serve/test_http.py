@@ -284,11 +284,19 @@ def test_upgrade_headers_are_ignored(serve, step):
 
 def test_many_upgrade_headers_are_ignored(serve):
     """All requests are answered, although they arrive in one packet."""
+    many = http._MAX_PIPELINED
     one = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
     with connect(serve()) as connection:
-        connection.sendall(one * 3_000 + _LAST)
+        connection.sendall(one * many + _LAST)
         answer = rest_of(connection)
-    assert answer.count(b"HTTP/1.1 200") == 3_001
+    assert answer.count(b"HTTP/1.1 200") == many + 1
+
+
+def test_the_number_of_waiting_requests_is_limited(serve):
+    """The server closes the connection of a client that sends many requests at once."""
+    with connect(serve(_MAX_PIPELINED=10)) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 1_000)
+        assert rest_of(connection).count(b"HTTP/1.1 200") < 12
 
 
 def test_connect_is_refused(serve):

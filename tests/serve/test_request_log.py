@@ -15,6 +15,7 @@ import pyarrow.parquet
 import pytest
 from bundles import make_bundle
 from conftest import REPOSITORY
+from servers import until
 
 from cnn_jax.data import request_log as files
 from cnn_jax.data.request_log import class_names, read_feedback, read_requests
@@ -62,13 +63,6 @@ def bytes_of(folder):
 
 def give(log, request_id, **fields):
     asyncio.run(log.add_feedback("", Feedback(request_id=request_id, **fields)))
-
-
-def until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_a_row_has_named_columns(version, tmp_path):

@@ -155,6 +155,7 @@ def tensor(shape, datatype, data):
         ("/nothing", b"x", (404, "route")),
         ("/healthz", b"x", (405, "route")),
         ("/feedback", b"{}", (400, "json")),
+        ("/feedback", b"{}" + b" " * 10_000, (413, "too_large")),
         ("/feedback", b'{"request_id": "0", "label": "a"}', (400, "json")),
         ("/feedback", b'{"request_id": "%032d"}' % 0, (400, "json")),
         ("/feedback", b'{"request_id": "%032d", "label": "a", "lable": "b"}' % 0, (400, "json")),

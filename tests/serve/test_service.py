@@ -18,6 +18,7 @@ import requests
 from bundles import make_bundle
 from conftest import TRAINING_MODULES, imported_modules
 from PIL import Image
+from servers import until
 
 import cnn_jax.serve
 from cnn_jax.data.request_log import read_failures, read_requests
@@ -96,13 +97,6 @@ class Gated:
         name = f'cnn_jax_refused_total{{reason="{reason}"}} '
         text = requests.get(f"{self.url}/metrics", timeout=30).text
         return float(text.partition(name)[2].split("\n")[0] or 0)
-
-
-def until(condition, seconds=15):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it has not come to pass"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -472,6 +466,28 @@ def test_failures_of_the_challenger_are_recorded(serve, version, tmp_path, is_sh
     rows = read_requests(tmp_path / "log").to_pylist()
     assert len(rows) == (8 if is_shadow else 8 - count)
     assert {row["version"] for row in rows} == {1}
+
+
+def test_the_images_of_a_shadow_count_as_bodies(serve, version):
+    """The challenger may still compute long after the request was answered."""
+    server, gate = serve(), threading.Event()
+    server.gate.set()
+
+    def run(images):
+        assert gate.wait(20)
+        return [Output(row, np.zeros(2)) for row in version.predictor(images)]
+
+    slow = dataclasses.replace(version, number=2, predict_program=Program(run, {1: 1.0}))
+    server.service.models.add_version(slow)
+    running = make_experiment("default", is_shadow=True)
+    server.service.models.set_experiment("default", running)
+    unit = next(unit for unit in map(str, range(99)) if running.arm(unit) == "challenger")
+    image = encode()
+    answer = requests.post(f"{server.url}/predict", image, headers={"X-Unit-Id": unit}, timeout=10)
+    assert answer.status_code == 200
+    until(lambda: server.service._bodies.num_bytes == len(image), 5)
+    gate.set()
+    until(lambda: server.service._bodies.num_bytes == 0)
 
 
 def test_experiment_needs_both_versions(version):

@@ -22,7 +22,7 @@ from conftest import REPOSITORY
 from PIL import Image
 from registry_log import append_unknown_entry
 from s3 import BUCKET, s3_service
-from servers import Served
+from servers import Served, until
 
 from cnn_jax.data.request_log import class_names, read_feedback, read_requests
 from cnn_jax.explain import maps
@@ -33,8 +33,8 @@ from cnn_jax.inference.predictor import BundlePredictor, predict_batch
 from cnn_jax.registry.registry import Registry
 from cnn_jax.serve import loader as loader_module
 from cnn_jax.serve.engine import Engine
-from cnn_jax.serve.limits import Limits
-from cnn_jax.serve.loader import BundleSource, DesiredState, Loader, Source
+from cnn_jax.serve.limits import Limits, Refused
+from cnn_jax.serve.loader import DesiredState, Loader, Source
 from cnn_jax.serve.metrics import ServerMetrics
 from cnn_jax.serve.service import AVAILABLE, END, LOADING, Models, Service
 from cnn_jax.serve.versions import Version, make_version
@@ -78,13 +78,6 @@ def serve(tmp_path, registry):
     return serve
 
 
-def until(condition, seconds=30):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it has not come to pass"
-        time.sleep(0.05)
-
-
 def version_of(server, query=""):
     answer = server.post(f"/predict?top=3{query}", encode(), headers=AS_CLIENT)
     return answer.json()["version"] if answer.ok else answer.status_code
@@ -93,6 +86,31 @@ def version_of(server, query=""):
 def states_of(server, model="shapes"):
     found = server.get(f"/v1/models/{model}", headers=AS_CLIENT).json()["model_version_status"]
     return {int(one["version"]): one["state"] for one in found}
+
+
+class StubSource(Source):
+    """A source whose state and bundles are the results of functions."""
+
+    def __init__(self, desired, open_bundle):
+        self._desired, self._open = desired, open_bundle
+
+    def desired(self):
+        return dict(self._desired())
+
+    def open(self, model, number):
+        return self._open(number)
+
+
+def make_loader(desired, open_bundle=make_bundle, **options):
+    """Returns a service without versions, and a loader of versions with the batch size 1.
+
+    Args:
+      desired: A function that returns the desired state.
+      open_bundle: A function that returns the bundle of a version number.
+      **options: Further arguments of `Loader`.
+    """
+    service = Service(Models(), Engine(9), Limits(), ServerMetrics())
+    return service, Loader(service, StubSource(desired, open_bundle), (1,), **options)
 
 
 def test_an_alias_moves_without_a_failed_request(serve, registry, tmp_path):
@@ -207,19 +225,14 @@ def test_a_version_rolled_back_while_loading_is_not_served(monkeypatch):
     """If the alias is rolled back while a version is loaded, the loaded version is not served."""
     desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
-    class Changing(Source):
-        def desired(self):
-            return dict(desired)
-
-        def open(self, model, number):
-            if number == 2:
-                # This assignment simulates a rollback of the alias.
-                desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})
-            return make_bundle(number)
+    def open_bundle(number):
+        if number == 2:
+            # This assignment simulates a rollback of the alias.
+            desired["shapes"] = DesiredState({1: "1"}, {"champion": 1})
+        return make_bundle(number)
 
     async def run():
-        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
-        loader = Loader(service, Changing(), (1,))
+        service, loader = make_loader(lambda: desired, open_bundle)
         await loader.synchronize()
         assert service.models.default("shapes").number == 1
         seen = []
@@ -303,18 +316,13 @@ def test_a_slow_load_delays_no_other_version(monkeypatch, caplog):
     desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
     opened = []
 
-    class Slow(Source):
-        def desired(self):
-            return dict(desired)
-
-        def open(self, model, number):
-            opened.append(number)
-            assert number != 2 or gate.wait(20)
-            return make_bundle(number)
+    def open_bundle(number):
+        opened.append(number)
+        assert number != 2 or gate.wait(20)
+        return make_bundle(number)
 
     async def run():
-        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
-        loader = Loader(service, Slow(), (1,), poll=0.05)
+        service, loader = make_loader(lambda: desired, open_bundle, poll=0.05)
         await loader.synchronize()
         # Version 2 is loaded first, because it is the default version.
         desired["shapes"] = DesiredState({2: "2", 1: "1", 3: "3"}, {"champion": 2})
@@ -362,19 +370,15 @@ def test_a_late_load_is_used_or_tried_again(monkeypatch, caplog, error):
     monkeypatch.setattr(loader_module, "make_version", make_fake_version)
     gate, opened = threading.Event(), []
 
-    class Hanging(Source):
-        def desired(self):
-            return {"shapes": DesiredState({1: "1"}, {"champion": 1})}
-
-        def open(self, model, number):
-            opened.append(number)
-            assert gate.wait(60)
-            if error and len(opened) == 1:
-                raise error
+    def open_bundle(number):
+        opened.append(number)
+        assert gate.wait(60)
+        if error and len(opened) == 1:
+            raise error
 
     async def run():
-        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
-        loader = Loader(service, Hanging(), (1,), poll=0.02, load_timeout=0.2)
+        desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
+        service, loader = make_loader(lambda: desired, open_bundle, poll=0.02, load_timeout=0.2)
         following = asyncio.ensure_future(loader.follow())
         while service.models.names == [] or service.models.states("shapes")[1][0] != END:
             await asyncio.sleep(0.01)
@@ -399,18 +403,16 @@ def test_a_late_load_that_is_no_longer_wanted_is_not_used(monkeypatch):
     monkeypatch.setattr(loader_module, "make_version", make_fake_version)
     gate, wanted = threading.Event(), [2]
 
-    class Hanging(Source):
-        def desired(self):
-            number = wanted[-1]
-            return {"shapes": DesiredState({number: str(number)}, {"champion": number})}
+    def desired():
+        number = wanted[-1]
+        return {"shapes": DesiredState({number: str(number)}, {"champion": number})}
 
-        def open(self, model, number):
-            wanted.append(1)  # The alias moves while version 2 loads.
-            assert number == 1 or gate.wait(60)
+    def open_bundle(number):
+        wanted.append(1)  # The alias moves while version 2 loads.
+        assert number == 1 or gate.wait(60)
 
     async def run():
-        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
-        loader = Loader(service, Hanging(), (1,), poll=0.02, load_timeout=0.5)
+        service, loader = make_loader(desired, open_bundle, poll=0.02, load_timeout=0.5)
         following = asyncio.ensure_future(loader.follow())
         while not service.models.is_ready():
             await asyncio.sleep(0.01)
@@ -456,29 +458,22 @@ def test_a_bundle_that_loads_slowly_is_served(tmp_path):
 
 
 def test_pauses_between_reads_are_random():
-    service = Service(Models(), Engine(9), Limits(), ServerMetrics())
-    loader = Loader(service, BundleSource.__new__(BundleSource), (1,), poll=2.0)
+    _, loader = make_loader(dict, poll=2.0)
     pauses = [loader._pause() for _ in range(1_000)]
     assert 1.0 <= min(pauses) < 1.1
     assert 2.9 < max(pauses) <= 3.0
 
 
 def test_a_failing_source_is_read_again(caplog):
-    answers = [RuntimeError("a fault"), {"shapes": DesiredState({1: "1"}, {"champion": 1})}]
+    errors = [RuntimeError("a fault")]
 
-    class Failing(Source):
-        def desired(self):
-            answer = answers[0] if len(answers) == 1 else answers.pop(0)
-            if isinstance(answer, Exception):
-                raise answer
-            return answer
-
-        def open(self, model, number):
-            return make_bundle(number)
+    def desired():
+        if errors:
+            raise errors.pop()
+        return {"shapes": DesiredState({1: "1"}, {"champion": 1})}
 
     async def run():
-        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
-        loader = Loader(service, Failing(), (1,), poll=0.01)
+        service, loader = make_loader(desired, poll=0.01)
         following = asyncio.ensure_future(loader.follow())
         while not service.models.is_ready():
             await asyncio.sleep(0.01)
@@ -487,6 +482,79 @@ def test_a_failing_source_is_read_again(caplog):
 
     asyncio.run(run())
     assert "cannot read the registry" in caplog.text
+
+
+def test_another_alias_does_not_replace_a_default_version_that_is_not_loaded(monkeypatch):
+    monkeypatch.setattr(loader_module, "make_version", make_fake_version)
+    monkeypatch.setattr(loader_module, "_FIRST_RETRY", 0.05)
+    is_damaged = True
+
+    def desired():
+        aliases = {"champion": 1, "challenger": 2}
+        return {"shapes": DesiredState({1: "1", 2: "2"}, aliases)}
+
+    def open_bundle(number):
+        if number == 1 and is_damaged:
+            raise BundleError("it is damaged")
+
+    async def run():
+        nonlocal is_damaged
+        service, loader = make_loader(desired, open_bundle, poll=0.01)
+        models = service.models
+        following = asyncio.ensure_future(loader.follow())
+        while not models.loaded("shapes"):
+            await asyncio.sleep(0.01)
+        assert not models.is_ready()
+        with pytest.raises(Refused, match="shapes is not ready"):
+            models.find()
+        assert models.find(alias="challenger").number == 2
+        assert models.aliases("shapes") == {"challenger": 2}
+        is_damaged = False
+        while not models.is_ready():
+            await asyncio.sleep(0.01)
+        assert models.find().number == models.find(alias="champion").number == 1
+        assert models.default_alias("shapes") == "champion"
+        following.cancel()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_the_time_until_a_retry_is_limited():
+    _, loader = make_loader(dict)
+    key = "shapes", 1, "1"
+    waits = []
+    for _ in range(1_100):  # 2**1024 is no float.
+        loader._fail(key, BundleError("it is damaged"))
+        wait, retry_at = loader._failures[key]
+        assert retry_at - time.monotonic() == pytest.approx(wait, abs=1.0)
+        waits.append(wait)
+    assert waits[:7] == [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0]
+    assert set(waits[7:]) == {300.0}
+
+
+def test_a_repaired_version_that_is_wanted_again_is_loaded_at_once(monkeypatch):
+    monkeypatch.setattr(loader_module, "make_version", make_fake_version)
+    monkeypatch.setattr(loader_module, "_FIRST_RETRY", 300.0)
+    wanted, damaged = [1], {2}
+
+    def desired():
+        return {"shapes": DesiredState({wanted[0]: "digest"}, {"champion": wanted[0]})}
+
+    def open_bundle(number):
+        if number in damaged:
+            raise BundleError("it is damaged")
+
+    async def run():
+        service, loader = make_loader(desired, open_bundle, poll=0.01)
+        for wanted[0], expected in ((1, 1), (2, 1), (1, 1)):
+            await loader.synchronize()
+            assert service.models.default("shapes").number == expected
+        damaged.clear()
+        wanted[0] = 2
+        await loader.synchronize()
+        assert service.models.default("shapes").number == 2
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_a_broken_new_model_does_not_affect_others(serve, registry, tmp_path):
@@ -525,20 +593,8 @@ def test_a_model_without_its_alias_is_unloaded(serve, registry, tmp_path):
 
 def test_a_version_loaded_again_while_in_use_is_available():
     async def run():
-        service = Service(Models(), Engine(9), Limits(), ServerMetrics())
         desired = {"shapes": DesiredState({1: "1"}, {"champion": 1})}
-
-        class Changing(Source):
-            def desired(self):
-                return dict(desired)
-
-            def open(self, model, number):
-                return make_bundle(number)
-
-            def set_extra(self, model, number, is_extra):
-                raise AssertionError
-
-        loader = Loader(service, Changing(), (1,))
+        service, loader = make_loader(lambda: desired)
         await loader.synchronize()
         first = service.models.default("shapes")
         with first.hold():
@@ -717,11 +773,10 @@ def test_maps_are_compiled_before_a_version_serves(monkeypatch):
 def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
     pytest.importorskip("moto", reason="moto is not installed, which plays S3")
     (tmp_path / "tokens").write_text(f"predict {PREDICT}\n")
-    with s3_service() as options:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", options["endpoint"])
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", options["access_key_id"])
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", options["secret_access_key"])
-        registry = Registry(f"s3://{BUCKET}/registry", options)
+    with s3_service() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        registry = Registry(f"s3://{BUCKET}/registry")
         for seed in (1, 2):
             add(registry, tmp_path, seed)
         registry.promote("shapes", 1, "stable")

@@ -325,9 +325,9 @@ train_and_evaluate(
 def bucket(monkeypatch):
     """The URL of an empty bucket of an S3 service on this machine."""
     pytest.importorskip("moto", reason="moto is not installed, which plays S3")
-    with s3_service() as options:
-        for name in options:
-            monkeypatch.setenv(f"AWS_{name.upper()}", options[name])
+    with s3_service() as variables:
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         yield f"s3://{BUCKET}/runs/1"
 
 
