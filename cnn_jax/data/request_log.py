@@ -19,6 +19,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
@@ -343,7 +344,9 @@ class ValidFeedback(NamedTuple):
     first: float
 
 
-def read_valid_feedback(folders: Folders, column: str) -> dict[Key, ValidFeedback]:
+def read_valid_feedback(
+    folders: Folders, column: str, until: Mapping[Key, float] | None = None
+) -> dict[Key, ValidFeedback]:
     """Returns the valid label or reward of each image that has one.
 
     The result does not depend on the order of the folders and files: of values with the same time,
@@ -352,6 +355,8 @@ def read_valid_feedback(folders: Folders, column: str) -> dict[Key, ValidFeedbac
     Args:
       folders: The folders of request logs.
       column: "label" or "reward".
+      until: For each image, the latest time of a value that counts, in seconds since the epoch;
+        by default, all values count.
 
     Raises:
       DataError: A folder is not a request log, or a file cannot be read.
@@ -363,6 +368,8 @@ def read_valid_feedback(folders: Folders, column: str) -> dict[Key, ValidFeedbac
         columns = (table[name].to_pylist() for name in ("request_id", "image_index", column))
         for microseconds, request_id, index, value in zip(times, *columns, strict=True):
             time, key = microseconds / 1e6, (request_id, index)
+            if until is not None and time > until.get(key, math.inf):
+                continue
             one = found.get(key, ValidFeedback(value, time, time))
             latest, value = max((one.time, one.value), (time, value))
             found[key] = ValidFeedback(value, latest, min(one.first, time))
