@@ -12,16 +12,15 @@ image_index, label and new_class.
 """
 
 import pathlib
-import time
 from collections import Counter
 from collections.abc import Sequence
 
+from cnn_jax.data.request_log import read_images
 from cnn_jax.monitor.flags import add_log_flags, add_version_flags, open_rows, open_version
 from cnn_jax.monitor.labels import (
     REASONS,
     add_labels,
     choose,
-    read_images,
     read_labels,
     write_label_page,
 )
@@ -60,8 +59,7 @@ def main(argv: Sequence[str]) -> None:
     served = open_version(flags)
     rows = open_rows(flags, served)
     chosen = choose(rows, served.reference, flags.count, flags.random)
-    since = float(rows.times[0]) - 1 if len(rows) else time.time()
-    images = read_images(flags.log, [rows.keys[row] for row, _ in chosen], since)
+    images = read_images(flags.log, [rows.keys[row] for row, _ in chosen])
     items = [
         {"key": rows.keys[row], "reason": reason, "image": images[rows.keys[row]]}
         for row, reason in chosen

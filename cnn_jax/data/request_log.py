@@ -26,7 +26,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -317,6 +317,44 @@ def read_requests(
     # order misses none of them.
     names = ("requests", "labelled") if with_labelled else ("requests",)
     return _read_folders(folder, names, REQUESTS, columns, since, ids)
+
+
+def read_keys(
+    folder: str | os.PathLike[str], keys: Collection[Key], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the rows with given keys; files without such a row are not read.
+
+    Args:
+      folder: The folder of the request log.
+      keys: The request ids and image indices.
+      columns: The columns to read, with "request_id" and "image_index".
+
+    Raises:
+      DataError: The folder is not a request log, or a file cannot be read.
+    """
+    ids = pa.array(sorted({request_id for request_id, _ in keys}), pa.string())
+    wanted = set(keys)
+    rows = read_requests(folder, columns, ids=pa.chunked_array([ids])).to_pylist() if keys else []
+    return [row for row in rows if (row["request_id"], row["image_index"]) in wanted]
+
+
+def read_images(folders: Folders, keys: Collection[Key]) -> dict[Key, bytes]:
+    """Returns the images, as PNG, with given keys, except those whose pixels were not logged.
+
+    Args:
+      folders: The folders of request logs.
+      keys: The request ids and image indices.
+
+    Raises:
+      DataError: A folder is not a request log, or a file cannot be read.
+    """
+    columns = ("request_id", "image_index", "image")
+    rows = (row for folder in folders for row in read_keys(folder, keys, columns))
+    return {
+        (row["request_id"], row["image_index"]): row["image"]
+        for row in rows
+        if row["image"] is not None
+    }
 
 
 def read_feedback(folder: str | os.PathLike[str]) -> pa.Table:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnn_jax.data.request_log import Folders
+from cnn_jax.data.request_log import Folders, read_images
 from cnn_jax.evaluate import percent
 from cnn_jax.monitor.flags import (
     add_log_flags,
@@ -30,7 +30,6 @@ from cnn_jax.monitor.flags import (
     save_reference,
 )
 from cnn_jax.monitor.gauges import describe_gauges
-from cnn_jax.monitor.labels import read_images
 from cnn_jax.monitor.rows import Rows
 from cnn_jax.monitor.windows import measure
 from cnn_jax.quality.drift import TESTS
@@ -187,7 +186,7 @@ def _write_page(
         values = statistics(distances, rows.predictions[slice(first, None)])
         chosen = choose_examples(rows, values, first, _EXAMPLES)
         keys = [rows.keys[row] for row, _ in chosen]
-        images = read_images(folders, keys, float(rows.times[first]) - 1)
+        images = read_images(folders, keys)
         classes, probabilities = rows.predictions.classes, rows.predictions.probabilities
         for row, group in chosen:
             if (image := images.get(rows.keys[row])) is not None:

@@ -19,7 +19,9 @@ def describe_gauges(result: Mapping[str, Any], now: float) -> str:
     add("run_timestamp_seconds", "When the monitor ran.", now)
     add("images", "Images in the request log.", result["images"])
     add("reference_accuracy", "Accuracy on the validation images.", result["reference"]["accuracy"])
-    add("drift", "1 if the two latest windows differ.", result["state"] in ("drift", "harm"))
+    # Labels can show harm without drift.
+    has_alarm = bool(result["windows"]) and result["windows"][-1]["alarm"]
+    add("drift", "1 if the two latest windows differ.", has_alarm)
     add("harm", "1 if the accuracy has fallen by too much.", result["state"] == "harm")
     if result["labels"]["accuracy"] is not None:
         meaning = "Accuracy on the labelled random sample of the two latest windows."

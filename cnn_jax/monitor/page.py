@@ -17,7 +17,7 @@ from cnn_jax.system.atomic import write_text
 
 EXPLANATIONS = {
     "no_data": "The log has no complete window yet.",
-    "no_drift": "The latest windows do not differ from the validation images.",
+    "no_drift": "The two latest windows do not both differ from the validation images.",
     "drift": (
         "The latest windows differ from the validation images, but the estimated accuracy has not "
         "fallen by more than the limit. Drift is not harm."

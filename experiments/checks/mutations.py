@@ -106,7 +106,7 @@ MUTATIONS = [
     ("experiment/observations.py", "pairs.sort(key=lambda item: item[0])", "pairs.sort()", "experiment/test_observations.py"),
     ("experiment/analysis.py", "unit.start + experiment.window <= now", "unit.start <= now", "experiment/test_analysis.py"),
     ("experiment/analysis.py", "if experiment.outcome != \"reward\":", "if False:", "experiment/test_analysis.py"),
-    ("experiment/replay.py", "first.setdefault(image, given.value)", "first[image + bytes(len(first))] = given.value", "experiment/test_replay.py"),
+    ("experiment/replay.py", "first.setdefault(images[key], feedback[key].value)", "first[images[key] + bytes(len(first))] = feedback[key].value", "experiment/test_replay.py"),
     ("serve/service.py", "default.number != experiment.champion", "False", "serve/test_service.py"),
     ("report/charts.py", "if fraction < 0.01", "if fraction < 0", "report/test_charts.py"),
     ("report/sections.py", "1 / temperature", "temperature", "report/test_run_report.py"),

@@ -68,6 +68,19 @@ def test_labels_are_stored_by_request_and_index(log):
     assert add_labels([log], []) == 0
 
 
+def test_the_name_of_a_class_may_start_with_a_space(tmp_path):
+    keys = write_log(tmp_path / "log", simulate(np.random.default_rng(0), np.zeros(2, int)))
+    classes = tmp_path / "log" / "models" / f"{DIGEST}.json"
+    classes.write_text(json.dumps({"class_names": [" star", "square", "circle"]}))
+    rows = [
+        f'{request},{index},"{label}"'
+        for (request, index), label in zip(keys, (" star", " square "), strict=True)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["request_id,image_index,label", *rows]))
+    add_labels([tmp_path / "log"], read_labels(tmp_path / "labels.csv"))
+    assert read_feedback(tmp_path / "log")["label"].to_pylist() == [" star", "square"]
+
+
 def test_labels_go_to_the_log_that_has_the_image(log, tmp_path):
     rng = np.random.default_rng(1)
     other = tmp_path / "other"
