@@ -135,7 +135,7 @@ def open_version(flags: argparse.Namespace) -> Served:
     return Served(name, own_digest, reference)
 
 
-def open_rows(flags: argparse.Namespace, served: Served, *, with_labelled: bool = False) -> Rows:
+def open_rows(flags: argparse.Namespace, served: Served) -> Rows:
     """Reads the rows of a version that the flags name.
 
     Raises:
@@ -145,7 +145,7 @@ def open_rows(flags: argparse.Namespace, served: Served, *, with_labelled: bool 
     if not flags.log:
         raise ConfigError("--log must be given")
     since = 0.0 if flags.days is None else time.time() - flags.days * _SECONDS_PER_DAY
-    return read_rows(flags.log, served.digest, since, with_labelled=with_labelled)
+    return read_rows(flags.log, served.digest, since)
 
 
 def save_reference(reference: Reference, bundle_digest: str, path: pathlib.Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import bundle_values, resolve
@@ -286,14 +287,13 @@ class _Pass:
         columns = ("time", "request_id", "image_index", "digest", "shadow_of")
         # When a file is deleted, its rows with feedback are kept. They are not a random sample.
         tables = [read_requests(log, columns, since, with_labelled=False) for log in logs]
-        rows = [
-            row
-            for row in pa.concat_tables(tables).sort_by("time").to_pylist()
-            if row["digest"] == self.champion.bundle.digest
-            and row["shadow_of"] is None
-            and row["time"].timestamp() >= since
+        own = (pc.field("digest") == self.champion.bundle.digest) & pc.field("shadow_of").is_null()
+        rows = pa.concat_tables(tables).filter(own).sort_by("time").to_pylist()
+        keys = [
+            (row["request_id"], row["image_index"])
+            for row in rows
+            if row["time"].timestamp() >= since
         ]
-        keys = [(row["request_id"], row["image_index"]) for row in rows]
         given = read_valid_feedback(logs, "label")
         sample = growing_sample(keys, np.array([key in given for key in keys], bool))
         return {keys[i]: given[keys[i]].value for i in np.flatnonzero(sample)}

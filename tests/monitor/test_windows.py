@@ -114,14 +114,13 @@ def test_the_latest_label_is_valid_and_skewed_clocks_are_reported(tmp_path):
     ]
 
 
-def test_rows_of_deleted_files_are_only_read_on_request(tmp_path):
+def test_rows_of_deleted_files_are_not_read(tmp_path):
     rng = np.random.default_rng(0)
     keys = write_log(tmp_path / "log", simulate(rng, np.zeros(4, int)))
-    old = write_log(
+    write_log(
         tmp_path / "log", simulate(rng, np.zeros(2, int)), time.time() - 1000, subfolder="labelled"
     )
     assert read_rows([tmp_path / "log"], DIGEST).keys == keys
-    assert read_rows([tmp_path / "log"], DIGEST, with_labelled=True).keys == old + keys
 
 
 @settings(max_examples=50, deadline=None)
