@@ -338,6 +338,26 @@ def read_keys(
     return [row for row in rows if (row["request_id"], row["image_index"]) in wanted]
 
 
+def find_images(folders: Folders) -> set[Key]:
+    """Returns the request ids and image indices of all images whose pixels were logged.
+
+    The files are read one after the other, because a log may be larger than the memory.
+
+    Raises:
+      DataError: A file cannot be read.
+    """
+    found: set[Key] = set()
+    for path in (
+        path for folder in folders for path in list_files(pathlib.Path(folder, "requests"))
+    ):
+        table = read_file(path, ("request_id", "image_index", "image"))
+        if table is not None and "image" in table.column_names:
+            table = table.filter(pc.field("image").is_valid())
+            columns = (table[name].to_pylist() for name in ("request_id", "image_index"))
+            found.update(zip(*columns, strict=True))
+    return found
+
+
 def read_images(folders: Folders, keys: Collection[Key]) -> dict[Key, bytes]:
     """Returns the images, as PNG, with given keys, except those whose pixels were not logged.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import markupsafe
 import numpy as np
+from jaxtyping import Bool
 
 from cnn_jax.data.request_log import (
     FEEDBACK,
@@ -32,12 +33,17 @@ _YES = ("1", "true", "yes")
 
 
 def choose(
-    rows: Rows, reference: Reference | None, count: int, random_fraction: float
+    rows: Rows,
+    is_free: Bool[np.ndarray, " n"],
+    reference: Reference | None,
+    count: int,
+    random_fraction: float,
 ) -> list[tuple[int, str]]:
-    """Chooses the images without a label that are most worth a label.
+    """Chooses the images that are most worth a label.
 
     Args:
       rows: The predictions.
+      is_free: Whether each image may be chosen: it has no label, and its pixels were logged.
       reference: The reference statistics; without them no image counts as unusual.
       count: The number of images to choose.
       random_fraction: The fraction, 0 to 1, of images to choose at random. One half of the other
@@ -49,7 +55,7 @@ def choose(
     """
     if not len(rows):
         return []
-    is_free = rows.labels < 0
+    is_free = is_free.copy()
     predictions = rows.predictions
     unusual = np.zeros(len(rows))
     if reference is not None:
