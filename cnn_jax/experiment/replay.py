@@ -28,6 +28,7 @@ from cnn_jax.registry.ledger import Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.split import ARMS
 from cnn_jax.system.errors import ConfigError, DataError, printable
+from cnn_jax.system.text import utc
 
 logger = logging.getLogger(__name__)
 _BATCH = 64
@@ -86,7 +87,7 @@ def replay(
     return {
         "model": champion.model,
         "versions": dict(zip(ARMS, (champion.number, challenger.number), strict=True)),
-        "since": datetime.datetime.fromtimestamp(since, datetime.UTC).isoformat(timespec="seconds"),
+        "since": utc(since),
         "copies": copies,
         **analyse_pairs(np.stack(correct, axis=1)),
     }
@@ -142,15 +143,14 @@ def _read(
     labelled = [key for key in recent if key in feedback]
     images = read_images(folders, labelled)
     if not images:
-        moment = datetime.datetime.fromtimestamp(since, datetime.UTC).isoformat(timespec="seconds")
         advice = (
             "record images with --request_log_images"
             if labelled
             else "send labels with POST /feedback, or choose an earlier --since"
         )
         raise NoLabelsError(
-            f"{name}: of {len(recent):,} images of {model} since {moment}, {len(labelled):,} have "
-            f"a label and none of these has the image itself: {advice}"
+            f"{name}: of {len(recent):,} images of {model} since {utc(since)}, {len(labelled):,} "
+            f"have a label and none of these has the image itself: {advice}"
         )
     first: dict[bytes, str] = {}
     # Labels with the same time keep the order of their images.

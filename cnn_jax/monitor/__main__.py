@@ -20,7 +20,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cnn_jax.data.request_log import Folders, read_images
-from cnn_jax.evaluate import percent
 from cnn_jax.monitor.flags import (
     add_log_flags,
     add_measure_flags,
@@ -38,7 +37,7 @@ from cnn_jax.quality.trust import Distances, statistics
 from cnn_jax.system import cli
 from cnn_jax.system.atomic import write_text
 from cnn_jax.system.errors import ConfigError, DataError, printable
-from cnn_jax.system.text import fill, table
+from cnn_jax.system.text import fill, percent, table
 
 logger = logging.getLogger(__name__)
 

@@ -61,7 +61,6 @@ def write_monitor_page(
         tests=TESTS,
         groups=sorted({example["group"] for example in examples}),
         examples=examples,
-        time=lambda iso: iso[:16].replace("T", " "),
         limit=result["reference"]["accuracy"] - result["max_drop"],
     )
     write_text(path, page, shared=True)

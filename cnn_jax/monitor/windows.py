@@ -1,6 +1,5 @@
 """Tests the windows of a request log for drift, and estimates their accuracy."""
 
-import datetime
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from cnn_jax.quality.drift import LEVEL, consecutive, is_different, window_p_val
 from cnn_jax.quality.reference import Reference
 from cnn_jax.quality.trust import Distances, estimate_accuracy, statistics
 from cnn_jax.system.errors import DataError
+from cnn_jax.system.text import utc
 
 # The default number of images in a window, the number of latest windows to test, and the decrease
 # of the accuracy that counts as harm.
@@ -107,8 +107,8 @@ def _measure_window(
     )
     return {
         "first": part.start,
-        "from": _iso(rows.times[part][0]),
-        "to": _iso(rows.times[part][-1]),
+        "from": utc(rows.times[part][0]),
+        "to": utc(rows.times[part][-1]),
         "p_values": p_values,
         "differs": is_different(list(p_values.values()), level),
         "estimated_accuracy": estimate_accuracy(reference, distances, predictions),
@@ -145,8 +145,3 @@ def _state(windows: Sequence[dict[str, Any]], labels: dict[str, Any], limit: flo
         return "no_drift"
     is_low = all(w["estimated_accuracy"] < limit for w in windows[-2:])
     return "harm" if is_low else "drift"
-
-
-def _iso(seconds: float) -> str:
-    """Formats seconds since the epoch as a time in UTC."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

@@ -370,7 +370,9 @@ class _Pass:
             kinds = {**examples.left_out, **left_out}.items()
             texts = "".join(f"; {number:,} {kind}" for kind, number in kinds)
             return _nothing(f"no labelled image in the log{texts}")
-        reasons = self._reasons(folder, last)
+        state = self._monitor(folder) if "harm" in settings.triggers else ""
+        has_failed = last is not None and last.status in (REFUSED, ROLLED_BACK)
+        reasons = _Reasons(settings.triggers, settings.min_new, state, has_failed)
         if not reasons.triggers(new):
             return _nothing(reasons.text(new))
         attempt = self.state.prepare()
@@ -493,17 +495,6 @@ class _Pass:
         name = LOG_MARK.join(parts)
         predictor = BundlePredictor(bundle)
         return open_as_trained(predictor, name, self.console.track, with_digests=True)
-
-    def _reasons(self, folder: pathlib.Path, last: Attempt | None) -> "_Reasons":
-        """Returns the reasons for an attempt.
-
-        Args:
-          folder: The folder of the champion's bundle.
-          last: The last attempt.
-        """
-        state = self._monitor(folder) if "harm" in self.settings.triggers else ""
-        has_failed = last is not None and last.status in (REFUSED, ROLLED_BACK)
-        return _Reasons(self.settings.triggers, self.settings.min_new, state, has_failed)
 
     def _monitor(self, folder: pathlib.Path) -> str:
         """Returns the state of the champion; see `monitor.windows.measure`.
