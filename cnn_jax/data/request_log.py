@@ -347,9 +347,8 @@ def find_images(folders: Folders) -> set[Key]:
       DataError: A file cannot be read.
     """
     found: set[Key] = set()
-    for path in (
-        path for folder in folders for path in list_files(pathlib.Path(folder, "requests"))
-    ):
+    paths = (path for one in folders for path in list_files(pathlib.Path(one, "requests")))
+    for path in paths:
         table = read_file(path, ("request_id", "image_index", "image"))
         if table is not None and "image" in table.column_names:
             table = table.filter(pc.field("image").is_valid())
