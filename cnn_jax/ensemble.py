@@ -18,7 +18,6 @@ import numpy as np
 from cnn_jax.config.schema import FLIPS, SOURCE_FORMS
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.splits import SPLITS
-from cnn_jax.evaluate import percent
 from cnn_jax.inference.bundle import (
     Bundle,
     Ensemble,
@@ -41,7 +40,7 @@ from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import ConfigError
-from cnn_jax.system.text import table
+from cnn_jax.system.text import percent, table
 
 
 def make_ensemble(

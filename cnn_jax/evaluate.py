@@ -25,7 +25,7 @@ from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
-from cnn_jax.system.text import fill, table
+from cnn_jax.system.text import fill, percent, table
 
 logger = logging.getLogger(__name__)
 
@@ -147,11 +147,6 @@ def describe(result: Mapping[str, Any], title: str, width: int) -> str:
             *(more if rest else ()),
         )
     )
-
-
-def percent(value: float, digits: int = 1) -> str:
-    """Formats a ratio as a percentage, such as "12.5 %"."""
-    return f"{100 * value:.{digits}f} %"
 
 
 def percent_interval(interval: Sequence[float]) -> str:

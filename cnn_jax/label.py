@@ -12,16 +12,17 @@ image_index, label and new_class.
 """
 
 import pathlib
-import time
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
+from cnn_jax.data.request_log import find_images, read_images
 from cnn_jax.monitor.flags import add_log_flags, add_version_flags, open_rows, open_version
 from cnn_jax.monitor.labels import (
     REASONS,
     add_labels,
     choose,
-    read_images,
     read_labels,
     write_label_page,
 )
@@ -59,26 +60,26 @@ def main(argv: Sequence[str]) -> None:
 
     served = open_version(flags)
     rows = open_rows(flags, served)
-    chosen = choose(rows, served.reference, flags.count, flags.random)
-    since = float(rows.times[0]) - 1 if len(rows) else time.time()
-    images = read_images(flags.log, [rows.keys[row] for row, _ in chosen], since)
+    logged = find_images(flags.log)
+    has_image = np.array([key in logged for key in rows.keys], bool)
+    is_free = (rows.labels < 0) & has_image
+    chosen = choose(rows, is_free, served.reference, flags.count, flags.random)
+    images = read_images(flags.log, [rows.keys[row] for row, _ in chosen])
     items = [
         {"key": rows.keys[row], "reason": reason, "image": images[rows.keys[row]]}
         for row, reason in chosen
         if rows.keys[row] in images
     ]
     if not items:
-        raise DataError(
-            f"{', '.join(flags.log)}: no image can be labelled; "
-            + ("start the server with --request_log_images" if chosen else "all have labels")
-        )
+        advice = "start the server with --request_log_images"
+        if has_image.any():
+            advice = "all have labels"
+        raise DataError(f"{', '.join(flags.log)}: no image can be labelled; {advice}")
     title = f"Images of {printable(served.name)} to label"
     write_label_page(pathlib.Path(flags.page), items, rows.class_names, title)
     counts = Counter(item["reason"] for item in items)
     parts = ", ".join(f"{counts[reason]} {reason}" for reason in REASONS if counts[reason])
     print(f"wrote {printable(flags.page)}: {parts}")
-    if len(items) < len(chosen):
-        print(f"{len(chosen) - len(items)} chosen images are not in the log")
 
 
 if __name__ == "__main__":

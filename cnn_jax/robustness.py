@@ -16,7 +16,6 @@ from typing import Any
 from cnn_jax.evaluate import (
     add_data_flags,
     open_by_flags,
-    percent,
     percent_interval,
     split_name,
     write_result,
@@ -27,7 +26,7 @@ from cnn_jax.system import cli, runtime
 from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console
 from cnn_jax.system.errors import printable
-from cnn_jax.system.text import fill, table
+from cnn_jax.system.text import fill, percent, table
 
 
 def describe(result: Mapping[str, Any], title: str, width: int) -> str:

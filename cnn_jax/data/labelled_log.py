@@ -13,7 +13,7 @@ import pathlib
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from cnn_jax.data.request_log import (
     Folders,
     Key,
     model_classes,
-    read_requests,
+    read_keys,
     read_valid_feedback,
 )
 from cnn_jax.data.source import Source
@@ -146,7 +146,7 @@ def read_examples(
     kinds: dict[Key, str] = dict.fromkeys(labels, NO_REQUEST)
     for folder in folders:
         fitting = _fitting_models(folder, class_names)
-        for row in _labelled_rows(folder, labels):
+        for row in read_keys(folder, labels, _COLUMNS):
             key = row["request_id"], row["image_index"]
             if model not in (None, row["model"]):
                 kinds.pop(key, None)
@@ -188,15 +188,6 @@ def read_examples(
         left_out=+left_out,
         conflicts=conflicts,
     )
-
-
-def _labelled_rows(folder: str | os.PathLike[str], labels: Collection[Key]) -> list[dict[str, Any]]:
-    """Returns the rows of a request log that have a label."""
-    ids = sorted({request_id for request_id, _ in labels})
-    if not ids:
-        return []
-    rows = read_requests(folder, _COLUMNS, ids=pa.chunked_array([pa.array(ids)])).to_pylist()
-    return [row for row in rows if (row["request_id"], row["image_index"]) in labels]
 
 
 def _fitting_models(folder: str | os.PathLike[str], class_names: Collection[str]) -> set[str]:

@@ -19,13 +19,14 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import pathlib
 import re
 import secrets
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -318,6 +319,63 @@ def read_requests(
     return _read_folders(folder, names, REQUESTS, columns, since, ids)
 
 
+def read_keys(
+    folder: str | os.PathLike[str], keys: Collection[Key], columns: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Returns the rows with given keys; files without such a row are not read.
+
+    Args:
+      folder: The folder of the request log.
+      keys: The request ids and image indices.
+      columns: The columns to read, with "request_id" and "image_index".
+
+    Raises:
+      DataError: The folder is not a request log, or a file cannot be read.
+    """
+    ids = pa.array(sorted({request_id for request_id, _ in keys}), pa.string())
+    wanted = set(keys)
+    rows = read_requests(folder, columns, ids=pa.chunked_array([ids])).to_pylist() if keys else []
+    return [row for row in rows if (row["request_id"], row["image_index"]) in wanted]
+
+
+def find_images(folders: Folders) -> set[Key]:
+    """Returns the request ids and image indices of all images whose pixels were logged.
+
+    The files are read one after the other, because a log may be larger than the memory.
+
+    Raises:
+      DataError: A file cannot be read.
+    """
+    found: set[Key] = set()
+    paths = (path for one in folders for path in list_files(pathlib.Path(one, "requests")))
+    for path in paths:
+        table = read_file(path, ("request_id", "image_index", "image"))
+        if table is not None and "image" in table.column_names:
+            table = table.filter(pc.field("image").is_valid())
+            columns = (table[name].to_pylist() for name in ("request_id", "image_index"))
+            found.update(zip(*columns, strict=True))
+    return found
+
+
+def read_images(folders: Folders, keys: Collection[Key]) -> dict[Key, bytes]:
+    """Returns the images, as PNG, with given keys, except those whose pixels were not logged.
+
+    Args:
+      folders: The folders of request logs.
+      keys: The request ids and image indices.
+
+    Raises:
+      DataError: A folder is not a request log, or a file cannot be read.
+    """
+    columns = ("request_id", "image_index", "image")
+    rows = (row for folder in folders for row in read_keys(folder, keys, columns))
+    return {
+        (row["request_id"], row["image_index"]): row["image"]
+        for row in rows
+        if row["image"] is not None
+    }
+
+
 def read_feedback(folder: str | os.PathLike[str]) -> pa.Table:
     """Returns all labels and rewards, with the columns of `FEEDBACK`, in no particular order.
 
@@ -343,7 +401,9 @@ class ValidFeedback(NamedTuple):
     first: float
 
 
-def read_valid_feedback(folders: Folders, column: str) -> dict[Key, ValidFeedback]:
+def read_valid_feedback(
+    folders: Folders, column: str, until: Mapping[Key, float] | None = None
+) -> dict[Key, ValidFeedback]:
     """Returns the valid label or reward of each image that has one.
 
     The result does not depend on the order of the folders and files: of values with the same time,
@@ -352,6 +412,8 @@ def read_valid_feedback(folders: Folders, column: str) -> dict[Key, ValidFeedbac
     Args:
       folders: The folders of request logs.
       column: "label" or "reward".
+      until: For each image, the latest time of a value that counts, in seconds since the epoch;
+        by default, all values count.
 
     Raises:
       DataError: A folder is not a request log, or a file cannot be read.
@@ -363,6 +425,8 @@ def read_valid_feedback(folders: Folders, column: str) -> dict[Key, ValidFeedbac
         columns = (table[name].to_pylist() for name in ("request_id", "image_index", column))
         for microseconds, request_id, index, value in zip(times, *columns, strict=True):
             time, key = microseconds / 1e6, (request_id, index)
+            if until is not None and time > until.get(key, math.inf):
+                continue
             one = found.get(key, ValidFeedback(value, time, time))
             latest, value = max((one.time, one.value), (time, value))
             found[key] = ValidFeedback(value, latest, min(one.first, time))

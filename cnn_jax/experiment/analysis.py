@@ -1,7 +1,6 @@
 """Decides between the two versions of an experiment; the results are plain JSON values."""
 
 import dataclasses
-import datetime
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from cnn_jax.quality.sequential import (
     sign_e_values,
 )
 from cnn_jax.registry.split import ARMS, CHALLENGER_ARM, CHAMPION_ARM, Experiment
+from cnn_jax.system.text import utc
 
 # The number of points of a curve.
 _POINTS = 200
@@ -117,7 +117,7 @@ def _analyse_units(
     result = {
         "units": len(used),
         **_comparison(scores, *_two_sided(scores, fraction)),
-        "times": [_iso(used[i].start + experiment.window) for i in _chosen(len(used))],
+        "times": [utc(used[i].start + experiment.window) for i in _chosen(len(used))],
     }
     arms = {
         arm: {
@@ -197,11 +197,6 @@ def _largest(logarithms: Float[np.ndarray, " n"]) -> float:
 
 def _plain(logarithms: Float[np.ndarray, " n"]) -> list[float]:
     return np.exp(np.minimum(logarithms, _MAX_LOG)).tolist()
-
-
-def _iso(time: float) -> str:
-    moment = datetime.datetime.fromtimestamp(time, datetime.UTC)
-    return moment.isoformat(timespec="seconds")
 
 
 def _check(name: str, is_passed: bool, problem: str, is_guard: bool = False) -> dict[str, Any]:

@@ -107,9 +107,13 @@ def read_observations(experiment: Experiment, folders: Folders, now: float) -> O
     check_unique(own, folders)
     own.sort(key=lambda row: row["time"])
     failed = [r for r in failures if r["arm"] in columns and r["model"] == experiment.model]
-    feedback = read_valid_feedback(folders, "label" if experiment.outcome == "label" else "reward")
+    events = sorted([*own, *failed], key=lambda row: row["time"])
+    ends = None if experiment.is_shadow else _window_ends(experiment, events)
+    column = "label" if experiment.outcome == "label" else "reward"
+    # A later value must not replace a value that has arrived in the window.
+    feedback = read_valid_feedback(folders, column, ends)
     milliseconds: dict[str, list[float]] = {arm: [] for arm in experiment.versions}
-    misplaced, skew = 0, start - _seconds(own[0]["time"])
+    misplaced, skew = 0, start - own[0]["time"].timestamp()
     for row in own:
         arm = columns[row["arm"]]
         if row["milliseconds"] is not None:
@@ -118,11 +122,11 @@ def read_observations(experiment: Experiment, folders: Folders, now: float) -> O
             not experiment.is_shadow and experiment.arm(row["unit"]) != arm
         )
         if given := feedback.get((row["request_id"], row["image_index"])):
-            skew = max(skew, _seconds(row["time"]) - given.time)
-        skew = max(skew, _seconds(row["time"]) - now)
+            skew = max(skew, row["time"].timestamp() - given.time)
+        skew = max(skew, row["time"].timestamp() - now)
     pairs, agreements = _pairs(own, feedback) if experiment.is_shadow else ([], [])
     return Observations(
-        units=[] if experiment.is_shadow else _units(experiment, own, failed, feedback),
+        units=[] if experiment.is_shadow else _units(experiment, events, feedback),
         pairs=pairs,
         agreements=agreements,
         milliseconds=milliseconds,
@@ -138,10 +142,6 @@ def _models(tables: Iterable[pa.Table]) -> set[str]:
     return {name for table in tables for name in table["model"].unique().to_pylist()}
 
 
-def _seconds(time: datetime.datetime) -> float:
-    return time.timestamp()
-
-
 def check_unique(rows: Iterable[Mapping[str, Any]], folders: Folders) -> None:
     """Raises DataError if two rows of the request logs have the same request id and image index."""
     seen: set[Key] = set()
@@ -155,27 +155,41 @@ def check_unique(rows: Iterable[Mapping[str, Any]], folders: Folders) -> None:
         seen.add(key)
 
 
+def _window_ends(experiment: Experiment, events: Iterable[Mapping[str, Any]]) -> dict[Key, float]:
+    """Returns for each image the end of the window of its unit."""
+    ends: dict[str, float] = {}
+    found = {}
+    for row in events:
+        end = ends.setdefault(row["unit"], row["time"].timestamp() + experiment.window)
+        if "reason" not in row:
+            found[row["request_id"], row["image_index"]] = end
+    return found
+
+
 def _units(
     experiment: Experiment,
-    rows: Sequence[Mapping[str, Any]],
-    failed: Sequence[Mapping[str, Any]],
+    events: Iterable[Mapping[str, Any]],
     feedback: Mapping[Key, ValidFeedback],
 ) -> list[Unit]:
-    """Returns the units of an experiment, by the time of their first request."""
+    """Returns the units of an experiment, by the time of their first request.
+
+    Args:
+      experiment: The experiment.
+      events: The images and the failed requests, which have a "reason", sorted by time.
+      feedback: The valid feedback in the windows.
+    """
     units: dict[str, Unit] = {}
-    for row in sorted([*rows, *failed], key=lambda row: row["time"]):
-        time = _seconds(row["time"])
+    for row in events:
+        time = row["time"].timestamp()
         arm = row["arm"].rpartition("/")[2]
         unit = units.setdefault(row["unit"], Unit(arm, time))
-        end = unit.start + experiment.window
-        if time > end:
+        if time > unit.start + experiment.window:
             continue
         if "reason" in row:
             unit.failures += 1
             continue
         given = feedback.get((row["request_id"], row["image_index"]))
-        outcome = None if given is None or given.time > end else _outcome(experiment, row, given)
-        unit.outcomes.append(outcome)
+        unit.outcomes.append(None if given is None else _outcome(experiment, row, given))
         unit.milliseconds = max(row["milliseconds"], unit.milliseconds)
     return list(units.values())
 
@@ -208,4 +222,7 @@ def _pairs(
         if (given := feedback.get(key)) is not None:
             pair = row["class"] == given.value, champion == given.value
             pairs.append((given.time, pair))
-    return [pair for _, pair in sorted(pairs)], agreements
+    # Labels with the same time, such as those of one file of `cnn_jax label`, keep the order of
+    # their images. An order that depended on the outcomes would make the test wrong.
+    pairs.sort(key=lambda item: item[0])
+    return [pair for _, pair in pairs], agreements

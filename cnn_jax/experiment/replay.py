@@ -12,7 +12,13 @@ import pyarrow as pa
 
 from cnn_jax.data import Track, no_track
 from cnn_jax.data.decode import decode
-from cnn_jax.data.request_log import Folders, Key, read_requests, read_valid_feedback
+from cnn_jax.data.request_log import (
+    Folders,
+    Key,
+    read_images,
+    read_requests,
+    read_valid_feedback,
+)
 from cnn_jax.data.resize import resize
 from cnn_jax.experiment.analysis import analyse_pairs
 from cnn_jax.experiment.observations import check_unique
@@ -22,6 +28,7 @@ from cnn_jax.registry.ledger import Version
 from cnn_jax.registry.registry import Registry
 from cnn_jax.registry.split import ARMS
 from cnn_jax.system.errors import ConfigError, DataError, printable
+from cnn_jax.system.text import utc
 
 logger = logging.getLogger(__name__)
 _BATCH = 64
@@ -80,7 +87,7 @@ def replay(
     return {
         "model": champion.model,
         "versions": dict(zip(ARMS, (champion.number, challenger.number), strict=True)),
-        "since": datetime.datetime.fromtimestamp(since, datetime.UTC).isoformat(timespec="seconds"),
+        "since": utc(since),
         "copies": copies,
         **analyse_pairs(np.stack(correct, axis=1)),
     }
@@ -118,7 +125,7 @@ def _read(
     Raises:
       DataError: See `replay`.
     """
-    columns = ("time", "request_id", "image_index", "model", "shadow_of", "image")
+    columns = ("time", "request_id", "image_index", "model", "shadow_of")
     rows = pa.concat_tables([read_requests(folder, columns, since) for folder in folders])
     name = ", ".join(map(str, folders))
     models = sorted(rows["model"].unique().to_pylist())
@@ -128,31 +135,26 @@ def _read(
     own = [row for row in rows.to_pylist() if row["model"] == model and row["shadow_of"] is None]
     check_unique(own, folders)
     recent = [
-        row
-        for row in own
-        if row["time"].timestamp() >= since
-        and (keys is None or (row["request_id"], row["image_index"]) in keys)
+        (row["request_id"], row["image_index"]) for row in own if row["time"].timestamp() >= since
     ]
+    if keys is not None:
+        recent = [key for key in recent if key in keys]
     feedback = read_valid_feedback(folders, "label")
-    labelled = [
-        (feedback[key], row["image"])
-        for row in recent
-        if (key := (row["request_id"], row["image_index"])) in feedback
-    ]
-    with_image = [(given, image) for given, image in labelled if image is not None]
-    if not with_image:
-        moment = datetime.datetime.fromtimestamp(since, datetime.UTC).isoformat(timespec="seconds")
+    labelled = [key for key in recent if key in feedback]
+    images = read_images(folders, labelled)
+    if not images:
         advice = (
             "record images with --request_log_images"
             if labelled
             else "send labels with POST /feedback, or choose an earlier --since"
         )
         raise NoLabelsError(
-            f"{name}: of {len(recent):,} images of {model} since {moment}, {len(labelled):,} have "
-            f"a label and none of these has the image itself: {advice}"
+            f"{name}: of {len(recent):,} images of {model} since {utc(since)}, {len(labelled):,} "
+            f"have a label and none of these has the image itself: {advice}"
         )
-    with_image.sort(key=lambda item: item[0].time)
     first: dict[bytes, str] = {}
-    for given, image in with_image:
-        first.setdefault(image, given.value)
-    return list(first), list(first.values()), len(with_image) - len(first)
+    # Labels with the same time keep the order of their images.
+    for key in sorted(labelled, key=lambda key: feedback[key].time):
+        if key in images:
+            first.setdefault(images[key], feedback[key].value)
+    return list(first), list(first.values()), len(images) - len(first)

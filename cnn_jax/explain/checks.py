@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 import scipy.ndimage
+import scipy.stats
 from jaxtyping import Bool, Float, PyTree
 
 from cnn_jax.data import Track, no_track
@@ -304,30 +305,11 @@ def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
 
     The correlation counts as 0 if only one of the two maps is constant, and as 1 if both are.
     """
-    ranks = [mean_ranks(maps.reshape(len(maps), -1)) for maps in (a, b)]
+    ranks = [scipy.stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (a, b)]
     x, y = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
     scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))
     are_constant = ~(x.any(axis=1) | y.any(axis=1))
     return np.divide((x * y).sum(axis=1), scale, out=are_constant.astype(float), where=scale > 0)
-
-
-def mean_ranks(values: Float[np.ndarray, "batch n"]) -> Float[np.ndarray, "batch n"]:
-    """Returns the rank of each value within its row, starting at 0; ties get their mean rank.
-
-    `scipy.stats.rankdata` does the same, but its module takes a second to import.
-    """
-    batch, n = values.shape
-    order = np.argsort(values, axis=1, kind="stable")
-    rising = np.take_along_axis(values, order, axis=1)
-    differs = rising[:, 1:] != rising[:, :-1]
-    edge = np.ones((batch, 1), bool)
-    positions = np.arange(n)
-    first = np.maximum.accumulate(np.where(np.hstack([edge, differs]), positions, 0), axis=1)
-    last = np.where(np.hstack([differs, edge]), positions, n)
-    last = np.minimum.accumulate(last[:, ::-1], axis=1)[:, ::-1]
-    ranks = np.empty((batch, n))
-    np.put_along_axis(ranks, order, (first + last) / 2, axis=1)
-    return ranks
 
 
 def _randomization(correlations: Mapping[str, Sequence[float]]) -> dict[str, Any]:

@@ -5,14 +5,12 @@ of the loss when the values of one input are permuted among the examples while a
 stay the same.
 """
 
-import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int
 
 from cnn_jax.explain.maps import Images
 from cnn_jax.inference import calibration
@@ -40,10 +38,11 @@ def feature_maps(
 
     The stages are in the order of the network.
     """
-    maps = next(_map_stages(_feature_maps, predictor, [images]))
+    run = compiled_stages(_feature_maps, predictor.model, predictor.preprocessing)
+    maps = run(predictor.variables, images)
     image_size = predictor.preprocessing.image_size
     shapes = feature_map_shapes(predictor.model, predictor.variables, image_size)
-    return {name: maps[name] for name in shapes}
+    return {name: np.asarray(maps[name], np.float32) for name in shapes}
 
 
 def embeddings(predictor: BundlePredictor, images: Images) -> Float[np.ndarray, "batch features"]:
@@ -51,26 +50,12 @@ def embeddings(predictor: BundlePredictor, images: Images) -> Float[np.ndarray, 
 
     There must be at least one image.
     """
-    return np.concatenate(list(_map_stages(_embedding, predictor, split_batches(images))))
+    batches = map_batches(predictor.predict_with_embeddings, split_batches(images))
+    return np.concatenate([rows for _, rows in batches])
 
 
 def _feature_maps(stages: dict[str, Array]) -> dict[str, Array]:
     return {name: array for name, array in stages.items() if array.ndim == 4}
-
-
-def _embedding(stages: dict[str, Array]) -> Array:
-    return stages["embedding"]
-
-
-def _map_stages(
-    choose: Callable[[dict[str, Array]], PyTree],
-    predictor: BundlePredictor,
-    batches: Iterable[Images],
-) -> Iterator[Any]:
-    """Yields the stage outputs that `choose` selects, for each batch of images, in float32."""
-    run = compiled_stages(choose, predictor.model, predictor.preprocessing)
-    for rows in map_batches(functools.partial(run, predictor.variables), batches):
-        yield jax.tree.map(lambda array: np.asarray(array, np.float32), rows)
 
 
 def first_filters(predictor: BundlePredictor) -> Float[np.ndarray, "features height width 3"]:

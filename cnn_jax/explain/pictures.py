@@ -1,6 +1,5 @@
 """Writes explanations of image files as pictures, as JSON and as an HTML page."""
 
-import base64
 import io
 import json
 import logging
@@ -334,21 +333,18 @@ def _grid(tiles: Sequence[Picture]) -> Picture:
 
 
 def _write_page(folder: pathlib.Path, result: dict[str, Any], predictor: BundlePredictor) -> None:
-    def full_size(name: str) -> str:
-        return style.data_uri(folder / name)
-
     def small(path: pathlib.Path) -> str:
         pixels = _decode(path, predictor)
         encoded = io.BytesIO()
         thumbnails.fit_to_square(pixels, _SIDE).save(encoded, "PNG")
-        return f"data:image/png;base64,{base64.b64encode(encoded.getvalue()).decode()}"
+        return style.png_uri(encoded.getvalue())
 
     page = style.template("explanations.html").render(
         result=result,
         images=result["images"][:_MAX_ON_PAGE],
         original=lambda path: small(pathlib.Path(path)),
         overlay=lambda name: small(folder / name),
-        full_size=full_size,
+        full_size=lambda name: style.data_uri(folder / name),
         side=_SIDE,
     )
     (folder / "index.html").write_text(page, "utf-8", "backslashreplace")

@@ -458,12 +458,8 @@ def digest(path: str | os.PathLike[str]) -> str:
       BundleError: There is no bundle, or it cannot be read.
     """
     path = pathlib.Path(path)
-    try:
+    with reading(path):
         return file_sha256(path / _DESCRIPTION)
-    except FileNotFoundError as error:
-        raise MissingBundleError(f"{path} is not a bundle: there is no {error.filename}") from error
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error
 
 
 def weights_sha256(path: str | os.PathLike[str]) -> str:
@@ -473,7 +469,5 @@ def weights_sha256(path: str | os.PathLike[str]) -> str:
       BundleError: There is no bundle, or it cannot be read.
     """
     path = pathlib.Path(path)
-    try:
+    with reading(path):
         return file_sha256(path / _WEIGHTS)
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error}") from error

@@ -74,6 +74,16 @@ def fit_temperature(probabilities: Probabilities, labels: Labels) -> float:
     return math.exp(result.x)
 
 
+def bin_numbers(
+    confidence: Float[np.ndarray, " n"], num_bins: int = NUM_BINS
+) -> Int[np.ndarray, " n"]:
+    """Returns the bin of each confidence, from 0; the bins are equally wide, from 0 to 1.
+
+    A bin includes its upper edge.
+    """
+    return np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+
+
 def reliability(
     probabilities: Probabilities, labels: Labels, num_bins: int = NUM_BINS
 ) -> dict[str, list[float]]:
@@ -82,8 +92,7 @@ def reliability(
     Args:
       probabilities: The probabilities of images.
       labels: The true classes.
-      num_bins: The number of equally wide bins of the confidence, from 0 to 1. A bin includes
-        its upper edge.
+      num_bins: The number of bins of the confidence; see `bin_numbers`.
 
     Returns:
       Lists with one value for each bin: "count", the number of images; and "confidence" and
@@ -91,7 +100,7 @@ def reliability(
     """
     confidence = probabilities.max(axis=1).astype(np.float64)
     hits = probabilities.argmax(axis=1) == labels
-    bins = np.clip(np.ceil(confidence * num_bins).astype(int) - 1, 0, num_bins - 1)
+    bins = bin_numbers(confidence, num_bins)
     count, sum_of_confidence, sum_of_hits = (
         np.bincount(bins, weights, num_bins)
         for weights in (np.ones_like(confidence), confidence, hits)

@@ -19,8 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cnn_jax.data.request_log import Folders
-from cnn_jax.evaluate import percent
+from cnn_jax.data.request_log import Folders, read_images
 from cnn_jax.monitor.flags import (
     add_log_flags,
     add_measure_flags,
@@ -30,7 +29,6 @@ from cnn_jax.monitor.flags import (
     save_reference,
 )
 from cnn_jax.monitor.gauges import describe_gauges
-from cnn_jax.monitor.labels import read_images
 from cnn_jax.monitor.rows import Rows
 from cnn_jax.monitor.windows import measure
 from cnn_jax.quality.drift import TESTS
@@ -39,7 +37,7 @@ from cnn_jax.quality.trust import Distances, statistics
 from cnn_jax.system import cli
 from cnn_jax.system.atomic import write_text
 from cnn_jax.system.errors import ConfigError, DataError, printable
-from cnn_jax.system.text import fill, table
+from cnn_jax.system.text import fill, percent, table
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +185,7 @@ def _write_page(
         values = statistics(distances, rows.predictions[slice(first, None)])
         chosen = choose_examples(rows, values, first, _EXAMPLES)
         keys = [rows.keys[row] for row, _ in chosen]
-        images = read_images(folders, keys, float(rows.times[first]) - 1)
+        images = read_images(folders, keys)
         classes, probabilities = rows.predictions.classes, rows.predictions.probabilities
         for row, group in chosen:
             if (image := images.get(rows.keys[row])) is not None:

@@ -5,6 +5,7 @@ import dataclasses
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable
 
 import safetensors
 import safetensors.numpy
@@ -75,14 +76,18 @@ def add_log_flags(parser: argparse.ArgumentParser) -> None:
 def add_measure_flags(parser: argparse._ActionsContainer) -> None:
     """Adds the flags of the tests: --window, --last, --level and --max_drop."""
     parser.add_argument(
-        "--window", type=_window, default=WINDOW, metavar="N", help=f"images ({WINDOW})"
+        "--window",
+        type=_at_least(_MIN_WINDOW),
+        default=WINDOW,
+        metavar="N",
+        help=f"number of images in a window, {_MIN_WINDOW} or more ({WINDOW})",
     )
     parser.add_argument(
         "--last",
-        type=cli.positive,
+        type=_at_least(2),  # An alarm needs two windows.
         default=LAST,
         metavar="N",
-        help=f"number of latest windows to test ({LAST})",
+        help=f"number of latest windows to test, 2 or more ({LAST})",
     )
     parser.add_argument(
         "--level",
@@ -100,11 +105,15 @@ def add_measure_flags(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def _window(text: str) -> int:
-    """Parses the value of --window; an argparse type."""
-    if (window := cli.positive(text)) < _MIN_WINDOW:
-        raise argparse.ArgumentTypeError(f"must be {_MIN_WINDOW} or more, got {window}")
-    return window
+def _at_least(least: int) -> Callable[[str], int]:
+    """Returns an argparse type for integers that are not smaller than `least`."""
+
+    def convert(text: str) -> int:
+        if (number := cli.natural(text)) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more, got {number}")
+        return number
+
+    return convert
 
 
 def open_version(flags: argparse.Namespace) -> Served:
@@ -135,7 +144,7 @@ def open_version(flags: argparse.Namespace) -> Served:
     return Served(name, own_digest, reference)
 
 
-def open_rows(flags: argparse.Namespace, served: Served, *, with_labelled: bool = False) -> Rows:
+def open_rows(flags: argparse.Namespace, served: Served) -> Rows:
     """Reads the rows of a version that the flags name.
 
     Raises:
@@ -145,7 +154,7 @@ def open_rows(flags: argparse.Namespace, served: Served, *, with_labelled: bool 
     if not flags.log:
         raise ConfigError("--log must be given")
     since = 0.0 if flags.days is None else time.time() - flags.days * _SECONDS_PER_DAY
-    return read_rows(flags.log, served.digest, since, with_labelled=with_labelled)
+    return read_rows(flags.log, served.digest, since)
 
 
 def save_reference(reference: Reference, bundle_digest: str, path: pathlib.Path) -> None:

@@ -5,12 +5,12 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import markupsafe
 import numpy as np
-import pyarrow.compute as pc
+from jaxtyping import Bool
 
 from cnn_jax.data.request_log import (
     FEEDBACK,
@@ -18,7 +18,7 @@ from cnn_jax.data.request_log import (
     Key,
     Segments,
     class_names,
-    read_requests,
+    read_keys,
 )
 from cnn_jax.monitor.rows import Rows, random_order
 from cnn_jax.quality.reference import Reference
@@ -33,12 +33,17 @@ _YES = ("1", "true", "yes")
 
 
 def choose(
-    rows: Rows, reference: Reference | None, count: int, random_fraction: float
+    rows: Rows,
+    is_free: Bool[np.ndarray, " n"],
+    reference: Reference | None,
+    count: int,
+    random_fraction: float,
 ) -> list[tuple[int, str]]:
-    """Chooses the images without a label that are most worth a label.
+    """Chooses the images that are most worth a label.
 
     Args:
       rows: The predictions.
+      is_free: Whether each image may be chosen: it has no label, and its pixels were logged.
       reference: The reference statistics; without them no image counts as unusual.
       count: The number of images to choose.
       random_fraction: The fraction, 0 to 1, of images to choose at random. One half of the other
@@ -50,7 +55,7 @@ def choose(
     """
     if not len(rows):
         return []
-    is_free = rows.labels < 0
+    is_free = is_free.copy()
     predictions = rows.predictions
     unusual = np.zeros(len(rows))
     if reference is not None:
@@ -70,28 +75,6 @@ def choose(
             chosen.append((row, reason))
             is_free[row] = False
     return chosen
-
-
-def read_images(folders: Folders, keys: Sequence[Key], since: float) -> dict[Key, bytes]:
-    """Returns the logged images, as PNG, that have the given keys.
-
-    Args:
-      folders: The request logs.
-      keys: The request ids and image indices.
-      since: The time of the oldest of these images, in seconds since the epoch.
-    """
-    wanted, found = set(keys), {}
-    for folder in folders:
-        table = read_requests(folder, ["request_id", "image_index", "image"], since)
-        table = table.filter(
-            pc.field("request_id").isin([request_id for request_id, _ in wanted])
-            & pc.field("image").is_valid()
-        )
-        for record in table.to_pylist():
-            key = record["request_id"], record["image_index"]
-            if key in wanted:
-                found[key] = record["image"]
-    return found
 
 
 def write_label_page(
@@ -153,7 +136,7 @@ def read_labels(path: pathlib.Path) -> list[dict[str, Any]]:
         index = record.get("image_index") or "0"
         if not index.isdecimal():
             raise DataError(f"{path}, line {number}: image_index must be a number, got {index!r}")
-        if label := (record["label"] or "").strip():
+        if (label := record["label"] or "").strip():
             key = (record["request_id"] or "").strip(), int(index)
             is_new = (record.get("new_class") or "").strip().lower() in _YES
             labels.append({"key": key, "label": label, "new_class": is_new, "line": number})
@@ -175,7 +158,8 @@ def add_labels(folders: Folders, labels: Sequence[Mapping[str, Any]]) -> int:
         class of the bundle that predicted the image.
       OSError: The labels cannot be written.
     """
-    digests = {folder: _digests(folder) for folder in folders}
+    keys = [item["key"] for item in labels]
+    digests = {folder: _digests(folder, keys) for folder in folders}
     given: dict[Any, dict[Key, str]] = {folder: {} for folder in folders}
     for item in labels:
         key, label, where = item["key"], item["label"], f"line {item['line']}"
@@ -185,12 +169,14 @@ def add_labels(folders: Folders, labels: Sequence[Mapping[str, Any]]) -> int:
                 f"{where}: {', '.join(map(str, folders))} has no image {key[1]} of request "
                 f"{printable(key[0])}; it was deleted, or it is in another request log"
             )
+        known = class_names(folder, digests[folder][key])
+        if label not in known:  # The name of a class may start or end with a space.
+            label = label.strip()
         if given[folder].setdefault(key, label) != label:
             raise DataError(
                 f"{where}: image {key[1]} of request {key[0]} has two labels, "
                 f"{printable(given[folder][key])!r} and {printable(label)!r}; keep one of them"
             )
-        known = class_names(folder, digests[folder][key])
         if label not in known and not item["new_class"]:
             close = closest(label, known)
             hint = f"did you mean {printable(close)!r}? " if close else ""
@@ -219,12 +205,11 @@ def _append_labels(folder: str | os.PathLike[str], labels: Mapping[Key, str]) ->
     )
     segments.close()
     # A server may have deleted rows before the labels were written.
-    if lost := len(labels.keys() - _digests(folder).keys()):
+    if lost := len(labels.keys() - _digests(folder, labels).keys()):
         raise DataError(f"{folder}: a server has just deleted {lost} of the labelled images")
 
 
-def _digests(folder: str | os.PathLike[str]) -> dict[Key, str]:
-    """Returns the digest of the bundle that predicted each image of a request log."""
-    table = read_requests(folder, ["request_id", "image_index", "digest"])
-    columns = (table[name].to_pylist() for name in table.column_names)
-    return {(request_id, index): digest for request_id, index, digest in zip(*columns, strict=True)}
+def _digests(folder: str | os.PathLike[str], keys: Collection[Key]) -> dict[Key, str]:
+    """Returns the digest of the bundle that predicted each of some images of a request log."""
+    rows = read_keys(folder, keys, ("request_id", "image_index", "digest"))
+    return {(row["request_id"], row["image_index"]): row["digest"] for row in rows}

@@ -17,7 +17,7 @@ from cnn_jax.system.atomic import write_text
 
 EXPLANATIONS = {
     "no_data": "The log has no complete window yet.",
-    "no_drift": "The latest windows do not differ from the validation images.",
+    "no_drift": "The two latest windows do not both differ from the validation images.",
     "drift": (
         "The latest windows differ from the validation images, but the estimated accuracy has not "
         "fallen by more than the limit. Drift is not harm."
@@ -61,7 +61,6 @@ def write_monitor_page(
         tests=TESTS,
         groups=sorted({example["group"] for example in examples}),
         examples=examples,
-        time=lambda iso: iso[:16].replace("T", " "),
         limit=result["reference"]["accuracy"] - result["max_drop"],
     )
     write_text(path, page, shared=True)

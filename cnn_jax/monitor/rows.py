@@ -64,27 +64,22 @@ class Rows:
         return self.predictions.classes == self.labels
 
 
-def read_rows(
-    folders: Folders,
-    digest: str,
-    since: float = 0.0,
-    *,
-    with_labelled: bool = False,
-) -> Rows:
+def read_rows(folders: Folders, digest: str, since: float = 0.0) -> Rows:
     """Reads the predictions of a bundle, and their labels, from one or several request logs.
+
+    Rows of deleted files to which there is feedback are not read: with them, a window would not be
+    a random sample of the requests.
 
     Args:
       folders: The folders of the request logs.
       digest: The digest of the bundle.
       since: Seconds since the epoch; earlier rows are left out.
-      with_labelled: Whether to read also the rows of deleted files to which there is feedback. A
-        window with such rows is not a random sample of the requests.
 
     Raises:
       DataError: A folder is not a request log, the logs have no predictions of this bundle, or
         their predictions have no embeddings.
     """
-    tables = {f: read_requests(f, _COLUMNS, since, with_labelled=with_labelled) for f in folders}
+    tables = {f: read_requests(f, _COLUMNS, since, with_labelled=False) for f in folders}
     own_tables = {f: table.filter(pc.field("digest") == digest) for f, table in tables.items()}
     table = pa.concat_tables(own_tables.values())
     if not table.num_rows:

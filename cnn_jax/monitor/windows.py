@@ -1,17 +1,17 @@
 """Tests the windows of a request log for drift, and estimates their accuracy."""
 
-import datetime
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy.stats import binomtest
 
 from cnn_jax.monitor.rows import Rows, random_sample
 from cnn_jax.quality.drift import LEVEL, consecutive, is_different, window_p_values
 from cnn_jax.quality.reference import Reference
 from cnn_jax.quality.trust import Distances, estimate_accuracy, statistics
 from cnn_jax.system.errors import DataError
-from cnn_jax.training.metrics import wilson_interval
+from cnn_jax.system.text import utc
 
 # The default number of images in a window, the number of latest windows to test, and the decrease
 # of the accuracy that counts as harm.
@@ -33,8 +33,8 @@ def measure(
     of the tests of `drift` is significant. Two windows in a row that differ are an alarm. Drift is
     harm if there is an alarm in the latest window and the estimated accuracy of both windows of
     the alarm is lower than the accuracy on the validation images by more than `max_drop`; or if
-    the labels of a random sample of the two latest windows prove such a decrease (95 % Wilson
-    interval).
+    the labels of a random sample of the two latest windows prove such a decrease (95 % interval
+    of Clopper and Pearson 1934, which is exact for any number of labels).
 
     Args:
       rows: The predictions.
@@ -107,8 +107,8 @@ def _measure_window(
     )
     return {
         "first": part.start,
-        "from": _iso(rows.times[part][0]),
-        "to": _iso(rows.times[part][-1]),
+        "from": utc(rows.times[part][0]),
+        "to": utc(rows.times[part][-1]),
         "p_values": p_values,
         "differs": is_different(list(p_values.values()), level),
         "estimated_accuracy": estimate_accuracy(reference, distances, predictions),
@@ -130,7 +130,8 @@ def _measure_labels(rows: Rows, part: slice) -> dict[str, Any]:
     if in_sample.any():
         hits = rows.hits[part][in_sample]
         result["accuracy"] = float(hits.mean())
-        result["interval"] = list(wilson_interval(float(hits.sum()), len(hits)))
+        interval: Any = binomtest(int(hits.sum()), len(hits)).proportion_ci(method="exact")
+        result["interval"] = [float(interval.low), float(interval.high)]
     return result
 
 
@@ -144,8 +145,3 @@ def _state(windows: Sequence[dict[str, Any]], labels: dict[str, Any], limit: flo
         return "no_drift"
     is_low = all(w["estimated_accuracy"] < limit for w in windows[-2:])
     return "harm" if is_low else "drift"
-
-
-def _iso(seconds: float) -> str:
-    """Formats seconds since the epoch as a time in UTC."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

@@ -13,7 +13,6 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Num, UInt8
 
 from cnn_jax.data import Track, no_track, scan
-from cnn_jax.data.augment import opencv
 from cnn_jax.data.dataset import Dataset, memory_bytes
 from cnn_jax.data.pipeline import Loader
 from cnn_jax.data.preprocessing import Preprocessing
@@ -23,6 +22,7 @@ from cnn_jax.inference.calibration import expected_calibration_error
 from cnn_jax.inference.evaluation import image_batches, labelled_split
 from cnn_jax.inference.predictor import Predictor, predict_pixels
 from cnn_jax.quality.corruptions import CORRUPTIONS, FAMILIES, IMAGENET_C, SEVERITIES, Corruption
+from cnn_jax.quality.image_statistics import image_statistics
 from cnn_jax.system.errors import DataError
 from cnn_jax.training.metrics import wilson_interval
 
@@ -255,30 +255,13 @@ def by_quality(
       "sharpness", "brightness" and "resolution" (in pixels), each with the bins that
       `accuracy_by_quantile` returns.
     """
+    brightness, sharpness, _ = np.array([image_statistics(i) for i in images]).reshape(-1, 3).T
     return {
-        "sharpness": accuracy_by_quantile(np.array([sharpness(i) for i in images]), hits),
-        "brightness": accuracy_by_quantile(np.array([brightness(i) for i in images]), hits),
+        # The variance of the Laplacian (Pech-Pacheco et al. 2000).
+        "sharpness": accuracy_by_quantile(sharpness**2, hits),
+        "brightness": accuracy_by_quantile(brightness, hits),
         "resolution": accuracy_by_quantile(pixels, hits),
     }
-
-
-def sharpness(image: UInt8[np.ndarray, "height width 3"]) -> float:
-    """Returns an image's sharpness: the variance of the Laplacian (Pech-Pacheco et al. 2000).
-
-    The grey levels are from 0 to 255.
-    """
-    cv2 = opencv()
-    return float(cv2.Laplacian(_grey(image), cv2.CV_32F).var(dtype=np.float64))
-
-
-def brightness(image: UInt8[np.ndarray, "height width 3"]) -> float:
-    """Returns the brightness of an image: its mean grey level, 0 to 255."""
-    return float(_grey(image).mean(dtype=np.float64))
-
-
-def _grey(image: UInt8[np.ndarray, "height width 3"]) -> Float[np.ndarray, "height width"]:
-    """Returns the grey levels (luma) of an RGB image, 0 to 255 (ITU-R BT.601)."""
-    return image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def accuracy_by_quantile(

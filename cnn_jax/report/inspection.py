@@ -73,8 +73,8 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
         classes=class_rows(survey.counts),
         charts=charts,
         sheets=sheets,
-        exact=_rows_with_pictures(survey, survey.exact, folder, "exact"),
-        near=_rows_with_pictures(survey, survey.near, folder, "near"),
+        exact=_duplicate_rows(survey, survey.exact, folder, "exact"),
+        near=_duplicate_rows(survey, survey.near, folder, "near"),
         limit=_MAX_ROWS,
         count=count,
         version=cnn_jax.__version__,
@@ -84,18 +84,26 @@ def write_page(survey: Survey, folder: pathlib.Path, track: Track = no_track) ->
     return path
 
 
-def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
-    """Returns the rows of a list of duplicates: one row for each of the first 50 clusters."""
+def _duplicate_rows(
+    survey: Survey, clusters: Sequence[Cluster], folder: pathlib.Path, kind: str
+) -> list[dict[str, Any]]:
+    """Returns the rows of a list of duplicates: one row for each of the first 50 clusters.
+
+    The images of each cluster are drawn side by side; a row has the file name of its "picture".
+    """
     source = survey.source
     rows = []
-    for cluster in clusters[:_MAX_ROWS]:
+    for number, cluster in enumerate(clusters[:_MAX_ROWS]):
         shown = survey.varied(cluster)[:_MAX_NAMES]
+        picture = f"{kind}_{number:03d}.png"
+        _sheet([_thumbnail(survey, i) for i in shown], len(shown)).save(folder / picture)
         rows.append(
             {
                 "different_labels": cluster.different_labels,
                 "different_splits": cluster.different_splits,
                 "size": len(cluster.images),
                 "rest": len(cluster.images) - len(shown),
+                "picture": picture,
                 "images": [
                     {
                         "id": source.ids[i],
@@ -106,19 +114,6 @@ def _rows(survey: Survey, clusters: Sequence[Cluster]) -> list[dict[str, Any]]:
                 ],
             }
         )
-    return rows
-
-
-def _rows_with_pictures(
-    survey: Survey, clusters: Sequence[Cluster], folder: pathlib.Path, kind: str
-) -> list[dict[str, Any]]:
-    """Draws a strip of images for each of the first 50 clusters of duplicates.
-
-    Each returned row of the list of duplicates has the file name of its strip as "picture".
-    """
-    rows = _rows(survey, clusters)
-    for number, (row, cluster) in enumerate(zip(rows, clusters, strict=False)):
-        row["picture"] = _draw_strip(survey, cluster, folder / f"{kind}_{number:03d}.png")
     return rows
 
 
@@ -187,13 +182,6 @@ def _draw_sheets(survey: Survey, folder: pathlib.Path, track: Track) -> list[dic
         }
 
     return list(track(scan.on_all_cores(draw, labels), "drawing classes", len(labels)))
-
-
-def _draw_strip(survey: Survey, cluster: Cluster, path: pathlib.Path) -> str:
-    """Draws images of a cluster of duplicates side by side; returns the name of the image file."""
-    shown = survey.varied(cluster)[:_MAX_NAMES]
-    _sheet([_thumbnail(survey, i) for i in shown], len(shown)).save(path)
-    return path.name
 
 
 def _sheet(thumbnails: Sequence[Image.Image | None], columns: int) -> Image.Image:

@@ -73,7 +73,7 @@ find("other").addEventListener("submit", (event) => {
   if (name) {
     find("name").value = "";
     find("name").blur();
-    choose(name);
+    choose(data.classes.find((known) => known.trim() === name) ?? name);
   }
 });
 find("back").addEventListener("click", () => move(-1));

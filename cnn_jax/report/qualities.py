@@ -152,8 +152,8 @@ def _curves(section: Mapping[str, Any], figure: Figure, theme: Theme) -> None:
             axes.plot(
                 range(len(accuracies)),
                 accuracies,
-                color=theme.lines[number % len(theme.lines)],
-                marker="osv^Dx"[number % 6],
+                color=theme.lines[number],
+                marker="osv^Dx"[number],
                 markersize=3.5,
                 linewidth=1.3,
                 label=_label(name),

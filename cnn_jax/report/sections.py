@@ -87,7 +87,7 @@ def curves(run: Run) -> Figures:
     if best is None:
         raise MissingError("No epoch has been completed, so there is no curve to draw.")
     keys = ("epoch", "learning_rate", "seconds")
-    measured = [f"{split}_{key}" for split in ("train", "validation") for key in _CURVES]
+    measured = [f"{split}_{key}" for split in SPLITS[:2] for key in ("loss", "accuracy")]
     columns = {key: [record[key] for record in history] for key in (*keys, *measured)}
     figures = {
         "best_epoch": best["epoch"],
@@ -99,9 +99,6 @@ def curves(run: Run) -> Figures:
     }
     train, validation = (run.figures.get(split) for split in ("train", "validation"))
     return figures | verdicts.training(figures, train, validation, run.settings.dropout)
-
-
-_CURVES = ("loss", "accuracy")
 
 
 def confusion(run: Measurements) -> Figures:

@@ -22,6 +22,7 @@ from optuna.trial import TrialState
 from cnn_jax.report import style, texts
 from cnn_jax.system.atomic import write_text
 from cnn_jax.system.errors import printable
+from cnn_jax.system.text import percent
 
 Study = Mapping[str, Any]
 Trial = Mapping[str, Any]
@@ -78,7 +79,6 @@ def write_study_page(study: Study, folder: pathlib.Path) -> pathlib.Path:
         range_edge=range_edge,
         cell=_cell,
         sort_first=_SORT_FIRST,
-        time=lambda iso: (iso or "")[:16].replace("T", " "),
         **style.sorting_script(),
     )
     write_text(folder / "index.html", page, shared=True)
@@ -222,7 +222,7 @@ def _format_objective(study: Study, value: float | None) -> str:
     if not _is_number(value):
         return _MISSING
     assert value is not None
-    return f"{value:.4f}" if study["monitor"].endswith("loss") else texts.percent(value, 2)
+    return f"{value:.4f}" if study["monitor"].endswith("loss") else percent(value, 2)
 
 
 def _cell(range_: Range, trial: Trial, key: str) -> tuple[float, str]:

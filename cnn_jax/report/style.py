@@ -27,6 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
+from cnn_jax.system import text
 from cnn_jax.system.errors import printable
 
 # The default size (width, height) of a chart in inches, the dots per inch of the image file, and
@@ -215,16 +216,17 @@ def template(name: str) -> jinja2.Template:
     )
     environment.filters |= {
         "number": lambda value: f"{value:,}",
-        "percent": lambda fraction, digits=1: f"{100 * fraction:.{digits}f} %",
-        "points": lambda difference, digits=1: f"{100 * difference:.{digits}f} points",
+        "percent": text.percent,
+        "points": text.points,
         "decimal": lambda value, digits=4: f"{value:.{digits}f}",
+        "minute": lambda iso: iso[:16].replace("T", " "),
     }
     return environment.get_template(name)
 
 
-def _on_one_line(text: str) -> str:
+def _on_one_line(value: str) -> str:
     """Escapes unprintable characters in text, and prevents line breaks before "%"."""
-    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", printable(text))
+    return re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", printable(value))
 
 
 def data_uri(path: pathlib.Path) -> markupsafe.Markup:

@@ -6,6 +6,7 @@ from typing import Any
 
 from cnn_jax.data.findings import count
 from cnn_jax.inference.calibration import NUM_BINS
+from cnn_jax.system.text import percent, points
 from cnn_jax.training.metrics import MAX_HALF_WIDTH, half_width
 
 # The report remarks on a class if its F1 is below the mean F1 by more than this value.
@@ -128,16 +129,6 @@ def time_spent(training: float, seconds: Mapping[str, float]) -> dict[str, Any]:
     if "explanations" in parts:
         text += "; report.detail=figures makes the report faster"
     return {"training": training, "after_training": total, "parts": parts, "words": text}
-
-
-def percent(fraction: float, digits: int = 1) -> str:
-    """Formats a fraction as a percentage, such as "96.1 %"."""
-    return f"{100 * fraction:.{digits}f} %"
-
-
-def points(difference: float, digits: int = 1) -> str:
-    """Formats a difference of two fractions in percentage points, such as "2.3 points"."""
-    return f"{100 * difference:.{digits}f} points"
 
 
 def summary(figures: Mapping[str, Any]) -> dict[str, Any]:

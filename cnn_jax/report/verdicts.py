@@ -13,8 +13,8 @@ import scipy.stats
 from jaxtyping import Float
 
 from cnn_jax.data.findings import count
-from cnn_jax.inference.calibration import NUM_BINS
-from cnn_jax.report.texts import percent, points
+from cnn_jax.inference.calibration import bin_numbers
+from cnn_jax.system.text import percent, points
 from cnn_jax.training.metrics import agreement_p_value, half_width, wilson_interval
 
 # The significance level of one-sided tests. This level corresponds to 95 % confidence intervals.
@@ -121,8 +121,7 @@ def calibrated_error(confidence: Float[np.ndarray, " n"]) -> dict[str, float]:
       "mean" and "percentile_95" of the simulated errors, over the bins of `calibration`.
     """
     confidence = np.sort(confidence.astype(np.float64))
-    bins = np.clip(np.ceil(confidence * NUM_BINS).astype(int) - 1, 0, NUM_BINS - 1)
-    starts = np.flatnonzero(np.diff(bins, prepend=-1))
+    starts = np.flatnonzero(np.diff(bin_numbers(confidence), prepend=-1))
     simulations = min(_SIMULATIONS, max(_MAX_DRAWS // len(confidence), 100))
     rng = np.random.default_rng(0)
     errors = []

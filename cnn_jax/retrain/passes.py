@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cnn_jax.config import files, schema
 from cnn_jax.config.resolve import bundle_values, resolve
@@ -286,14 +287,13 @@ class _Pass:
         columns = ("time", "request_id", "image_index", "digest", "shadow_of")
         # When a file is deleted, its rows with feedback are kept. They are not a random sample.
         tables = [read_requests(log, columns, since, with_labelled=False) for log in logs]
-        rows = [
-            row
-            for row in pa.concat_tables(tables).sort_by("time").to_pylist()
-            if row["digest"] == self.champion.bundle.digest
-            and row["shadow_of"] is None
-            and row["time"].timestamp() >= since
+        own = (pc.field("digest") == self.champion.bundle.digest) & pc.field("shadow_of").is_null()
+        rows = pa.concat_tables(tables).filter(own).sort_by("time").to_pylist()
+        keys = [
+            (row["request_id"], row["image_index"])
+            for row in rows
+            if row["time"].timestamp() >= since
         ]
-        keys = [(row["request_id"], row["image_index"]) for row in rows]
         given = read_valid_feedback(logs, "label")
         sample = growing_sample(keys, np.array([key in given for key in keys], bool))
         return {keys[i]: given[keys[i]].value for i in np.flatnonzero(sample)}
@@ -370,7 +370,9 @@ class _Pass:
             kinds = {**examples.left_out, **left_out}.items()
             texts = "".join(f"; {number:,} {kind}" for kind, number in kinds)
             return _nothing(f"no labelled image in the log{texts}")
-        reasons = self._reasons(folder, last)
+        state = self._monitor(folder) if "harm" in settings.triggers else ""
+        has_failed = last is not None and last.status in (REFUSED, ROLLED_BACK)
+        reasons = _Reasons(settings.triggers, settings.min_new, state, has_failed)
         if not reasons.triggers(new):
             return _nothing(reasons.text(new))
         attempt = self.state.prepare()
@@ -493,17 +495,6 @@ class _Pass:
         name = LOG_MARK.join(parts)
         predictor = BundlePredictor(bundle)
         return open_as_trained(predictor, name, self.console.track, with_digests=True)
-
-    def _reasons(self, folder: pathlib.Path, last: Attempt | None) -> "_Reasons":
-        """Returns the reasons for an attempt.
-
-        Args:
-          folder: The folder of the champion's bundle.
-          last: The last attempt.
-        """
-        state = self._monitor(folder) if "harm" in self.settings.triggers else ""
-        has_failed = last is not None and last.status in (REFUSED, ROLLED_BACK)
-        return _Reasons(self.settings.triggers, self.settings.min_new, state, has_failed)
 
     def _monitor(self, folder: pathlib.Path) -> str:
         """Returns the state of the champion; see `monitor.windows.measure`.

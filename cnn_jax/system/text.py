@@ -1,5 +1,6 @@
-"""Functions that format text for terminals: line breaks, tables, and lists of names and values."""
+"""Functions that format text: numbers, times, line breaks, tables, and names with values."""
 
+import datetime
 import os
 import re
 import shutil
@@ -30,6 +31,21 @@ def spreadsheet_cell(text: str) -> str:
     carriage return. An apostrophe in front of the text prevents this.
     """
     return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
+
+
+def percent(fraction: float, digits: int = 1) -> str:
+    """Formats a fraction as a percentage, such as "96.1 %"."""
+    return f"{100 * fraction:.{digits}f} %"
+
+
+def points(difference: float, digits: int = 1) -> str:
+    """Formats a difference of two fractions in percentage points, such as "2.3 points"."""
+    return f"{100 * difference:.{digits}f} points"
+
+
+def utc(seconds: float) -> str:
+    """Formats seconds since the epoch as a time in UTC, such as "2026-11-27T16:20:05+00:00"."""
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")
 
 
 def wrap(line: str, width: int | None, indent: int = 0) -> list[str]:

@@ -43,6 +43,15 @@ def test_outcome_is_the_mean_reward_of_the_images_in_the_window(tmp_path):
     assert unit.outcome("rating") == pytest.approx(1.0)
 
 
+def test_feedback_after_the_window_replaces_no_earlier_feedback(tmp_path):
+    log = Log(tmp_path / "log", experiment(window=100.0))
+    request = log.request("a", 10)
+    log.feedback(request, 15, reward=1.0)
+    log.feedback(request, 111, reward=0.0)
+    (unit,) = read(log).units
+    assert unit.outcome("reward") == 1.0
+
+
 def test_unit_without_feedback_has_no_rating(tmp_path):
     log = Log(tmp_path / "log", experiment(outcome="rating"))
     log.request("a", 0)
@@ -144,7 +153,15 @@ def test_wrong_arms_and_versions_are_counted(tmp_path):
     assert read(log).misplaced == 2
 
 
-def test_pairs_of_a_shadow_are_in_the_order_of_the_labels(tmp_path):
+@pytest.mark.parametrize(
+    ("times", "pairs"),
+    [
+        ((30, 10, 20), [(True, True), (True, False), (False, True)]),
+        # The labels of a file have equal times. The order of the images decides, not the outcome.
+        ((30, 30, 30), [(False, True), (True, True), (True, False)]),
+    ],
+)
+def test_pairs_of_a_shadow_are_in_the_order_of_the_labels(tmp_path, times, pairs):
     log = Log(tmp_path / "log", experiment(is_shadow=True, outcome="label"))
     champion = {"arm": "blue/champion", "version": 1}
     challenger = {"arm": "blue/challenger", "version": 2}
@@ -153,10 +170,9 @@ def test_pairs_of_a_shadow_are_in_the_order_of_the_labels(tmp_path):
         requests.append(log.request(None, time, **champion, **{"class": first}))
         log.request(None, time, **challenger, **{"class": second}, shadow_of=requests[-1])
     log.request(None, 5, **challenger, shadow_of="9" * 32)  # The champion's row was lost.
-    for request, time in zip(requests, (30, 10, 20), strict=True):
+    for request, time in zip(requests, times, strict=True):
         log.feedback(request, time, label="rose")
     found = read(log)
-    # Each pair is (challenger, champion).
-    assert found.pairs == [(True, True), (True, False), (False, True)]
+    assert found.pairs == pairs  # Each pair is (challenger, champion).
     assert found.agreements == [False, True, False]
     assert found.misplaced == 0

@@ -9,6 +9,7 @@ from bundles import encode_png, make_bundle, make_registry
 from logs import DAY, START, Log, experiment
 
 from cnn_jax import compare
+from cnn_jax.data import request_log
 from cnn_jax.experiment.replay import NoLabelsError, replay
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.system.errors import ConfigError, DataError
@@ -69,6 +70,21 @@ def test_only_the_chosen_images_are_compared(registry, log, images):
     assert run(registry, log.write(), keys=keys)["images"] == 3
     with pytest.raises(NoLabelsError, match="of 0 images of flowers"):
         run(registry, log, keys=[])
+
+
+def test_images_without_a_label_are_not_read(registry, log, images, tmp_path, monkeypatch):
+    other = Log(tmp_path / "other", experiment())
+    other.request(None, SOON, image=encode_png(images[0]), request_id="f" * 32, version=1)
+    folders, opened = [log.write().folder, other.write().folder], set()
+
+    def read(path, columns, condition=None, original=request_log.read_file):
+        opened.update({path.parts[-3]} if "image" in (columns or ()) else ())
+        return original(path, columns, condition)
+
+    monkeypatch.setattr(request_log, "read_file", read)
+    versions = [registry.resolve("flowers", number) for number in (2, 1)]
+    assert replay(registry, *versions, folders)["images"] == 70
+    assert opened == {"log"}
 
 
 def test_copies_of_an_image_count_once(registry, log, images):

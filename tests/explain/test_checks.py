@@ -258,13 +258,6 @@ def test_rival_maps_are_random_and_central():
     np.testing.assert_array_equal(random, checks.random_maps(2, (32, 16)))
 
 
-@pytest.mark.parametrize("levels", [2, 10, 10**6])
-def test_mean_ranks_equal_scipy(levels):
-    values = np.random.default_rng(levels).integers(0, levels, (5, 40)).astype(np.float32)
-    expected = scipy.stats.rankdata(values, axis=1) - 1
-    np.testing.assert_array_equal(checks.mean_ranks(values), expected)
-
-
 def test_methods_that_share_a_gradient_keep_their_maps():
     predictor = make_predictor()
     images = np.random.default_rng(1).integers(0, 256, (5, *SIZE, 3), np.uint8)

@@ -4,6 +4,7 @@ import pathlib
 import time
 
 import numpy as np
+import request_logs
 
 from cnn_jax.data import request_log as files
 from cnn_jax.quality import trust
@@ -100,15 +101,5 @@ def write_labels(
     folder: pathlib.Path, labels: dict[tuple[str, int], str], when: float | None = None
 ) -> None:
     """Adds feedback with labels to a request log."""
-    segments = files.Segments(folder / "feedback", files.FEEDBACK)
-    now = round(1e6 * (time.time() if when is None else when))
-    segments.append(
-        {
-            "time": [now] * len(labels),
-            "request_id": [key[0] for key in labels],
-            "image_index": [key[1] for key in labels],
-            "label": list(labels.values()),
-            "reward": [None] * len(labels),
-        }
-    )
-    segments.close()
+    by_id = {request_id: label for (request_id, _), label in labels.items()}
+    request_logs.write_labels(folder, by_id, time.time() if when is None else when)

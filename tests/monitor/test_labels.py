@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import cv2
 import numpy as np
@@ -10,6 +11,7 @@ from monitor_logs import DIGEST, NAMES, make_reference, simulate, write_labels, 
 
 from cnn_jax.data.request_log import read_feedback
 from cnn_jax.label import main
+from cnn_jax.monitor import __main__ as monitor
 from cnn_jax.monitor.labels import add_labels, choose, read_labels
 from cnn_jax.monitor.rows import random_order, random_sample, read_rows
 from cnn_jax.quality import trust
@@ -31,7 +33,7 @@ def _item(key, label, new_class=False, line=2):
 
 def test_chosen_images_are_random_unusual_and_uncertain(log):
     rows, reference = read_rows([log], DIGEST), make_reference()
-    chosen = choose(rows, reference, 20, 0.5)
+    chosen = choose(rows, rows.labels < 0, reference, 20, 0.5)
     assert [reason for _, reason in chosen] == ["random"] * 10 + ["unusual"] * 5 + ["uncertain"] * 5
     positions = [row for row, _ in chosen]
     assert len(set(positions)) == 20
@@ -48,11 +50,11 @@ def test_chosen_images_are_random_unusual_and_uncertain(log):
 
 def test_labelled_images_are_not_chosen_again(log):
     rows = read_rows([log], DIGEST)
-    first = choose(rows, None, 30, 0.5)
+    first = choose(rows, rows.labels < 0, None, 30, 0.5)
     assert "unusual" not in {reason for _, reason in first}
     write_labels(log, {rows.keys[row]: "star" for row, _ in first})
     rows = read_rows([log], DIGEST)
-    second = choose(rows, None, 100, 0.5)
+    second = choose(rows, rows.labels < 0, None, 100, 0.5)
     assert len(second) == 30
     assert not {row for row, _ in first} & {row for row, _ in second}
     # The labelled random images, and perhaps more, are a random sample.
@@ -66,6 +68,19 @@ def test_labels_are_stored_by_request_and_index(log):
     np.testing.assert_array_equal(read_rows([log], DIGEST).labels[:3], [2, 3, -1])
     assert {path.suffix for path in (log / "feedback").iterdir()} == {".parquet"}
     assert add_labels([log], []) == 0
+
+
+def test_the_name_of_a_class_may_start_with_a_space(tmp_path):
+    keys = write_log(tmp_path / "log", simulate(np.random.default_rng(0), np.zeros(2, int)))
+    classes = tmp_path / "log" / "models" / f"{DIGEST}.json"
+    classes.write_text(json.dumps({"class_names": [" star", "square", "circle"]}))
+    rows = [
+        f'{request},{index},"{label}"'
+        for (request, index), label in zip(keys, (" star", " square "), strict=True)
+    ]
+    (tmp_path / "labels.csv").write_text("\n".join(["request_id,image_index,label", *rows]))
+    add_labels([tmp_path / "log"], read_labels(tmp_path / "labels.csv"))
+    assert read_feedback(tmp_path / "log")["label"].to_pylist() == [" star", "square"]
 
 
 def test_labels_go_to_the_log_that_has_the_image(log, tmp_path):
@@ -137,6 +152,20 @@ def test_the_page_has_the_images_and_no_predictions(tmp_path, log, monkeypatch, 
     assert set(data["items"][0]) == {"request_id", "image_index", "reason", "image"}
 
 
+def test_images_without_pixels_are_not_chosen(tmp_path, log, monkeypatch, capsys):
+    """The server was first started without --request_log_images."""
+    rng = np.random.default_rng(1)
+    write_log(tmp_path / "log", simulate(rng, rng.integers(3, size=200)), time.time() - 900)
+    _bundle(tmp_path, log, monkeypatch)
+    page = tmp_path / "label.html"
+    main([f"--log={log}", "--bundle=b", f"--page={page}", "--count=20"])
+    assert capsys.readouterr().out == f"wrote {page}: 10 random, 10 uncertain\n"
+    other = tmp_path / "other"
+    write_log(other, simulate(rng, rng.integers(3, size=5)))
+    with pytest.raises(DataError, match="start the server with --request_log_images"):
+        main([f"--log={other}", "--bundle=b", f"--page={page}"])
+
+
 def test_keys_on_the_page_make_a_table_of_labels(tmp_path, log, monkeypatch, browser):
     """A browser labels two images; the saved table is stored in the log."""
     _bundle(tmp_path, log, monkeypatch)
@@ -163,6 +192,12 @@ def test_keys_on_the_page_make_a_table_of_labels(tmp_path, log, monkeypatch, bro
     main([f"--log={log}", f"--labels={tmp_path / 'labels.csv'}"])
     assert sorted(read_feedback(log)["label"].to_pylist()) == ["square", "star"]
     assert not browser.get_log("browser")
+
+
+@pytest.mark.parametrize(("flag", "least"), [("--window", 20), ("--last", 2)])
+def test_windows_without_a_possible_alarm_are_refused(flag, least):
+    with pytest.raises(ConfigError, match=f"{flag}: must be {least} or more, got {least - 1}"):
+        monitor.main(["--bundle=b", "--log=l", f"{flag}={least - 1}"])
 
 
 def test_wrong_flags_of_label_are_errors(log):
