@@ -455,7 +455,7 @@ MUTATIONS = [
     ("tune/space.py", "return [distribution.low, distribution.high]", "return [distribution.low]", "tune/test_space.py"),
     ("tune/search.py", "trial.number, *name.encode()", "*name.encode()", "tune/test_search.py"),
     ("tune/search.py", "if trial.number == 0:", "if False:", "tune/test_tune_study.py"),
-    ("tune/space.py", "and _is_in_range(value, distribution)", "", "tune/test_space.py"),
+    ("tune/space.py", "and _is_in_range(min(sides), distribution)", "", "tune/test_space.py"),
     ("tune/search.py", "(len(others) + 1) // REDUCTION", "len(others) // REDUCTION", "tune/test_search.py"),
     ("tune/search.py", "if step <= epoch}", "}", "tune/test_search.py"),
     ("tune/search.py", "math.ceil((last + 1)", "math.floor((last + 1)", "tune/test_search.py"),
