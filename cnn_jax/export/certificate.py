@@ -20,7 +20,7 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.decode import decode_any
 from cnn_jax.export.function import ExportError
 from cnn_jax.inference.calibration import log_probabilities
-from cnn_jax.inference.evaluation import labelled_split, predict_split, score
+from cnn_jax.inference.evaluation import evenly_spaced, labelled_split, predict_split, score
 from cnn_jax.inference.exported import open_session
 from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.inference.predictor import Predictor, predict_pixels
@@ -33,7 +33,7 @@ MAX_DIFFERENCE = 1e-4
 # A probability of pixels.onnx may differ by at most this value from that with Pillow's resizing.
 _PIXELS_LIMIT = 0.05
 _IN_FLOAT32 = "largest_difference_in_float32"
-NUM_GOLDEN = 8
+_NUM_GOLDEN = 8
 _ORIENTATION = 0x0112  # The number of the EXIF tag.
 # The longest side of a golden image, in pixels. A larger image is reduced before it is stored.
 _MAX_SIDE = 512
@@ -154,9 +154,8 @@ def golden_images(dataset: Dataset, max_pixels: int, white_level: float) -> dict
     indices = dataset.splits["test"]
     if not len(indices):
         indices = np.arange(len(dataset.source))
-    chosen = indices[np.linspace(0, len(indices) - 1, min(NUM_GOLDEN, len(indices))).astype(int)]
     images = []
-    for index in chosen:
+    for index in evenly_spaced(indices, _NUM_GOLDEN):
         encoded = scan.read_example(dataset.source, int(index), max_pixels)
         _, pixels = decode_any(encoded, max_pixels, white_level)
         images.append(Image.fromarray(pixels))
@@ -255,12 +254,10 @@ def measure(
 
 def describe_machine() -> dict[str, Any]:
     """Returns the processor, the number of its cores, and the operating system."""
-    name = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo") as file:  # noqa: PTH123
-            name = next(
-                (line.partition(":")[2].strip() for line in file if "model name" in line), name
-            )
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
     return {"processor": name, "cores": os.cpu_count(), "system": platform.platform()}

@@ -253,7 +253,7 @@ def _constant(value: Any) -> _Constant:
 def _evaluate(equation: core.JaxprEqn, inputs: list[_Value]) -> list[Any]:
     """Returns the outputs of an equation."""
     name, params = equation.primitive.name, equation.params
-    if name in ("jit", "pjit", "closed_call"):
+    if name in ("jit", "closed_call"):
         return _expand(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs)
     if name in ("custom_jvp_call", "custom_vjp_call"):
         return _expand(params["call_jaxpr"].jaxpr, params["call_jaxpr"].consts, inputs)
@@ -262,7 +262,7 @@ def _evaluate(equation: core.JaxprEqn, inputs: list[_Value]) -> list[Any]:
     if name == "cond" and isinstance(inputs[0], _Constant):
         branch = params["branches"][int(inputs[0].array)]
         return _expand(branch.jaxpr, branch.consts, inputs[1:])
-    if name in ("optimization_barrier", "stop_gradient", "copy", "copy_p"):
+    if name in ("optimization_barrier", "stop_gradient", "copy"):
         return inputs
     shapes = [array_shape(variable) for variable in equation.outvars]
     if all(isinstance(value, _Constant) for value in inputs):

@@ -504,7 +504,7 @@ MUTATIONS = [
     ("compress/prune.py", "if flops[key] <= keep *", "if flops[key] <= 1.2 * keep *", "compress/test_prune.py"),
     ("compress/prune.py", "max(1, multiples)", "max(2, multiples)", "compress/test_prune.py"),
     ("compress/compressor.py", "\"seed\": bundle.data[\"division\"][\"seed\"]", "\"seed\": 0", "compress/test_compressor.py"),
-    ("compress/compressor.py", "indices = dataset.splits[\"train\"]", "indices = dataset.splits[\"test\"]", "compress/test_compressor.py"),
+    ("compress/compressor.py", "evenly_spaced(dataset.splits[\"train\"]", "evenly_spaced(dataset.splits[\"test\"]", "compress/test_compressor.py"),
     ("compress/compressor.py", "labels = labels[len(images) :]", "pass", "compress/test_compressor.py"),
     ("compress/compressor.py", "if not same:", "if False:", "compress/test_compressor.py"),
     ("compress/prune.py", "if percent == 100:", "if False:", "compress/test_prune.py"),

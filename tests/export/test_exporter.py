@@ -28,7 +28,7 @@ from cnn_jax.inference.bundle import digest, read_bundle
 from cnn_jax.inference.exported import OnnxPredictor, load_predictor
 from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor
-from cnn_jax.system.errors import BundleError, ConfigError
+from cnn_jax.system.errors import BundleError, ConfigError, DataError
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -386,6 +386,16 @@ def test_nothing_is_written_if_the_graph_resizes_wrongly(bundle, tmp_path, monke
 def test_data_without_images_to_compare_is_refused():
     with pytest.raises(ExportError, match="no validation images and no test images"):
         certificate.check({}, 0.005, is_exact=False)
+
+
+def test_images_are_read_before_the_process_of_the_model_starts(bundle, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise DataError("0.png cannot be read")
+
+    monkeypatch.setattr(certificate, "golden_images", fail)
+    monkeypatch.setattr(exporter, "_make_onnx", None)
+    with pytest.raises(DataError, match=r"0\.png"):
+        exporter.export(bundle, tmp_path / "out")
 
 
 def test_an_earlier_export_survives_a_failed_replacement(bundle, copied, monkeypatch):
