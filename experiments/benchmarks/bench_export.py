@@ -41,23 +41,20 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import onnxruntime
+from common import one_thread_session, random_bundle
 from onnxruntime import quantization
 
-from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.config.schema import default_config
 from cnn_jax.export import certificate, litert, web
 from cnn_jax.export.function import flat_function
 from cnn_jax.export.onnx_model import images_model, pixels_model
 from cnn_jax.export.quantize import quantize
 from cnn_jax.inference.bundle import find_bundle, read_bundle
-from cnn_jax.inference.evaluation import image_batches, open_as_trained
+from cnn_jax.inference.evaluation import evenly_spaced, image_batches, open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models import NETWORKS
-from cnn_jax.models.network import make_model
 
-_CLASSES = 10
 # A page computes each image this number of times, because WebDriver needs CPU time for each call.
 _RUNS_IN_PAGE = 5
 _RUN_IN_PAGE = """
@@ -113,31 +110,6 @@ class _Calibration(quantization.CalibrationDataReader):
         return {} if batch is None else {"images": batch}
 
 
-def random_predictor(name: str, size: int) -> BundlePredictor:
-    """Returns the predictor of a network with random weights."""
-    section = {key: value.default for key, value in NETWORKS[name].keys.items()}
-    model = make_model({"name": name, **section}, _CLASSES, "float32")
-    predictor = BundlePredictor.__new__(BundlePredictor)
-    predictor.class_names = [str(i) for i in range(_CLASSES)]
-    predictor.preprocessing = Preprocessing(image_size=(size, size))
-    predictor.temperature = 1.0
-    predictor.model = model
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    # After training, no scale is 1 and no shift is 0.
-    rng = np.random.default_rng(0)
-    predictor.variables = jax.tree.map(
-        lambda leaf: leaf + np.float32(0.1) * rng.random(leaf.shape, np.float32), variables
-    )
-    return predictor
-
-
-def _session(content: bytes | str) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
 def make_models(
     predictor: BundlePredictor,
     batches: list[np.ndarray],
@@ -159,7 +131,7 @@ def make_models(
     rounded = quantize(exact, batches)
     for name, model in (("onnx", exact), ("onnx int8", rounded)):
         content = model.SerializeToString()
-        session = _session(content)
+        session = one_thread_session(content)
         yield _Model(name, lambda x, s=session: s.run(None, {"images": x})[0], len(content))
     before, after = folder / "exact.onnx", folder / "static.onnx"
     before.write_bytes(exact.SerializeToString())
@@ -170,7 +142,7 @@ def make_models(
         per_channel=True,
         quant_format=quantization.QuantFormat.QDQ,
     )
-    session = _session(str(after))
+    session = one_thread_session(str(after))
     yield _Model(
         "quantize_static", lambda x: session.run(None, {"images": x})[0], after.stat().st_size
     )
@@ -207,7 +179,7 @@ def make_models(
 
 def _peer(name: str, path: pathlib.Path) -> _Model:
     """Returns a model with floats as input; the weights may be in a second file."""
-    session = _session(str(path))
+    session = one_thread_session(str(path))
     key = session.get_inputs()[0].name
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     return _Model(
@@ -310,11 +282,11 @@ def main() -> None:
         predictor = BundlePredictor(dataclasses.replace(bundle, precision="float32"))
         timm_name = bundle.model["name"]
         dataset = open_as_trained(predictor)
-        chosen = dataset.splits["train"]
-        chosen = chosen[np.linspace(0, len(chosen) - 1, min(256, len(chosen))).astype(int)]
+        chosen = evenly_spaced(dataset.splits["train"], 256)
         batches = list(image_batches(dataset.loader, chosen))
     else:
-        predictor = random_predictor(flags.network, flags.size)
+        section = default_config(flags.network).model.to_dict()
+        predictor = BundlePredictor(random_bundle(section, flags.size))
         timm_name, dataset = flags.network, None
         rng = np.random.default_rng(0)
         batches = [rng.integers(0, 256, (8, flags.size, flags.size, 3), np.uint8)]

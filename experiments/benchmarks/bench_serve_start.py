@@ -18,7 +18,6 @@ computations, so that CPU times can be compared. The script needs Linux.
 """
 
 import argparse
-import os
 import pathlib
 import platform
 import statistics
@@ -33,6 +32,7 @@ import jax
 import numpy as np
 import requests
 from bench_serve import make_bundle, make_images
+from common import REPOSITORY, child_environment, cpu_seconds, memory_megabytes
 
 from cnn_jax.export.function import flat_function
 from cnn_jax.export.onnx_model import images_model
@@ -41,10 +41,8 @@ from cnn_jax.inference.bundle import describe, read_bundle, write_folder
 from cnn_jax.inference.exported import ONNX_MODEL
 from cnn_jax.inference.predictor import BundlePredictor
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _BATCH = 32
 _REQUESTS = 5
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class _Start(NamedTuple):
@@ -71,9 +69,8 @@ def measure(repository: pathlib.Path, bundle: pathlib.Path, images: Sequence[byt
     with subprocess.Popen(
         [sys.executable, "-m", "cnn_jax.serve", f"--bundle={bundle}", "--port=0"],
         cwd=repository,
-        env=os.environ
+        env=child_environment(repository)
         | {
-            "PYTHONPATH": str(repository),
             "PYTHONUNBUFFERED": "1",
             "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
         },
@@ -87,28 +84,18 @@ def measure(repository: pathlib.Path, bundle: pathlib.Path, images: Sequence[byt
             seconds = time.perf_counter() - start
             if not line.startswith("ready"):
                 sys.exit(f"{repository}: the server of {bundle} printed {line!r}")
-            cpu_seconds = _cpu_seconds(process.pid)
+            cpu_seconds_to_ready = cpu_seconds(process.pid)
             times = []
             for _ in range(_REQUESTS):
-                before = _cpu_seconds(process.pid)
+                before = cpu_seconds(process.pid)
                 files = [("file", image) for image in images]
                 requests.post(f"{line.split()[-1]}predict", files=files).raise_for_status()
-                times.append(_cpu_seconds(process.pid) - before)
-            memory = _peak_megabytes(process.pid)
+                times.append(cpu_seconds(process.pid) - before)
+            memory = memory_megabytes(process.pid, "VmHWM")
         finally:
             process.terminate()
-    return _Start(seconds, cpu_seconds, memory, 1000 * statistics.median(times) / len(images))
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Returns the CPU time of all threads of a process."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
-def _peak_megabytes(pid: int) -> float:
-    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    milliseconds = 1000 * statistics.median(times) / len(images)
+    return _Start(seconds, cpu_seconds_to_ready, memory, milliseconds)
 
 
 def main() -> None:

@@ -270,17 +270,8 @@ def _inputs(layer: Layer, before: str, batch_size: int, activation_bytes: int) -
 
 
 def total(passes: Iterable[Pass]) -> Work:
+    """Returns the floating-point operations and the memory traffic of all passes."""
     return sum((each.work for each in passes), Work(0, 0))
-
-
-def training_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
-    """Returns the FLOPs and memory traffic of a training step: forward, backward and Adam."""
-    return total(training_passes(model, image_size, batch_size, activation_bytes))
-
-
-def inference_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
-    """Returns the FLOPs and memory traffic of the inference of a batch, up to the logits."""
-    return total(inference_passes(model, image_size, batch_size, activation_bytes))
 
 
 def compute_seconds(work: Work, peaks: Peaks) -> float:
@@ -448,7 +439,7 @@ def main() -> None:
                 width = ACTIVATION_BYTES[flags.precision]
                 _print_passes(count_passes(model, image_size, batch_size, width))
     if flags.json:
-        figures = {
+        values = {
             "device": device,
             "cores": os.cpu_count(),
             "jax": jax.__version__,
@@ -456,7 +447,7 @@ def main() -> None:
             "peaks": asdict(peaks),
             "rows": rows,
         }
-        flags.json.write_text(json.dumps(figures, indent=2) + "\n")
+        flags.json.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":
