@@ -88,7 +88,17 @@ def compare_probabilities(
     labels: Int[np.ndarray, " n"],
     class_names: list[str],
 ) -> dict[str, Any]:
-    """Compares the probabilities of two models for the same images; see `compare`."""
+    """Compares the probabilities of two models for the same images.
+
+    Args:
+      before: The probabilities of the bundle.
+      after: The probabilities of the exported model.
+      labels: The positions of the images' classes in `class_names`.
+      class_names: The classes in the order of the probabilities.
+
+    Returns:
+      The values of a split; see `compare`.
+    """
     rows = np.arange(len(labels))
     is_right_before, is_right_after = (p.argmax(1) == labels for p in (before, after))
     losses = [-log_probabilities(p)[rows, labels] for p in (before, after)]
@@ -149,7 +159,16 @@ def golden_images(dataset: Dataset, max_pixels: int, white_level: float) -> dict
     """Returns images of the test split, as files in their original size, by file name.
 
     There are up to eight PNG files, a JPEG file that an EXIF orientation turns by 90 degrees, and a
-    PNG file with transparent pixels. Images with a side of more than 512 pixels are reduced.
+    PNG file with transparent pixels. Images with a side of more than 512 pixels are reduced. If the
+    test split is empty, the images are of all splits.
+
+    Args:
+      dataset: The data.
+      max_pixels: The largest number of pixels of an image.
+      white_level: The value of white in the images, or 0; see the key `data.white_level`.
+
+    Raises:
+      DataError: An image cannot be read.
     """
     indices = dataset.splits["test"]
     if not len(indices):
@@ -178,7 +197,15 @@ def _encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
 
 
 def golden_records(files: Mapping[str, bytes], exported: Predictor) -> list[dict[str, Any]]:
-    """Returns the "file", the "predicted" class and the "probabilities" of each golden image."""
+    """Returns the predictions for golden images, for the certificate.
+
+    Args:
+      files: The golden images; see `golden_images`.
+      exported: The predictor of the exported model.
+
+    Returns:
+      For each image its "file", the "predicted" class and the "probabilities".
+    """
     pixels = [preprocess_for_inference(file, exported.preprocessing) for file in files.values()]
     probabilities = predict_pixels(exported, np.stack(pixels))
     return [
@@ -233,7 +260,11 @@ def measure(
       python: The Python that runs the model.
 
     Returns:
-      "milliseconds_per_image" by batch size, "peak_memory_bytes", and "machine".
+      "milliseconds_per_image" by batch size, "peak_memory_bytes" (None if the system does not
+      report it), and "machine".
+
+    Raises:
+      ExportError: The model cannot be run.
     """
     with tempfile.NamedTemporaryFile(suffix=".model") as file:
         file.write(model)

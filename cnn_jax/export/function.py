@@ -68,7 +68,15 @@ def _predict(predictor: BundlePredictor | EnsemblePredictor, images: Array) -> A
 
 
 def flatten(function: Callable[[Array], Array], image_size: tuple[int, int]) -> core.ClosedJaxpr:
-    """Converts a function of images to a flat function; see the description of this module."""
+    """Converts a function of images to a flat function; see the description of this module.
+
+    Args:
+      function: A function from images, uint8 [batch, height, width, 3], to an array.
+      image_size: The height and the width of the images.
+
+    Returns:
+      The flat function of images, uint8 [BATCH, height, width, 3].
+    """
     images = jax.ShapeDtypeStruct((BATCH, *image_size, 3), np.uint8)
     traced = jax.make_jaxpr(function)(images)
 
@@ -80,7 +88,12 @@ def flatten(function: Callable[[Array], Array], image_size: tuple[int, int]) -> 
 
 
 def stable_hlo(function: core.ClosedJaxpr, image_size: tuple[int, int]) -> export.Exported:
-    """Exports a flat function for CPU, CUDA and TPU, with a symbolic batch size."""
+    """Exports a flat function for CPU, CUDA and TPU, with a symbolic batch size.
+
+    Args:
+      function: The flat function.
+      image_size: The height and the width of the images.
+    """
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *image_size, 3), np.uint8)
     platforms = ("cpu", "cuda", "tpu")

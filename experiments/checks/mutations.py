@@ -571,12 +571,19 @@ def _limit_memory() -> None:
 
 
 def stale() -> list[str]:
-    """Returns an error message for each mutation whose text does not occur once in its file."""
-    counts = [
-        (file, old, (REPOSITORY / "cnn_jax" / file).read_text().count(old))
-        for file, old, _, _ in MUTATIONS
-    ]
-    return [f"{file} has {old!r} {count} times" for file, old, count in counts if count != 1]
+    """Returns an error message for each mutation that cannot be made or tested.
+
+    Its text must occur once in its file. Its test file must exist, because pytest fails without the
+    file, and the mutation would count as noticed.
+    """
+    problems = []
+    for file, old, _, test in MUTATIONS:
+        count = (REPOSITORY / "cnn_jax" / file).read_text().count(old)
+        if count != 1:
+            problems.append(f"{file} has {old!r} {count} times")
+        if not (REPOSITORY / "tests" / test).is_file():
+            problems.append(f"there is no tests/{test}")
+    return problems
 
 
 def main() -> None:
