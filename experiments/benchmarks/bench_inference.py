@@ -18,15 +18,15 @@ import os
 import peers
 from bench_train import PeerProcess, compare, is_own, make_parser
 
-# Each pair is the side of an image in pixels and a batch size.
-SHAPES = ((32, 1), (32, 32), (64, 1), (64, 32), (224, 1), (224, 32))
+# The sides of the images in pixels and the batch sizes.
+_SHAPES = "32x1,32x32,64x1,64x32,224x1,224x32"
 _TOLERANCE = 1e-5
 # This environment variable has the same effect as `runtime.compute_in_calling_thread`.
 _IN_CALLING_THREAD = {"JAX_CPU_ENABLE_ASYNC_DISPATCH": "false"}
 
 
 def main() -> None:
-    parser = make_parser(list(peers.PEERS)[:7], seconds=6, tolerance=_TOLERANCE)
+    parser = make_parser(list(peers.PEERS)[:7], _SHAPES, seconds=6, tolerance=_TOLERANCE)
     parser.add_argument("--cores", type=int, help="number of processor cores (Linux)")
     flags = parser.parse_args()
     if flags.cores:
@@ -36,7 +36,7 @@ def main() -> None:
         variables = _IN_CALLING_THREAD if is_own(name) else None
         return PeerProcess(name, name == "cnn_jax", flags.peer_python, variables)
 
-    compare(flags, SHAPES, lambda: [start(name) for name in flags.peers], "predict")
+    compare(flags, lambda: [start(name) for name in flags.peers], "predict")
 
 
 if __name__ == "__main__":

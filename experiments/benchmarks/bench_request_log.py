@@ -2,14 +2,13 @@
 
     pip install -e '.[bench,serve]' && python experiments/benchmarks/bench_request_log.py
 
-Three measurements:
+Two measurements:
 
 - The CPU time of a server per request, with one request at a time, without a request log, with a
   log, and with a log that has the images. The servers take turns, and the others are paused.
 - The CPU time per row and the bytes per row of the log's own files and of SQLite in WAL mode, for
   rows that are written singly and in batches; the time to read all embeddings, and the time to
   find a row by its request id.
-- The CPU time to find a row, as each request with feedback does, in a log of many files.
 """
 
 import argparse
@@ -172,24 +171,6 @@ def measure_files(count: int) -> None:
             )
 
 
-def measure_finding(num_files: int, rows_per_file: int = 2_000) -> None:
-    """Prints the time to find a row, and to find that the log does not have a row."""
-    rows = make_rows(rows_per_file)
-    keys = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary) / "log"
-        for _ in range(num_files):
-            now = f"{time.time_ns() // 1_000_000:012x}"
-            rows = [{**row, "request_id": now + secrets.token_hex(10)} for row in rows]
-            keys.append((rows[0]["request_id"], 0))
-            write_own(folder, rows, rows_per_file)
-            time.sleep(0.002)
-        found = statistics.median(timed(lambda: find_own(folder, key)) for key in keys)  # noqa: B023
-        missing = timed(lambda: find_own(folder, (keys[0][0], 1)))
-    print(f"\n{num_files} files with {rows_per_file:,} rows each: a row is found in ", end="")
-    print(f"{1000 * found:.1f} ms of CPU time; a row is missed in {1000 * missing:.1f} ms")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--side", type=int, default=224)
@@ -198,7 +179,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     flags = parser.parse_args()
     measure_files(flags.rows)
-    measure_finding(100)
     measure_servers(flags.side, flags.rounds, flags.seconds)
 
 

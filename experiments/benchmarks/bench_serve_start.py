@@ -1,10 +1,10 @@
 """Measures the start, the memory and the CPU time of a server, with a bundle and an 8-bit export.
 
     pip install -e '.[bench,onnx,serve]' && python experiments/benchmarks/bench_serve_start.py
-        [--repository=OTHER_CHECKOUT,...] [--bundle=BUNDLE_OR_EXPORT,...] [--side=224] [--rounds=5]
+        [--repository=OTHER_CHECKOUT,...] [--side=224] [--rounds=5]
 
-Without --bundle, the servers have the default network with random weights: as a bundle, and as an
-8-bit ONNX export of this bundle. The columns of the table are:
+The servers have the default network with random weights: as a bundle, and as an 8-bit ONNX export
+of this bundle. The columns of the table are:
 
     seconds to ready   the time from the start of the process until the server is ready
     CPU seconds        the CPU time of the process in this time
@@ -103,19 +103,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repository", default=str(REPOSITORY), help="checkouts to compare")
-    parser.add_argument("--bundle", help="bundles and exports to compare")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
     images = make_images(_BATCH, flags.side)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        if flags.bundle:
-            bundles = {path: pathlib.Path(path).resolve() for path in flags.bundle.split(",")}
-        else:
-            bundles = {"bundle": folder / "bundle", "8-bit export": folder / "export"}
-            make_bundle(folder / "bundle", flags.side)
-            make_export(folder / "export", folder / "bundle", flags.side)
+        bundles = {"bundle": folder / "bundle", "8-bit export": folder / "export"}
+        make_bundle(folder / "bundle", flags.side)
+        make_export(folder / "export", folder / "bundle", flags.side)
         cases = [(path, name) for path in flags.repository.split(",") for name in bundles]
         measured: dict[tuple[str, str], list[_Start]] = {case: [] for case in cases}
         for turn in range(flags.rounds + 1):

@@ -46,8 +46,8 @@ import peers
 from common import CLASSES, KEPT, Process, write_json
 from roofline import parse_shapes
 
-# Each pair is the side of an image in pixels and a batch size.
-SHAPES = ((32, 256), (64, 128), (224, 32))
+# The sides of the images in pixels and the batch sizes.
+_SHAPES = "32x256,64x128,224x32"
 _TOLERANCE = 1e-4
 
 
@@ -228,10 +228,14 @@ def peer_names(text: str) -> list[str]:
     return names
 
 
-def make_parser(names: list[str], seconds: float, tolerance: float) -> argparse.ArgumentParser:
+def make_parser(
+    names: list[str], shapes: str, seconds: float, tolerance: float
+) -> argparse.ArgumentParser:
     """Returns a parser with the flags that this benchmark shares with `bench_inference.py`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shapes", help="such as 32x256,224x32: side in pixels x batch size")
+    parser.add_argument(
+        "--shapes", type=parse_shapes, default=shapes, help="side in pixels x batch size"
+    )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--seconds", type=float, default=seconds, help="seconds for each library and shape"
@@ -266,7 +270,6 @@ def print_rows(
 
 def compare(
     flags: argparse.Namespace,
-    default_shapes: tuple[tuple[int, int], ...],
     start: Callable[[], list[PeerProcess]],
     do: str,
 ) -> None:
@@ -274,19 +277,16 @@ def compare(
 
     Args:
       flags: The flags of `make_parser`.
-      default_shapes: Pairs of the side of an image in pixels and the batch size, if --shapes is not
-        given.
       start: A function that starts the processes of the libraries; the first one is this project.
       do: "train" or "predict".
 
     Raises:
       SystemExit: A library failed, or the results of two libraries differ.
     """
-    shapes = parse_shapes(flags.shapes) if flags.shapes else default_shapes
     # The shortest possible times are measured before the compared libraries allocate the device's
     # memory.
     kind = "training" if do == "train" else "inference"
-    floors = floor_milliseconds(shapes, flags.precision, flags.peaks, kind)
+    floors = floor_milliseconds(flags.shapes, flags.precision, flags.peaks, kind)
     rows = []
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = pathlib.Path(temporary)
@@ -297,7 +297,7 @@ def compare(
         processes, worst = check_agreement(started, folder, flags.tolerance, results)
         print(f"{results} agree to {worst:.1e}\n", flush=True)
         print(f"{'':<39}  {'ms':>8}  {'images/s':>9}  {'/ best peer':>11}  {'/ floor':>7}")
-        for side, batch_size in shapes:
+        for side, batch_size in flags.shapes:
             shape, floor_ms = (side, batch_size), floors[side, batch_size]
             seconds = measure(processes, folder, *shape, flags.precision, flags.seconds, do)
             processes = [process for process in processes if process.name in seconds]
@@ -321,7 +321,8 @@ def compare(
 
 
 def main() -> None:
-    flags = make_parser(list(peers.PEERS)[:6], seconds=12, tolerance=_TOLERANCE).parse_args()
+    parser = make_parser(list(peers.PEERS)[:6], _SHAPES, seconds=12, tolerance=_TOLERANCE)
+    flags = parser.parse_args()
     names = flags.peers
     kept = [(name, name.startswith("cnn_jax ")) for name in names]
     # On CPUs, some libraries are measured a second time with `is_memory_kept`: the C library keeps
@@ -331,7 +332,6 @@ def main() -> None:
         kept = [(names[0], True), *kept, *((name, True) for name in names[1:] if "orch" in name)]
     compare(
         flags,
-        SHAPES,
         lambda: [PeerProcess(name, is_kept, flags.peer_python) for name, is_kept in kept],
         "train",
     )

@@ -282,30 +282,9 @@ class Variant(Ours):
         return super()._model(precision, dropout)
 
 
-class LinenConv(Variant):
-    linen = ("Conv",)
-
-
-class LinenBatchNorm(Variant):
-    linen = ("BatchNorm",)
-
-
-class LinenMaxPool(Variant):
-    linen = ("max_pool_2x2",)
-
-
-class WithoutOneDnn(Variant):
-    without = "onednn"
-
-
-class WithoutOptions(Variant):
-    without = ""
-
-
-class PlainLinen(WithoutOptions):
-    """The training step of this project with Flax Linen's layers and XLA's default options."""
-
-    linen = ("Conv", "BatchNorm", "max_pool_2x2")
+def variant(*linen: str, without: str | None = None) -> type[Variant]:
+    """Returns a class for a variant of this project; see the attributes of `Variant`."""
+    return type("Variant", (Variant,), {"linen": linen, "without": without})
 
 
 class Torch(Peer):
@@ -580,17 +559,18 @@ class OnnxRuntime(Peer):
 
 PEERS: dict[str, type[Peer]] = {
     "cnn_jax": Ours,
-    "plain Linen": PlainLinen,
+    # The training step of this project with Flax Linen's layers and XLA's default options.
+    "plain Linen": variant("Conv", "BatchNorm", "max_pool_2x2", without=""),
     "PyTorch": Torch,
     "torch.compile": CompiledTorch,
     "Keras on JAX": Keras,
     "Keras on TensorFlow": Keras,
     "ONNX Runtime": OnnxRuntime,
-    "cnn_jax with nn.Conv": LinenConv,
-    "cnn_jax with nn.BatchNorm": LinenBatchNorm,
-    "cnn_jax with nn.max_pool": LinenMaxPool,
-    "cnn_jax without oneDNN": WithoutOneDnn,
-    "cnn_jax on XLA as it is": WithoutOptions,
+    "cnn_jax with nn.Conv": variant("Conv"),
+    "cnn_jax with nn.BatchNorm": variant("BatchNorm"),
+    "cnn_jax with nn.max_pool": variant("max_pool_2x2"),
+    "cnn_jax without oneDNN": variant(without="onednn"),
+    "cnn_jax on XLA as it is": variant(without=""),
 }
 
 
