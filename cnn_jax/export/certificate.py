@@ -24,6 +24,7 @@ from cnn_jax.inference.evaluation import evenly_spaced, labelled_split, predict_
 from cnn_jax.inference.exported import open_session
 from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.inference.predictor import Predictor, predict_pixels
+from cnn_jax.system.errors import DataError
 from cnn_jax.training.metrics import HEADLINE
 
 # The splits on which an exported model is compared with its bundle.
@@ -175,8 +176,12 @@ def golden_images(dataset: Dataset, max_pixels: int, white_level: float) -> dict
         indices = np.arange(len(dataset.source))
     images = []
     for index in evenly_spaced(indices, _NUM_GOLDEN):
-        encoded = scan.read_example(dataset.source, int(index), max_pixels)
-        _, pixels = decode_any(encoded, max_pixels, white_level)
+        try:
+            encoded = scan.read_example(dataset.source, int(index), max_pixels)
+            _, pixels = decode_any(encoded, max_pixels, white_level)
+        except DataError as error:
+            name = f"{dataset.source.name}: {dataset.source.ids[index]}"
+            raise DataError(f"{name} {error}") from error
         images.append(Image.fromarray(pixels))
         images[-1].thumbnail((_MAX_SIDE, _MAX_SIDE))
     files = {f"golden/{i}.png": _encode(image, "PNG") for i, image in enumerate(images)}
