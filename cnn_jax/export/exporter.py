@@ -54,7 +54,7 @@ FORMATS = tuple(_PACKAGES)
 _COMPATIBILITY = {"newer_jax_reads_it_for_days": 180, "older_jax_reads_it_for_days": 30}
 
 
-class _FunctionPredictor(Predictor):
+class FunctionPredictor(Predictor):
     """A predictor that calls a function of images."""
 
     def __init__(self, predictor: Predictor, run: Callable[[np.ndarray], Any]):
@@ -252,7 +252,7 @@ def _make_onnx(
     pixels = pixels_model(model, predictor).SerializeToString(deterministic=True)
     return _Model(
         {ONNX_MODEL: content, _PIXELS_MODEL: pixels},
-        _FunctionPredictor(predictor, lambda images: session.run(None, {"images": images})[0]),
+        FunctionPredictor(predictor, lambda images: session.run(None, {"images": images})[0]),
         "onnx",
     )
 
@@ -284,7 +284,7 @@ def _make_stablehlo(predictor: BundlePredictor | EnsemblePredictor) -> _Model:
     }
     return _Model(
         {_STABLEHLO_MODEL: bytes(exported.serialize())},
-        _FunctionPredictor(predictor, jax.jit(exported.call)),
+        FunctionPredictor(predictor, jax.jit(exported.call)),
         "stablehlo",
         facts,
     )

@@ -47,6 +47,7 @@ from onnxruntime import quantization
 
 from cnn_jax.config.schema import default_config
 from cnn_jax.export import certificate, litert, web
+from cnn_jax.export.exporter import FunctionPredictor
 from cnn_jax.export.function import flat_function
 from cnn_jax.export.onnx_model import images_model, pixels_model
 from cnn_jax.export.quantize import quantize
@@ -114,10 +115,7 @@ def make_models(
     predictor: BundlePredictor,
     batches: list[np.ndarray],
     timm_name: str,
-    converter_python: str | None,
-    peer_python: str | None,
-    peer_models: list[str],
-    npm_package: str | None,
+    flags: argparse.Namespace,
     folder: pathlib.Path,
     stack: contextlib.ExitStack,
 ) -> Iterator[_Model]:
@@ -146,34 +144,34 @@ def make_models(
     yield _Model(
         "quantize_static", lambda x: session.run(None, {"images": x})[0], after.stat().st_size
     )
-    if npm_package:
+    if flags.npm_package:
         for name, model in (("page", exact), ("page int8", rounded)):
             content = pixels_model(model, predictor).SerializeToString()
-            page = web.page_files(npm_package) | {
+            page = web.page_files(flags.npm_package) | {
                 "pixels.onnx": content,
                 "bundle.json": json.dumps({"class_names": predictor.class_names}).encode(),
                 "certificate.json": b'{"golden": []}',
             }
             run, clock = stack.enter_context(_opened_page(page, folder / name))
             yield _Model(name, run, len(content), has_results=False, clock=clock)
-    if converter_python:
+    if flags.converter_python:
         kinds: dict[str, dict[str, Any]] = {
             "litert": {},
             "litert int8": {"int8": True},
             "litert int8 static": {"int8": True, "batches": batches},
         }
         for name, options in kinds.items():
-            content = litert.convert(
-                function, predictor.preprocessing.image_size, converter_python, **options
-            )
-            run = litert.LitertPredictor(predictor, content, converter_python)
+            size, python = predictor.preprocessing.image_size, flags.converter_python
+            content = litert.convert(function, size, python, **options)
+            process = litert.LitertPredictor(predictor, content, python)
+            run = stack.enter_context(contextlib.closing(process))
             yield _Model(name, run, len(content), clock=_process_clock(run.pid))
-    if peer_python:
+    if flags.peer_python:
         path = folder / "timm.onnx"
         size = str(predictor.preprocessing.image_size[0])
-        subprocess.run([peer_python, "-c", _TIMM, timm_name, size, str(path)], check=True)
+        subprocess.run([flags.peer_python, "-c", _TIMM, timm_name, size, str(path)], check=True)
         yield _peer("torch.onnx", path)
-    for name in peer_models:
+    for name in flags.peer_models:
         yield _peer(pathlib.Path(name).name, pathlib.Path(name))
 
 
@@ -292,14 +290,8 @@ def main() -> None:
         batches = [rng.integers(0, 256, (8, flags.size, flags.size, 3), np.uint8)]
     size = predictor.preprocessing.image_size
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        peers = (
-            flags.converter_python,
-            flags.peer_python,
-            flags.peer_models,
-            flags.npm_package,
-        )
         models = list(
-            make_models(predictor, batches, timm_name, *peers, pathlib.Path(folder), stack)
+            make_models(predictor, batches, timm_name, flags, pathlib.Path(folder), stack)
         )
         times = {batch: measure(models, size, batch, flags.repeats) for batch in flags.batches}
         heads = [
@@ -318,7 +310,7 @@ def main() -> None:
         for model in models[1:]:
             if not model.has_results:
                 continue
-            run = _Callable(predictor, model.run)
+            run = FunctionPredictor(predictor, model.run)
             for split, values in certificate.compare(predictor, run, dataset).items():
                 lost = values["accuracy_lost"]
                 low, high = (100 * bound for bound in lost["interval"])
@@ -328,18 +320,6 @@ def main() -> None:
                     f"{100 * values['agreement']:.2f} %, largest difference "
                     f"{values['largest_difference']:.1e}"
                 )
-
-
-class _Callable:
-    """A predictor that calls a function."""
-
-    def __init__(self, predictor: BundlePredictor, run: Callable[[np.ndarray], Any]):
-        self.class_names = predictor.class_names
-        self.preprocessing = predictor.preprocessing
-        self._run = run
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(self._run(np.ascontiguousarray(images)))
 
 
 if __name__ == "__main__":
