@@ -149,7 +149,7 @@ def _iso(time: datetime.datetime | None) -> str | None:
 def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, float] | None, str]:
     """Estimates the importance of each parameter by functional ANOVA.
 
-    The importance is the fraction of the variance that the parameter explains by itself,
+    The importance is the fraction of the variance that only this parameter explains,
     divided by the sum of these fractions (Hutter et al. 2014, "An Efficient Approach for
     Assessing Hyperparameter Importance").
 

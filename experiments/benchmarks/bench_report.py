@@ -4,7 +4,7 @@
         [--epochs=10] [--image_size=64] [--repetitions=3] [--json=FILE]
 
 Runs `python -m cnn_jax.main` with this checkout, and in turn with the checkout of another
-commit, if --before is given. Each checkout has a cache directory of its own. The first run of a
+commit, if --before is given. Each checkout has its own cache directory. The first run of a
 checkout, which compiles all programs and decodes all images, is "cold"; its later runs are
 "warm". The columns:
 

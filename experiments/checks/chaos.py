@@ -1,4 +1,4 @@
-"""Kills a training run many times, and compares its results with those of an undisturbed run.
+"""Kills a training run many times, and compares its results with an undisturbed run.
 
     python experiments/checks/chaos.py [--kills=60] [--epochs=24]
 
@@ -26,8 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# Of the kills during a save, one in _BUNDLE_SHARE happens while the bundle is written.
-_BUNDLE_SHARE = 6
+# One of this number of kills that are aimed at saves is aimed at the bundle.
+_KILLS_PER_BUNDLE = 6
 _POLL_SECONDS = 0.001
 
 
@@ -182,7 +182,7 @@ def kill_repeatedly(folder: pathlib.Path, kills: int, epochs: int, rng: random.R
     if start(undisturbed, epochs, log).wait():
         raise RuntimeError(f"the run that nobody kills failed: see {log}")
     half = kills // 2
-    at_bundle = half // _BUNDLE_SHARE
+    at_bundle = half // _KILLS_PER_BUNDLE
     wanted = {"anywhere": kills - half, "save": half - at_bundle, "bundle": at_bundle}
     done = dict.fromkeys(wanted, 0)
     hits = starts = 0

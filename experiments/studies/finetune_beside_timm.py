@@ -15,7 +15,7 @@ from a probe.
 
 Results that are in DIR/results.json already are not computed again.
 
-Each run is a process of its own on one core. The time is the processor time of the whole run, with
+Each run is a separate process on one core. The time is the processor time of the whole run, with
 decoding, compilation and evaluation.
 """
 
