@@ -18,7 +18,12 @@ from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset, check_trainable
 from cnn_jax.data.sources import absolute
 from cnn_jax.inference.bundle import Bundle, digest, find_bundle, read_bundle, write_bundle
-from cnn_jax.inference.evaluation import evaluate, image_batches, open_as_trained
+from cnn_jax.inference.evaluation import (
+    evaluate,
+    evenly_spaced,
+    image_batches,
+    open_as_trained,
+)
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models.network import count_parameters, forward_flops
 from cnn_jax.system.atomic import write_text
@@ -202,10 +207,8 @@ def _narrowed_section(
 
 
 def _labelled_batches(dataset: Dataset, track: Track) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields images of the training split, spread evenly over it, and their classes."""
-    indices = dataset.splits["train"]
-    count = min(len(indices), _IMPORTANCE_IMAGES)
-    chosen = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
+    """Yields batches of training images, and their classes."""
+    chosen = evenly_spaced(dataset.splits["train"], _IMPORTANCE_IMAGES)
     labels = dataset.source.labels[chosen]
     for images in image_batches(dataset.loader, chosen, track, "ranking channels"):
         yield images, labels[: len(images)]

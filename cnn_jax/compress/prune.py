@@ -81,9 +81,12 @@ def widths(section: Mapping[str, Any]) -> dict[str, int]:
 
 
 def with_widths(section: Mapping[str, Any], new_widths: Mapping[str, int]) -> dict[str, Any]:
-    """Returns a copy of the section `model` with other numbers of channels; see `widths`.
+    """Returns a copy of the section `model` with other numbers of channels.
 
-    The blocks of a group of a residual network have the same number of channels.
+    Args:
+      section: The section `model` of a configuration or bundle.
+      new_widths: The numbers of channels by the path of the gate, for all paths of `widths`. The
+        blocks of a group of a residual network have the same number.
     """
     if section["name"] == "cnn":
         features = [width for name, width in new_widths.items() if name != "embedding"]
@@ -160,6 +163,9 @@ def importance(
       variables: {"params", "batch_stats"} of the network.
       preprocessing: The mean and the standard deviation of the normalisation.
       batches: Images, and the class of each image; one or more batches.
+
+    Returns:
+      The importance, float64, 0 or more. A channel with importance 0 changes no loss.
     """
     prunable = _prunable_channels(model)
 
@@ -187,7 +193,15 @@ def importance(
 def most_important(
     scores: Mapping[str, Float[np.ndarray, " channels"]], new_widths: Mapping[str, int]
 ) -> dict[str, Int[np.ndarray, " kept"]]:
-    """Returns the positions, in ascending order, of the most important channels."""
+    """Returns the positions of the most important channels, by the path of the gate.
+
+    Args:
+      scores: The result of `importance`.
+      new_widths: The number of channels to keep, by the path of the gate.
+
+    Returns:
+      The positions in ascending order. Of two equally important channels, the first is kept.
+    """
     return {
         name: np.sort(np.argsort(-scores[name], kind="stable")[:width])
         for name, width in new_widths.items()
@@ -205,6 +219,10 @@ def narrow(
       model: The original network.
       variables: {"params", "batch_stats"} of the original network.
       channels: The positions of the channels to keep, by the path of the gate.
+
+    Returns:
+      The variables as NumPy arrays of the same dtypes. The statistics, scales and shifts of
+      BatchNorm have the kept channels too.
     """
     prunable = _prunable_channels(model)
     outputs = {layer: kept for name, kept in channels.items() for layer in prunable[name].layers}

@@ -20,10 +20,11 @@ from cnn_jax.data.dataset import Dataset
 from cnn_jax.data.decode import decode
 from cnn_jax.export.function import ExportError
 from cnn_jax.inference.calibration import log_probabilities
-from cnn_jax.inference.evaluation import labelled_split, predict_split, score
+from cnn_jax.inference.evaluation import evenly_spaced, labelled_split, predict_split, score
 from cnn_jax.inference.exported import open_session
 from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.inference.predictor import Predictor, predict_pixels
+from cnn_jax.system.errors import DataError
 from cnn_jax.training.metrics import HEADLINE
 
 # The splits on which an exported model is compared with its bundle.
@@ -33,7 +34,7 @@ MAX_DIFFERENCE = 1e-4
 # A probability of pixels.onnx may differ by at most this value from that with Pillow's resizing.
 _PIXELS_LIMIT = 0.05
 _IN_FLOAT32 = "largest_difference_in_float32"
-NUM_GOLDEN = 8
+_NUM_GOLDEN = 8
 _ORIENTATION = 0x0112  # The number of the EXIF tag.
 # The longest side of a golden image, in pixels. A larger image is reduced before it is stored.
 _MAX_SIDE = 512
@@ -88,7 +89,17 @@ def compare_probabilities(
     labels: Int[np.ndarray, " n"],
     class_names: list[str],
 ) -> dict[str, Any]:
-    """Compares the probabilities of two models for the same images; see `compare`."""
+    """Compares the probabilities of two models for the same images.
+
+    Args:
+      before: The probabilities of the bundle.
+      after: The probabilities of the exported model.
+      labels: The positions of the images' classes in `class_names`.
+      class_names: The classes in the order of the probabilities.
+
+    Returns:
+      The values of a split; see `compare`.
+    """
     rows = np.arange(len(labels))
     is_right_before, is_right_after = (p.argmax(1) == labels for p in (before, after))
     losses = [-log_probabilities(p)[rows, labels] for p in (before, after)]
@@ -149,16 +160,29 @@ def golden_images(dataset: Dataset, max_pixels: int, white_level: float) -> dict
     """Returns images of the test split, as files in their original size, by file name.
 
     There are up to eight PNG files, a JPEG file that an EXIF orientation turns by 90 degrees, and a
-    PNG file with transparent pixels. Images with a side of more than 512 pixels are reduced.
+    PNG file with transparent pixels. Images with a side of more than 512 pixels are reduced. If the
+    test split is empty, the images are of all splits.
+
+    Args:
+      dataset: The data.
+      max_pixels: The largest number of pixels of an image.
+      white_level: The value of white in the images, or 0; see the key `data.white_level`.
+
+    Raises:
+      DataError: An image cannot be read.
     """
     indices = dataset.splits["test"]
     if not len(indices):
         indices = np.arange(len(dataset.source))
-    chosen = indices[np.linspace(0, len(indices) - 1, min(NUM_GOLDEN, len(indices))).astype(int)]
     images = []
-    for index in chosen:
-        encoded = scan.read_example(dataset.source, int(index), max_pixels)
-        images.append(Image.fromarray(decode(encoded, max_pixels, white_level)))
+    for index in evenly_spaced(indices, _NUM_GOLDEN):
+        try:
+            encoded = scan.read_example(dataset.source, int(index), max_pixels)
+            pixels = decode(encoded, max_pixels, white_level)
+        except DataError as error:
+            name = f"{dataset.source.name}: {dataset.source.ids[index]}"
+            raise DataError(f"{name} {error}") from error
+        images.append(Image.fromarray(pixels))
         images[-1].thumbnail((_MAX_SIDE, _MAX_SIDE))
     files = {f"golden/{i}.png": _encode(image, "PNG") for i, image in enumerate(images)}
     exif = Image.Exif()
@@ -178,7 +202,15 @@ def _encode(image: Image.Image, file_format: str, **options: Any) -> bytes:
 
 
 def golden_records(files: Mapping[str, bytes], exported: Predictor) -> list[dict[str, Any]]:
-    """Returns the "file", the "predicted" class and the "probabilities" of each golden image."""
+    """Returns the predictions for golden images, for the certificate.
+
+    Args:
+      files: The golden images; see `golden_images`.
+      exported: The predictor of the exported model.
+
+    Returns:
+      For each image its "file", the "predicted" class and the "probabilities".
+    """
     pixels = [preprocess_for_inference(file, exported.preprocessing) for file in files.values()]
     probabilities = predict_pixels(exported, np.stack(pixels))
     return [
@@ -233,7 +265,11 @@ def measure(
       python: The Python that runs the model.
 
     Returns:
-      "milliseconds_per_image" by batch size, "peak_memory_bytes", and "machine".
+      "milliseconds_per_image" by batch size, "peak_memory_bytes" (None if the system does not
+      report it), and "machine".
+
+    Raises:
+      ExportError: The model cannot be run.
     """
     with tempfile.NamedTemporaryFile(suffix=".model") as file:
         file.write(model)
@@ -254,12 +290,10 @@ def measure(
 
 def describe_machine() -> dict[str, Any]:
     """Returns the processor, the number of its cores, and the operating system."""
-    name = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo") as file:  # noqa: PTH123
-            name = next(
-                (line.partition(":")[2].strip() for line in file if "model name" in line), name
-            )
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        pass
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
     return {"processor": name, "cores": os.cpu_count(), "system": platform.platform()}

@@ -30,12 +30,11 @@ from cnn_jax.inference.bundle import (
     write_folder,
 )
 from cnn_jax.inference.ensemble import EnsemblePredictor, make_predictor
-from cnn_jax.inference.evaluation import image_batches, open_as_trained
+from cnn_jax.inference.evaluation import evenly_spaced, image_batches, open_as_trained
 from cnn_jax.inference.exported import ONNX_MODEL, open_session
 from cnn_jax.inference.predictor import BundlePredictor, Predictor, check_images
 from cnn_jax.system.errors import ConfigError
 
-FORMATS = ("onnx", "litert", "stablehlo", "web")
 _STABLEHLO_MODEL = "model.stablehlo"
 _LITERT_MODEL = "model.tflite"
 _PIXELS_MODEL = "pixels.onnx"
@@ -43,11 +42,19 @@ _PIXELS_MODEL = "pixels.onnx"
 _CALIBRATION_IMAGES = 256
 # The default of the largest allowed loss of accuracy, from 0 to 1.
 MAX_LOSS = 0.005
+# The packages that a format needs in this environment.
+_PACKAGES = {
+    "onnx": ("onnx", "onnxruntime"),
+    "litert": (),
+    "stablehlo": ("flatbuffers",),
+    "web": ("onnx", "onnxruntime"),
+}
+FORMATS = tuple(_PACKAGES)
 # The number of days for which JAX promises to read the files of `jax.export`.
 _COMPATIBILITY = {"newer_jax_reads_it_for_days": 180, "older_jax_reads_it_for_days": 30}
 
 
-class _FunctionPredictor(Predictor):
+class FunctionPredictor(Predictor):
     """A predictor that calls a function of images."""
 
     def __init__(self, predictor: Predictor, run: Callable[[np.ndarray], Any]):
@@ -124,22 +131,25 @@ def export(
       ExportError: The network cannot be exported, or the exported model fails the check.
     """
     check_output(output, "export")
-    _check_packages(file_format, int8=int8)
+    if int8 and file_format == "stablehlo":
+        raise ConfigError(f"--int8: --format={file_format} has no 8-bit models; use --format=onnx")
+    python, versions = sys.executable, _package_versions(file_format)
     if static_ranges and not (int8 and file_format == "litert"):
         raise ConfigError("--static_ranges: needs --format=litert --int8; onnx has static ranges")
     page = web.page_files(npm_package) if file_format == "web" else {}
-    python, versions = sys.executable, _package_versions(file_format)
     if file_format == "litert":
         python, versions = litert.check_python(converter_python)
     path = find_bundle(bundle)
     bundle_sha256 = digest(path)
     contents = read_networks(path)
     predictor = bundle_predictor = make_predictor(contents)
-    if not _is_float32(contents):
+    if (in_float32 := _to_float32(contents)) is not contents:
         # The exported model computes in float32, even if training used bfloat16.
-        predictor = make_predictor(_to_float32(contents))
+        predictor = make_predictor(in_float32)
     dataset = open_as_trained(predictor, source, track)
     is_training_data = dataset.fingerprint == contents.data["fingerprint"]
+    preprocessing = predictor.preprocessing
+    golden = certificate.golden_images(dataset, preprocessing.max_pixels, preprocessing.white_level)
     facts, batches = {}, None
     if int8 and (file_format != "litert" or static_ranges):
         training_data = dataset
@@ -153,8 +163,6 @@ def export(
         model = _make_litert(predictor, python, batches, int8=int8)
     else:
         model = _make_stablehlo(predictor)
-    preprocessing = predictor.preprocessing
-    golden = certificate.golden_images(dataset, preprocessing.max_pixels, preprocessing.white_level)
     with contextlib.closing(model):
         comparison = certificate.compare(
             bundle_predictor,
@@ -206,26 +214,26 @@ def export(
     return statement
 
 
-def _is_float32(contents: Bundle | Ensemble) -> bool:
-    if isinstance(contents, Ensemble):
-        return all(map(_is_float32, contents.members))
-    return contents.precision == "float32"
-
-
 def _to_float32(contents: Bundle | Ensemble) -> Bundle | Ensemble:
+    """Returns networks that compute in float32; the same object if all of them do so already."""
+    bundles = contents.members if isinstance(contents, Ensemble) else [contents]
+    if all(bundle.precision == "float32" for bundle in bundles):
+        return contents
+    changed = [dataclasses.replace(bundle, precision="float32") for bundle in bundles]
     if isinstance(contents, Ensemble):
-        members = [dataclasses.replace(one, precision="float32") for one in contents.members]
-        return dataclasses.replace(contents, members=members)
-    return dataclasses.replace(contents, precision="float32")
+        return dataclasses.replace(contents, members=changed)
+    return changed[0]
 
 
 def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]:
-    """Yields evenly spaced images of the training split."""
-    indices = dataset.splits["train"]
-    if not len(indices):
+    """Yields batches of training images.
+
+    Raises:
+      ConfigError: The data has no training images.
+    """
+    chosen = evenly_spaced(dataset.splits["train"], _CALIBRATION_IMAGES)
+    if not len(chosen):
         raise ConfigError("--int8: the data has no training images to measure the ranges with")
-    count = min(len(indices), _CALIBRATION_IMAGES)
-    chosen = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
     return image_batches(dataset.loader, chosen, track, "measuring ranges")
 
 
@@ -244,7 +252,7 @@ def _make_onnx(
     pixels = pixels_model(model, predictor).SerializeToString(deterministic=True)
     return _Model(
         {ONNX_MODEL: content, _PIXELS_MODEL: pixels},
-        _FunctionPredictor(predictor, lambda images: session.run(None, {"images": images})[0]),
+        FunctionPredictor(predictor, lambda images: session.run(None, {"images": images})[0]),
         "onnx",
     )
 
@@ -276,36 +284,29 @@ def _make_stablehlo(predictor: BundlePredictor | EnsemblePredictor) -> _Model:
     }
     return _Model(
         {_STABLEHLO_MODEL: bytes(exported.serialize())},
-        _FunctionPredictor(predictor, jax.jit(exported.call)),
+        FunctionPredictor(predictor, jax.jit(exported.call)),
         "stablehlo",
         facts,
     )
 
 
-def _check_packages(file_format: str, *, int8: bool) -> None:
-    if int8 and file_format == "stablehlo":
-        raise ConfigError(f"--int8: --format={file_format} has no 8-bit models; use --format=onnx")
-    for package in _PACKAGES[file_format]:
+def _package_versions(file_format: str) -> dict[str, str]:
+    """Returns the versions of the packages that a format needs in this environment.
+
+    Raises:
+      ConfigError: A package is not installed.
+    """
+    versions = {}
+    for name in _PACKAGES[file_format]:
         try:
-            importlib.import_module(package)
+            # The module onnxruntime may come from another package, such as onnxruntime-gpu.
+            versions[name] = importlib.import_module(name).__version__
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"--format={file_format}: the package {package} is not installed: pip install "
+                f"--format={file_format}: the package {name} is not installed: pip install "
                 f"'cnn_jax[{file_format.replace('web', 'onnx')}]'"
             ) from error
-
-
-_PACKAGES = {
-    "litert": (),
-    "onnx": ("onnx", "onnxruntime"),
-    "stablehlo": ("flatbuffers",),
-    "web": ("onnx", "onnxruntime"),
-}
-
-
-def _package_versions(file_format: str) -> dict[str, str]:
-    # The module onnxruntime may come from another package, such as onnxruntime-gpu.
-    return {name: importlib.import_module(name).__version__ for name in _PACKAGES[file_format]}
+    return versions
 
 
 def _sha256(content: bytes) -> str:

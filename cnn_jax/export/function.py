@@ -68,7 +68,15 @@ def _predict(predictor: BundlePredictor | EnsemblePredictor, images: Array) -> A
 
 
 def flatten(function: Callable[[Array], Array], image_size: tuple[int, int]) -> core.ClosedJaxpr:
-    """Converts a function of images to a flat function; see the description of this module."""
+    """Converts a function of images to a flat function; see the description of this module.
+
+    Args:
+      function: A function from images, uint8 [batch, height, width, 3], to an array.
+      image_size: The height and the width of the images.
+
+    Returns:
+      The flat function of images, uint8 [BATCH, height, width, 3].
+    """
     images = jax.ShapeDtypeStruct((BATCH, *image_size, 3), np.uint8)
     traced = jax.make_jaxpr(function)(images)
 
@@ -80,7 +88,12 @@ def flatten(function: Callable[[Array], Array], image_size: tuple[int, int]) -> 
 
 
 def stable_hlo(function: core.ClosedJaxpr, image_size: tuple[int, int]) -> export.Exported:
-    """Exports a flat function for CPU, CUDA and TPU, with a symbolic batch size."""
+    """Exports a flat function for CPU, CUDA and TPU, with a symbolic batch size.
+
+    Args:
+      function: The flat function.
+      image_size: The height and the width of the images.
+    """
     (batch,) = export.symbolic_shape("batch")
     images = jax.ShapeDtypeStruct((batch, *image_size, 3), np.uint8)
     platforms = ("cpu", "cuda", "tpu")
@@ -253,7 +266,7 @@ def _constant(value: Any) -> _Constant:
 def _evaluate(equation: core.JaxprEqn, inputs: list[_Value]) -> list[Any]:
     """Returns the outputs of an equation."""
     name, params = equation.primitive.name, equation.params
-    if name in ("jit", "pjit", "closed_call"):
+    if name in ("jit", "closed_call"):
         return _expand(params["jaxpr"].jaxpr, params["jaxpr"].consts, inputs)
     if name in ("custom_jvp_call", "custom_vjp_call"):
         return _expand(params["call_jaxpr"].jaxpr, params["call_jaxpr"].consts, inputs)
@@ -262,7 +275,7 @@ def _evaluate(equation: core.JaxprEqn, inputs: list[_Value]) -> list[Any]:
     if name == "cond" and isinstance(inputs[0], _Constant):
         branch = params["branches"][int(inputs[0].array)]
         return _expand(branch.jaxpr, branch.consts, inputs[1:])
-    if name in ("optimization_barrier", "stop_gradient", "copy", "copy_p"):
+    if name in ("optimization_barrier", "stop_gradient", "copy"):
         return inputs
     shapes = [array_shape(variable) for variable in equation.outvars]
     if all(isinstance(value, _Constant) for value in inputs):

@@ -100,17 +100,25 @@ class LitertPredictor(Predictor):
         self._file = tempfile.NamedTemporaryFile(suffix=".tflite")  # noqa: SIM115
         self._file.write(model)
         self._file.flush()
+        # The log is a file, because an unread pipe would block a process that prints much.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
             [python, _WORKER, "run", self._file.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._log,
         )
         self.pid = self._process.pid
 
     def __call__(
         self, images: UInt8[np.ndarray, "batch height width 3"]
     ) -> Float[np.ndarray, "batch classes"]:
+        """Returns the class probabilities of preprocessed images; see `Predictor`.
+
+        Raises:
+          ExportError: The process has ended.
+          ValueError: The images are not uint8, or their size is not the model's.
+        """
         check_images(images, self.preprocessing)
         shape = (len(images), len(self.class_names))
         assert self._process.stdin is not None
@@ -121,14 +129,16 @@ class LitertPredictor(Predictor):
             content = self._process.stdout.read(4 * shape[0] * shape[1])
             return np.frombuffer(content, np.float32).reshape(shape)
         except (BrokenPipeError, ValueError) as error:
-            raise ExportError("LiteRT cannot run the exported model") from error
+            self._process.wait()
+            self._log.seek(0)
+            reason = _error_line(self._log.read())
+            raise ExportError(f"LiteRT cannot run the exported model: {reason}") from error
 
     def close(self) -> None:
-        """Ends the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._file.close()
+        """Ends the process, and removes its files."""
+        with self._file, self._log:
+            # Unlike `stdin.close`, this method raises no BrokenPipeError if the process has died.
+            self._process.communicate()
 
 
 def _error_line(text: str) -> str:

@@ -42,8 +42,11 @@ def quantize(model: onnx.ModelProto, batches: Iterable[np.ndarray]) -> onnx.Mode
 
     Args:
       model: The model with the input "images".
-      batches: Images of the training data, uint8 [batch, height, width, 3]; they determine the
-        ranges of the activations.
+      batches: Images of the training data, uint8 [batch, height, width, 3], one or more batches;
+        they determine the ranges of the activations.
+
+    Returns:
+      A new model with the same input and output.
     """
     quantizer = _Quantizer(copy.deepcopy(model))
     return quantizer.quantize(_measure_ranges(model, quantizer.find_activations(), batches))

@@ -48,7 +48,12 @@ JAX reads the file for 6 months (later versions) and 30 days (earlier versions) 
 
 
 def text(certificate: Mapping[str, Any], predictor: Predictor) -> str:
-    """Returns the README: how to run the model, and how to check it."""
+    """Returns the README, which says how to run the model and how to check it.
+
+    Args:
+      certificate: The certificate; "format" and "versions" are used.
+      predictor: The predictor of the bundle, for the image size and the number of classes.
+    """
     height, width = predictor.preprocessing.image_size
     template = {"litert": _LITERT, "onnx": _ONNX, "stablehlo": _STABLEHLO, "web": _WEB}[
         certificate["format"]

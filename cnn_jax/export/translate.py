@@ -337,8 +337,6 @@ class _Translator:
             self._full(x, array_shape(equation.invars[0])), array_shape(equation.outvars[0])
         )
 
-    _expand_dims = _squeeze
-
     def _transpose(self, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
         """Renames the axes; the elements stay where they are."""
         permutation = equation.params["permutation"]

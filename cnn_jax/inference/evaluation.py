@@ -25,6 +25,12 @@ from cnn_jax.training.metrics import HEADLINE, agreement_p_value, full_report
 logger = logging.getLogger(__name__)
 
 
+def evenly_spaced(indices: Int[np.ndarray, " n"], count: int) -> Int[np.ndarray, " m"]:
+    """Returns `count` of the indices, spread evenly over them; all indices if there are fewer."""
+    count = min(count, len(indices))
+    return indices[np.linspace(0, len(indices) - 1, count).astype(int)]
+
+
 def image_batches(
     loader: Loader,
     indices: Int[np.ndarray, " n"],

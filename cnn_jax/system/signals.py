@@ -22,10 +22,12 @@ class Interruption:
     """A request to end a run, from a signal or from a deadline."""
 
     def __init__(self, deadline: float | None = None) -> None:
+        """Creates a request that is made by a signal or at a deadline; see `listen`."""
         self._event = threading.Event()
         self._deadline = deadline
 
     def request(self) -> None:
+        """Requests the end of the run."""
         self._event.set()
 
     def _is_requested(self) -> bool:

@@ -18,7 +18,7 @@ from cnn_jax.data import Track
 from cnn_jax.data.dataset import Dataset
 from cnn_jax.inference.batching import BATCH_SIZE
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
-from cnn_jax.inference.evaluation import evaluate, image_batches
+from cnn_jax.inference.evaluation import evaluate, evenly_spaced, image_batches
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models.network import make_model, updates_statistics
 from cnn_jax.system.atomic import write_text
@@ -212,7 +212,7 @@ def _with_new_statistics(bundle: Bundle, dataset: Dataset, track: Track) -> Bund
     # All batches must have the same size, which is smaller only if there are fewer images.
     count = min(len(indices), STATISTICS_IMAGES)
     count -= count % BATCH_SIZE if count > BATCH_SIZE else 0
-    chosen = indices[np.linspace(0, len(indices) - 1, count).astype(int)]
+    chosen = evenly_spaced(indices, count)
     add = jax.jit(
         functools.partial(update_statistics, model=model, preprocessing=bundle.preprocessing)
     )

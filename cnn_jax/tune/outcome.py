@@ -8,6 +8,7 @@ import json
 import math
 import pathlib
 import shlex
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -26,6 +27,7 @@ from cnn_jax.data.sources import absolute
 from cnn_jax.models import hub
 from cnn_jax.report.study import write_study_page
 from cnn_jax.report.texts import duration
+from cnn_jax.system import text
 from cnn_jax.system.atomic import write_text
 from cnn_jax.tune import storage
 from cnn_jax.tune.search import best_value, merit
@@ -147,7 +149,7 @@ def _iso(time: datetime.datetime | None) -> str | None:
 def _importance(study: Study, complete: list[FrozenTrial]) -> tuple[dict[str, float] | None, str]:
     """Estimates the importance of each parameter by functional ANOVA.
 
-    The importance is the fraction of the variance that the parameter explains by itself,
+    The importance is the fraction of the variance that only this parameter explains,
     divided by the sum of these fractions (Hutter et al. 2014, "An Efficient Approach for
     Assessing Hyperparameter Importance").
 
@@ -192,21 +194,22 @@ def write_outcome(plan: Plan, study: Mapping[str, Any]) -> None:
 
 def table(study: Mapping[str, Any]) -> str:
     """Returns all trials as CSV: number, state, value, epochs, seconds, parameters, host, error."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
     keys = list(study["space"])
     own = ("number", "state", "value", "epochs", "seconds")
     writer.writerow([*own, *keys, "host", "error"])
     for trial in study["trials"]:
         params = [trial["params"].get(key, "") for key in keys]
         writer.writerow([*(trial[name] for name in own), *params, trial["host"], trial["error"]])
-    return text.getvalue()
+    return file.getvalue()
 
 
 def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
     """Prints the best trials as a table, the cost, and the next commands, on stdout."""
     keys = list(study["space"])
-    rows = [["trial", "state", study["monitor"], "epochs", "seconds", *map(_last, keys)]]
+    head = ["trial", "state", study["monitor"], "epochs", "seconds", *map(_last, keys)]
+    rows = []
     order = sorted(
         study["trials"],
         key=lambda trial: (
@@ -222,10 +225,7 @@ def show_outcome(study: Mapping[str, Any], folder: pathlib.Path) -> None:
         rows.append(
             [str(trial["number"]), trial["state"], value, str(trial["epochs"]), seconds, *params]
         )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)))
-
+    print(text.table(head, rows, text.terminal_width(sys.stdout)))
     if len(order) > _MAX_ROWS:
         print(f"all {len(order)} trials are in {folder / 'trials.csv'}")
 
@@ -299,10 +299,10 @@ def _literal(config: Config, tuned: set[str], prefix: str, indent: str) -> str:
     lines = []
     for key, value in config.items():
         if isinstance(value, ConfigDict):
-            text = _literal(value, tuned, f"{prefix}{key}.", indent + "    ") + ","
+            literal = _literal(value, tuned, f"{prefix}{key}.", indent + "    ") + ","
         else:
-            text = f"{_python(value)},{'  # Tuned.' * (prefix + key in tuned)}"
-        lines.append(f'{indent}    "{key}": {text}\n')
+            literal = f"{_python(value)},{'  # Tuned.' * (prefix + key in tuned)}"
+        lines.append(f'{indent}    "{key}": {literal}\n')
     return f"{{\n{''.join(lines)}{indent}}}"
 
 

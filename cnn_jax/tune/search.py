@@ -155,9 +155,12 @@ def is_promoted(value: float, others: Sequence[float]) -> bool:
 
 
 def num_brackets(max_epochs: int) -> int:
-    """Returns the number of Hyperband's brackets: one bracket per possible number of rungs.
+    """Returns the number of Hyperband's brackets: one bracket for each possible number of rungs.
 
-    The largest number of rungs leaves one whole epoch before the first rung.
+    The first bracket has the most rungs; its first rung is after at least one epoch.
+
+    Args:
+      max_epochs: The number of epochs of a trial that is not pruned, 1 or more.
     """
     return math.floor(math.log(max_epochs, REDUCTION) + 1e-9) + 1
 
@@ -167,6 +170,10 @@ def rungs(max_epochs: int, bracket: int) -> list[int]:
 
     The epochs are ..., 1/9 and 1/3 of all epochs, rounded. Each bracket has one rung fewer
     than the bracket before it, and the last bracket has no rung.
+
+    Args:
+      max_epochs: See `num_brackets`.
+      bracket: The number of the bracket, from 0.
     """
     count = num_brackets(max_epochs) - 1 - bracket
     return [round(max_epochs / REDUCTION**rung) for rung in range(count, 0, -1)]
@@ -177,11 +184,16 @@ def bracket_number(number: int, max_epochs: int, brackets: int) -> int:
 
     The brackets have the proportions of Hyperband (Li et al. 2018, algorithm 1), so that all
     brackets cost about the same. Trials with consecutive numbers are spread over the brackets.
+
+    Args:
+      number: The number of the trial, from 0.
+      max_epochs: See `num_brackets`.
+      brackets: The number of brackets that the study uses, 1 or more.
     """
     last = num_brackets(max_epochs) - 1
     weights = [
         math.ceil((last + 1) / (last - bracket + 1) * REDUCTION ** (last - bracket))
         for bracket in range(brackets)
     ]
-    shares = np.cumsum(weights) / sum(weights)
-    return int(np.searchsorted(shares, (number * _GOLDEN) % 1, side="right"))
+    ends = np.cumsum(weights) / sum(weights)
+    return int(np.searchsorted(ends, (number * _GOLDEN) % 1, side="right"))

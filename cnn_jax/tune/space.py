@@ -72,7 +72,7 @@ def _check(key: str, distribution: Any, config: Config) -> None:
             f"config.{key}: must be a FloatDistribution, IntDistribution or "
             f"CategoricalDistribution of Optuna, got {distribution!r}"
         )
-    current = schema.flat(config)[key]
+    current = _values(config)[key]
     for value in _extremes(distribution):
         if isinstance(value, tuple | list):
             raise ConfigError(
@@ -112,6 +112,11 @@ def _extremes(distribution: BaseDistribution) -> list[Any]:
     return [distribution.low, distribution.high]
 
 
+def _values(config: Config) -> dict[str, Any]:
+    """Returns the values of all keys, with data.image_size as (height, width)."""
+    return schema.flat(config) | {"data.image_size": schema.image_size(config)}
+
+
 def _parse(value: Any, current: Any) -> Any:
     """Converts a value of a search space to a configuration value, for example text to a tuple."""
     if isinstance(current, tuple | list) and isinstance(value, str):
@@ -125,7 +130,7 @@ def _parse(value: Any, current: Any) -> Any:
 def configured(config: Config, params: Mapping[str, Any]) -> Config:
     """Returns a copy of the configuration with the values of `params`."""
     changed = config.copy_and_resolve_references()
-    current = schema.flat(config)
+    current = _values(config)
     with changed.ignore_type():
         for key, value in params.items():
             section, _, name = key.rpartition(".")
@@ -135,17 +140,22 @@ def configured(config: Config, params: Mapping[str, Any]) -> Config:
 
 
 def base_values(config: Config, space: Space) -> dict[str, Any]:
-    """Returns a dictionary of the configuration values that are inside the search space."""
+    """Returns the values of the configuration that are in the search space, by key.
+
+    The values have the form of the space: for example, a tuple is a text.
+    """
     found = {}
-    for key, value in schema.flat(config).items():
+    for key, value in _values(config).items():
         distribution = space.get(key)
         if isinstance(distribution, CategoricalDistribution):
-            # A search space contains a tuple as text, so the texts are parsed for the comparison.
-            same = [choice for choice in distribution.choices if _parse(choice, value) == value]
-            if same:
-                found[key] = same[0]
-        elif distribution is not None and _is_in_range(value, distribution):
-            found[key] = value
+            for choice in distribution.choices:
+                if _values(configured(config, {key: choice}))[key] == value:
+                    found.setdefault(key, choice)
+        elif distribution is not None:
+            # A range of data.image_size contains the sides of squares.
+            sides = set(value) if isinstance(value, tuple) else {value}
+            if len(sides) == 1 and _is_in_range(min(sides), distribution):
+                found[key] = min(sides)
     return found
 
 

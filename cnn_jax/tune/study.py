@@ -98,19 +98,23 @@ class Plan:
 
     @property
     def monitor(self) -> str:
+        """The metric by which trials are compared, such as "validation_accuracy"."""
         return self.config.train.monitor
 
     @property
     def direction(self) -> StudyDirection:
+        """Whether a smaller or a larger value of the monitored metric is better."""
         is_loss = self.monitor.endswith("loss")
         return StudyDirection.MINIMIZE if is_loss else StudyDirection.MAXIMIZE
 
     @property
     def brackets(self) -> int:
+        """The number of brackets of the pruner; 0 without pruning."""
         counts = {"hyperband": search.num_brackets(self.config.train.epochs), "halving": 1}
         return counts.get(self.pruner, 0)
 
     def is_over(self) -> bool:
+        """Returns whether the deadline of this worker has passed."""
         return self.deadline is not None and time.monotonic() >= self.deadline
 
 

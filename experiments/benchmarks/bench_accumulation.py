@@ -10,48 +10,27 @@ turns; the numbers are median milliseconds and do not include compilation.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
+from common import default_step, random_batch, seconds_in_turns
 
-from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models import layers
-from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
-from cnn_jax.training.optimizer import make_optimizer, make_schedule
-from cnn_jax.training.step import TrainStep
 
 PARTS = (1, 2, 4)
 OURS, XLAS = layers._input_gradient_on_cpu, layers._input_gradient
 
 
-def make_step(side: int, batch_size: int, parts: int) -> Callable[[], None]:
+def make_step(side: int, batch_size: int, parts: int) -> Callable[[], object]:
     """Returns a function that runs a compiled step on random images and waits for the result."""
-    size = (side, side)
-    train_step = TrainStep(
-        model=CNN(num_classes=10),
-        optimizer=make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4),
-        preprocessing=Preprocessing(size),
-        label_smoothing=0.1,
-        accumulation_steps=parts,
-    )
+    train_step = default_step(side, accumulation_steps=parts)
     state = jax.jit(train_step.init_state)()
-    rng = np.random.default_rng(0)
-    batch = {
-        "image": rng.integers(0, 256, (batch_size, *size, 3), dtype=np.uint8),
-        "label": rng.integers(0, 10, batch_size).astype(np.int32),
-        "mask": np.ones(batch_size, bool),
-    }
+    batch = random_batch(side, batch_size)
     step = jax.jit(train_step, compiler_options=runtime.compiler_options())
     compiled = step.lower(state, batch).compile()
 
-    def run() -> None:
-        jax.block_until_ready(compiled(state, batch))
-
-    run()
-    return run
+    return lambda: jax.block_until_ready(compiled(state, batch))
 
 
 def main() -> None:
@@ -67,12 +46,7 @@ def main() -> None:
         layers._input_gradient_on_cpu = gradient
         for parts in PARTS:
             steps[name, parts] = make_step(flags.pixels, flags.batch_size, parts)
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in steps}
-    for _ in range(flags.rounds):
-        for key, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[key].append(time.perf_counter() - start)
+    seconds = seconds_in_turns(steps, flags.rounds)
     print(f"JAX {jax.__version__}, {flags.pixels} x {flags.pixels}, batch {flags.batch_size}\n")
     print("| | " + " | ".join(f"{parts} part{'s' * (parts > 1)}" for parts in PARTS) + " |")
     print("| --- |" + " --- |" * len(PARTS))

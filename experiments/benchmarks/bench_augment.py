@@ -8,23 +8,16 @@ the device is JAX's default device.
 """
 
 import statistics
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import seconds_in_turns
 
 from cnn_jax.data import augment
 
 BATCH_SIZE = 32
 REPEATS = 30
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -38,14 +31,12 @@ def main() -> None:
         draws = augment.draw(rng, recipe, BATCH_SIZE, (side, side))
         arguments = {"images": images, **draws}
         device_arguments = jax.tree.map(jnp.array, arguments)
-        jax.block_until_ready(on_device(**device_arguments))
-        host, device = [], []
-        for _ in range(REPEATS):
-            host.append(_seconds(lambda: augment.apply_on_host(**arguments)))  # noqa: B023
-            device.append(
-                _seconds(lambda: jax.block_until_ready(on_device(**device_arguments)))  # noqa: B023
-            )
-        host_ms, device_ms = 1e3 * statistics.median(host), 1e3 * statistics.median(device)
+        actions = {
+            "host": lambda a=arguments: augment.apply_on_host(**a),
+            "device": lambda a=device_arguments: jax.block_until_ready(on_device(**a)),
+        }
+        times = seconds_in_turns(actions, REPEATS)
+        host_ms, device_ms = (1e3 * statistics.median(values) for values in times.values())
         print(f"{side:>8}  {host_ms:>8.2f}  {device_ms:>9.2f}  {device_ms / host_ms:>13.1f}")
 
 

@@ -11,8 +11,7 @@ the cache.
 
 "features" computes the embeddings of a batch of float32 images, with the same random weights;
 first, both libraries must agree on the embeddings. "training" is a step of Adam on all
-parameters with cross-entropy, on uint8 images. BatchNorm uses its stored statistics
-(--statistics=frozen, the default) or those of the batch (--statistics=batch).
+parameters with cross-entropy, on uint8 images. BatchNorm uses its stored statistics.
 
 --one_core runs both libraries on one core and takes the time of the processor instead of the
 time of the clock. Use it on a machine with other load, on which PyTorch's threads wait for each
@@ -21,41 +20,37 @@ other.
 
 import argparse
 import contextlib
-import json
 import os
 import pathlib
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from common import CLASSES, KEPT, Process, answer_requests, seconds_of_each
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from experiments.checks import reference_logits
 
-CLASSES = reference_logits.NUM_CLASSES
 LEARNING_RATE = 1e-4
 
 
 class Ours:
     """A network of this project, with the project's compiler options and training step."""
 
-    def __init__(self, name: str, state_shapes: Mapping[str, Any], batch_norm: str):
-        from cnn_jax.models import NETWORKS
+    def __init__(self, name: str, state_shapes: Mapping[str, Any]):
+        from cnn_jax.config.schema import default_config
         from cnn_jax.models.network import make_model
         from cnn_jax.models.pretrained import convert
         from cnn_jax.system import runtime
 
         runtime.keep_freed_memory()
         self._options = runtime.compiler_options()
-        section = {key: value.default for key, value in NETWORKS[name].keys.items()}
-        if "batch_norm_statistics" in section:
-            section["batch_norm_statistics"] = batch_norm
-        self._model = make_model({"name": name, **section}, CLASSES, "float32")
+        section = default_config(name).model.to_dict()
+        self._model = make_model(section, CLASSES, "float32")
         self._variables = convert(reference_logits.random_state(state_shapes))
 
     def features(self, images: np.ndarray) -> tuple[Callable[[], np.ndarray], float]:
@@ -107,7 +102,7 @@ class Ours:
 class Timm:
     """A network of timm in eager PyTorch, with the same methods as `Ours`."""
 
-    def __init__(self, name: str, state_shapes: Mapping[str, Any], batch_norm: str):
+    def __init__(self, name: str, state_shapes: Mapping[str, Any]):
         import torch  # pyright: ignore
 
         reference = reference_logits.NETWORKS[name]
@@ -115,7 +110,7 @@ class Timm:
         model = timm.create_model(name, num_classes=CLASSES, **reference.arguments)
         state = reference_logits.random_state(state_shapes)
         model.load_state_dict({key: torch.from_numpy(value) for key, value in state.items()})
-        self._torch, self._batch_norm = torch, batch_norm
+        self._torch = torch
         self._model = model.to(memory_format=torch.channels_last)
 
     def features(self, images: np.ndarray) -> tuple[Callable[[], np.ndarray], float]:
@@ -132,7 +127,7 @@ class Timm:
         torch = self._torch
         model = self._model.train()
         for module in model.modules():
-            if self._batch_norm == "frozen" and isinstance(module, torch.nn.BatchNorm2d):
+            if isinstance(module, torch.nn.BatchNorm2d):
                 module.eval()
         optimizer = torch.optim.Adam(model.parameters(), LEARNING_RATE)
         batch = torch.from_numpy(images).permute(0, 3, 1, 2)
@@ -149,67 +144,28 @@ class Timm:
 LIBRARIES = {"cnn_jax": Ours, "timm": Timm}
 
 
-def answer(library: str, clock: Callable[[], float]) -> None:
-    """Answers the requests on stdin; each request and each answer is one line of JSON."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # Text that a library prints to stdout goes to stderr.
-    rng = np.random.default_rng(0)
-    network: Any = None
-    action: Any = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        reply: dict[str, Any] = {}
+class Answers:
+    """Answers the requests to a library; see `common.answer_requests`."""
+
+    def __init__(self, library: str, clock: Callable[[], float]):
+        self._library, self._clock = LIBRARIES[library], clock
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        rng = np.random.default_rng(0)
         if request["do"] == "open":
-            network = LIBRARIES[library](request["name"], request["shapes"], request["statistics"])
-        elif request["do"] == "features":
+            self._network = self._library(request["name"], request["shapes"])
+            return {}
+        if request["do"] == "features":
             images = rng.normal(size=request["images"]).astype(np.float32)
-            action, reply["compile_seconds"] = network.features(images)
-            reply["embedding"] = action().astype(float).tolist()
-        elif request["do"] == "training":
+            self._action, seconds = self._network.features(images)
+            embedding = self._action().astype(float).tolist()
+            return {"compile_seconds": seconds, "embedding": embedding}
+        if request["do"] == "training":
             images = rng.integers(0, 256, request["images"], np.uint8)
             labels = rng.integers(0, CLASSES, request["images"][0]).astype(np.int32)
-            action, reply["compile_seconds"] = network.training(images, labels)
-        else:
-            reply["seconds"] = []
-            for _ in range(request["times"]):
-                start = clock()
-                action()
-                reply["seconds"].append(clock() - start)
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-
-class Process:
-    """A process that runs one of the two libraries and answers requests."""
-
-    def __init__(self, library: str, python: str, one_core: bool):
-        self._process = subprocess.Popen(
-            [python, __file__, f"--answer={library}", *["--one_core"] * one_core],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={
-                **os.environ,
-                "MALLOC_ARENA_MAX": "1",
-                "MALLOC_MMAP_MAX_": "0",
-                "MALLOC_TRIM_THRESHOLD_": str(2**62),
-            },
-            text=True,
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request to the process, and returns the answer."""
-        assert self._process.stdin
-        assert self._process.stdout
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        reply = self._process.stdout.readline()
-        if not reply:
-            sys.exit("a process failed; its last lines are above")
-        return json.loads(reply)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
+            self._action, seconds = self._network.training(images, labels)
+            return {"compile_seconds": seconds}
+        return {"seconds": seconds_of_each(self._action, request["times"], self._clock)}
 
 
 def measure(processes: list[Process], do: str, shape: list[int], seconds: float) -> dict[str, Any]:
@@ -242,7 +198,6 @@ def main() -> None:
     parser.add_argument("--peer_python", default=sys.executable, metavar="PATH")
     parser.add_argument("--features", type=int, nargs=2, default=(224, 16), metavar=("PX", "BATCH"))
     parser.add_argument("--training", type=int, nargs=2, default=(64, 32), metavar=("PX", "BATCH"))
-    parser.add_argument("--statistics", choices=("frozen", "batch"), default="frozen")
     parser.add_argument("--seconds", type=float, default=8, help="for each library and row")
     parser.add_argument("--one_core", action="store_true", help="see above")
     parser.add_argument("--answer", choices=LIBRARIES, help=argparse.SUPPRESS)
@@ -250,7 +205,8 @@ def main() -> None:
     if flags.one_core:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     if flags.answer:
-        answer(flags.answer, time.process_time if flags.one_core else time.perf_counter)
+        clock = time.process_time if flags.one_core else time.perf_counter
+        answer_requests(Answers(flags.answer, clock))
         return
     # PyTorch's environment need not have this project's dependencies.
     from cnn_jax.models import NETWORKS
@@ -261,12 +217,16 @@ def main() -> None:
         shapes = reference_logits.load_reference(name)["shapes"]
         with contextlib.ExitStack() as stack:
             processes = [
-                Process(library, python, flags.one_core)
+                Process(
+                    library,
+                    [python, __file__, f"--answer={library}", *["--one_core"] * flags.one_core],
+                    KEPT,
+                )
                 for library, python in (("cnn_jax", sys.executable), ("timm", flags.peer_python))
             ]
             for process in processes:
                 stack.callback(process.close)
-                process.ask(do="open", name=name, shapes=shapes, statistics=flags.statistics)
+                process.ask(do="open", name=name, shapes=shapes)
             for do, (side, batch) in (("features", flags.features), ("training", flags.training)):
                 if not batch:
                     continue

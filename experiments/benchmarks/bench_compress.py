@@ -17,6 +17,7 @@ the bundles. LiteRT's 8-bit model needs --converter_python; see docs/export.md.
 
 import argparse
 import dataclasses
+import functools
 import tempfile
 import time
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import onnxruntime
+from common import one_thread_session, seconds_in_turns
 
 from cnn_jax.compress.prune import with_widths
 from cnn_jax.export.exporter import export
@@ -80,34 +81,26 @@ def with_random_weights(bundle: Bundle, widths: Mapping[str, int], size: int) ->
     return dataclasses.replace(bundle, model=section, variables=variables)
 
 
-def make_sessions(bundle: Bundle, size: int) -> list[onnxruntime.InferenceSession]:
-    """Returns the float32 and the 8-bit model of a bundle for images of another size."""
+def make_sessions(bundle: Bundle, size: int) -> list[Any]:
+    """Returns sessions of the float32 and the 8-bit model of a bundle for another image size."""
     preprocessing = dataclasses.replace(bundle.preprocessing, image_size=(size, size))
     predictor = BundlePredictor(dataclasses.replace(bundle, preprocessing=preprocessing))
     model = images_model(flat_function(predictor), predictor)
     images = np.random.default_rng(0).integers(0, 256, (8, size, size, 3), np.uint8)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    return [
-        onnxruntime.InferenceSession(
-            form.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        for form in (model, quantize(model, [images]))
-    ]
+    models = (model, quantize(model, [images]))
+    return [one_thread_session(model.SerializeToString()) for model in models]
 
 
 def show_times(bundles: Mapping[str, Bundle], size: int, repeats: int) -> None:
     """Prints the CPU time of each bundle's models, and the ratio to the first bundle's models."""
-    sessions = [make_sessions(bundle, size) for bundle in bundles.values()]
     images = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), np.uint8)
-    seconds = np.zeros((len(sessions), 2, repeats))
-    for repeat in range(-1, repeats):  # The first calls allocate memory.
-        for i, pair in enumerate(sessions):
-            for j, session in enumerate(pair):
-                start = time.process_time()
-                session.run(None, {"images": images})
-                seconds[i, j, repeat] = time.process_time() - start
-    medians = 1000 * np.median(seconds, axis=-1)
+    actions = {
+        (name, kind): functools.partial(session.run, None, {"images": images})
+        for name, bundle in bundles.items()
+        for kind, session in enumerate(make_sessions(bundle, size))
+    }
+    seconds = seconds_in_turns(actions, repeats, time.process_time)
+    medians = 1000 * np.median(list(seconds.values()), axis=1).reshape(-1, 2)
     print(f"{size} pixels | float32 ms | ratio | int8 ms | ratio", flush=True)
     for name, own in zip(bundles, medians, strict=True):
         ratios = medians[0] / own

@@ -24,6 +24,7 @@ from collections.abc import Callable
 
 import numpy as np
 import simplejpeg
+from common import seconds_of_each
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
@@ -70,12 +71,7 @@ def milliseconds(work: Callable[[], object], repetitions: int) -> float:
 
     Other processes hardly affect the CPU time.
     """
-    times = []
-    for _ in range(repetitions + 1):
-        start = time.thread_time()
-        work()
-        times.append(1e3 * (time.thread_time() - start))
-    return statistics.median(times[1:])
+    return 1e3 * statistics.median(seconds_of_each(work, repetitions + 1, time.thread_time)[1:])
 
 
 def main() -> None:

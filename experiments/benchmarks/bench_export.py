@@ -41,23 +41,21 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import onnxruntime
+from common import one_thread_session, random_bundle
 from onnxruntime import quantization
 
-from cnn_jax.data.preprocessing import Preprocessing
+from cnn_jax.config.schema import default_config
 from cnn_jax.export import certificate, litert, web
+from cnn_jax.export.exporter import FunctionPredictor
 from cnn_jax.export.function import flat_function
 from cnn_jax.export.onnx_model import images_model, pixels_model
 from cnn_jax.export.quantize import quantize
 from cnn_jax.inference.bundle import find_bundle, read_bundle
-from cnn_jax.inference.evaluation import image_batches, open_as_trained
+from cnn_jax.inference.evaluation import evenly_spaced, image_batches, open_as_trained
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models import NETWORKS
-from cnn_jax.models.network import make_model
 
-_CLASSES = 10
 # A page computes each image this number of times, because WebDriver needs CPU time for each call.
 _RUNS_IN_PAGE = 5
 _RUN_IN_PAGE = """
@@ -113,39 +111,11 @@ class _Calibration(quantization.CalibrationDataReader):
         return {} if batch is None else {"images": batch}
 
 
-def random_predictor(name: str, size: int) -> BundlePredictor:
-    """Returns the predictor of a network with random weights."""
-    section = {key: value.default for key, value in NETWORKS[name].keys.items()}
-    model = make_model({"name": name, **section}, _CLASSES, "float32")
-    predictor = BundlePredictor.__new__(BundlePredictor)
-    predictor.class_names = [str(i) for i in range(_CLASSES)]
-    predictor.preprocessing = Preprocessing(image_size=(size, size))
-    predictor.temperature = 1.0
-    predictor.model = model
-    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
-    # After training, no scale is 1 and no shift is 0.
-    rng = np.random.default_rng(0)
-    predictor.variables = jax.tree.map(
-        lambda leaf: leaf + np.float32(0.1) * rng.random(leaf.shape, np.float32), variables
-    )
-    return predictor
-
-
-def _session(content: bytes | str) -> onnxruntime.InferenceSession:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-
-
 def make_models(
     predictor: BundlePredictor,
     batches: list[np.ndarray],
     timm_name: str,
-    converter_python: str | None,
-    peer_python: str | None,
-    peer_models: list[str],
-    npm_package: str | None,
+    flags: argparse.Namespace,
     folder: pathlib.Path,
     stack: contextlib.ExitStack,
 ) -> Iterator[_Model]:
@@ -159,7 +129,7 @@ def make_models(
     rounded = quantize(exact, batches)
     for name, model in (("onnx", exact), ("onnx int8", rounded)):
         content = model.SerializeToString()
-        session = _session(content)
+        session = one_thread_session(content)
         yield _Model(name, lambda x, s=session: s.run(None, {"images": x})[0], len(content))
     before, after = folder / "exact.onnx", folder / "static.onnx"
     before.write_bytes(exact.SerializeToString())
@@ -170,44 +140,44 @@ def make_models(
         per_channel=True,
         quant_format=quantization.QuantFormat.QDQ,
     )
-    session = _session(str(after))
+    session = one_thread_session(str(after))
     yield _Model(
         "quantize_static", lambda x: session.run(None, {"images": x})[0], after.stat().st_size
     )
-    if npm_package:
+    if flags.npm_package:
         for name, model in (("page", exact), ("page int8", rounded)):
             content = pixels_model(model, predictor).SerializeToString()
-            page = web.page_files(npm_package) | {
+            page = web.page_files(flags.npm_package) | {
                 "pixels.onnx": content,
                 "bundle.json": json.dumps({"class_names": predictor.class_names}).encode(),
                 "certificate.json": b'{"golden": []}',
             }
             run, clock = stack.enter_context(_opened_page(page, folder / name))
             yield _Model(name, run, len(content), has_results=False, clock=clock)
-    if converter_python:
+    if flags.converter_python:
         kinds: dict[str, dict[str, Any]] = {
             "litert": {},
             "litert int8": {"int8": True},
             "litert int8 static": {"int8": True, "batches": batches},
         }
         for name, options in kinds.items():
-            content = litert.convert(
-                function, predictor.preprocessing.image_size, converter_python, **options
-            )
-            run = litert.LitertPredictor(predictor, content, converter_python)
+            size, python = predictor.preprocessing.image_size, flags.converter_python
+            content = litert.convert(function, size, python, **options)
+            process = litert.LitertPredictor(predictor, content, python)
+            run = stack.enter_context(contextlib.closing(process))
             yield _Model(name, run, len(content), clock=_process_clock(run.pid))
-    if peer_python:
+    if flags.peer_python:
         path = folder / "timm.onnx"
         size = str(predictor.preprocessing.image_size[0])
-        subprocess.run([peer_python, "-c", _TIMM, timm_name, size, str(path)], check=True)
+        subprocess.run([flags.peer_python, "-c", _TIMM, timm_name, size, str(path)], check=True)
         yield _peer("torch.onnx", path)
-    for name in peer_models:
+    for name in flags.peer_models:
         yield _peer(pathlib.Path(name).name, pathlib.Path(name))
 
 
 def _peer(name: str, path: pathlib.Path) -> _Model:
     """Returns a model with floats as input; the weights may be in a second file."""
-    session = _session(str(path))
+    session = one_thread_session(str(path))
     key = session.get_inputs()[0].name
     size = sum(file.stat().st_size for file in path.parent.glob(f"{path.name}*"))
     return _Model(
@@ -310,24 +280,18 @@ def main() -> None:
         predictor = BundlePredictor(dataclasses.replace(bundle, precision="float32"))
         timm_name = bundle.model["name"]
         dataset = open_as_trained(predictor)
-        chosen = dataset.splits["train"]
-        chosen = chosen[np.linspace(0, len(chosen) - 1, min(256, len(chosen))).astype(int)]
+        chosen = evenly_spaced(dataset.splits["train"], 256)
         batches = list(image_batches(dataset.loader, chosen))
     else:
-        predictor = random_predictor(flags.network, flags.size)
+        section = default_config(flags.network).model.to_dict()
+        predictor = BundlePredictor(random_bundle(section, flags.size))
         timm_name, dataset = flags.network, None
         rng = np.random.default_rng(0)
         batches = [rng.integers(0, 256, (8, flags.size, flags.size, 3), np.uint8)]
     size = predictor.preprocessing.image_size
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        peers = (
-            flags.converter_python,
-            flags.peer_python,
-            flags.peer_models,
-            flags.npm_package,
-        )
         models = list(
-            make_models(predictor, batches, timm_name, *peers, pathlib.Path(folder), stack)
+            make_models(predictor, batches, timm_name, flags, pathlib.Path(folder), stack)
         )
         times = {batch: measure(models, size, batch, flags.repeats) for batch in flags.batches}
         heads = [
@@ -346,7 +310,7 @@ def main() -> None:
         for model in models[1:]:
             if not model.has_results:
                 continue
-            run = _Callable(predictor, model.run)
+            run = FunctionPredictor(predictor, model.run)
             for split, values in certificate.compare(predictor, run, dataset).items():
                 lost = values["accuracy_lost"]
                 low, high = (100 * bound for bound in lost["interval"])
@@ -356,18 +320,6 @@ def main() -> None:
                     f"{100 * values['agreement']:.2f} %, largest difference "
                     f"{values['largest_difference']:.1e}"
                 )
-
-
-class _Callable:
-    """A predictor that calls a function."""
-
-    def __init__(self, predictor: BundlePredictor, run: Callable[[np.ndarray], Any]):
-        self.class_names = predictor.class_names
-        self.preprocessing = predictor.preprocessing
-        self._run = run
-
-    def __call__(self, images: np.ndarray) -> np.ndarray:
-        return np.asarray(self._run(np.ascontiguousarray(images)))
 
 
 if __name__ == "__main__":

@@ -11,26 +11,21 @@ Adam's moments.
 
 import argparse
 import os
-import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
 import jax
-import numpy as np
+from common import CLASSES, random_batch, seconds_of_each
 from jaxtyping import PyTree
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-
+from cnn_jax.config.schema import default_config
 from cnn_jax.data.preprocessing import Preprocessing
 from cnn_jax.models import NETWORKS
 from cnn_jax.models.network import make_model
 from cnn_jax.system import runtime
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
 from cnn_jax.training.step import TrainStep
-
-_CLASSES = 10
 
 
 def size(tree: PyTree) -> float:
@@ -47,23 +42,15 @@ def compile_step(
       A function that runs one step, the temporary memory, and the memory of the optimizer state,
       in megabytes.
     """
-    section = {key: value.default for key, value in NETWORKS[flags.network].keys.items()}
-    model = make_model({"name": flags.network, **section}, _CLASSES, "float32", from_stage)
+    section = default_config(flags.network).model.to_dict()
+    model = make_model(section, CLASSES, "float32", from_stage)
     step = TrainStep(
         model=model,
         optimizer=make_optimizer(make_schedule(1e-4, 1e-4, 1), l2=0.0),
         preprocessing=Preprocessing(image_size=(flags.image_size, flags.image_size)),
         is_trainable=model.is_trained_parameter if from_stage else None,
     )
-    rng = np.random.default_rng(0)
-    shape = (flags.batch_size, flags.image_size, flags.image_size, 3)
-    batch = jax.device_put(
-        {
-            "image": rng.integers(0, 256, shape, np.uint8),
-            "label": rng.integers(0, _CLASSES, flags.batch_size).astype(np.int32),
-            "mask": np.ones(flags.batch_size, bool),
-        }
-    )
+    batch = jax.device_put(random_batch(flags.image_size, flags.batch_size))
     state = jax.jit(step.init_state, compiler_options=runtime.quick_compiler_options())()
     lowered = jax.jit(step, donate_argnums=0).lower(state, batch)
     compiled = lowered.compile(runtime.compiler_options())
@@ -96,11 +83,7 @@ def main() -> None:
         for name in names:
             # The first of three steps is not counted, because the processor's caches hold the data
             # of another row.
-            for repetition in range(3):
-                start = time.process_time()
-                steps[name][0]()
-                if repetition:
-                    times[name].append(time.process_time() - start)
+            times[name] += seconds_of_each(steps[name][0], 3, time.process_time)[1:]
     print("| trained from | ms per image | temporary memory | optimizer state |")
     print("| --- | --- | --- | --- |")
     for name in names:

@@ -4,7 +4,7 @@
         [--epochs=10] [--image_size=64] [--repetitions=3] [--json=FILE]
 
 Runs `python -m cnn_jax.main` with this checkout, and in turn with the checkout of another
-commit, if --before is given. Each checkout has a cache directory of its own. The first run of a
+commit, if --before is given. Each checkout has its own cache directory. The first run of a
 checkout, which compiles all programs and decodes all images, is "cold"; its later runs are
 "warm". The columns:
 
@@ -17,7 +17,6 @@ Times are wall-clock seconds, and medians over the repetitions.
 
 import argparse
 import json
-import os
 import pathlib
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ import sys
 import tempfile
 import time
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+from common import REPOSITORY, child_environment
 
 
 def main() -> None:
@@ -70,8 +69,7 @@ def _run(
     Raises:
       RuntimeError: The command fails.
     """
-    environment = os.environ | {
-        "PYTHONPATH": str(checkout),
+    environment = child_environment(checkout) | {
         "CNN_JAX_CACHE": str(folder / "cache"),
         "JAX_COMPILATION_CACHE_DIR": str(folder / "cache" / "xla"),
     }

@@ -2,85 +2,47 @@
 
     pip install -e '.[bench,serve]' && python experiments/benchmarks/bench_request_log.py
 
-Three measurements:
+Two measurements:
 
 - The CPU time of a server per request, with one request at a time, without a request log, with a
   log, and with a log that has the images. The servers take turns, and the others are paused.
 - The CPU time per row and the bytes per row of the log's own files and of SQLite in WAL mode, for
   rows that are written singly and in batches; the time to read all embeddings, and the time to
   find a row by its request id.
-- The CPU time to find a row, as each request with feedback does, in a log of many files.
 """
 
 import argparse
 import contextlib
-import os
 import pathlib
 import secrets
-import signal
 import sqlite3
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import requests
-from bench_serve import Peer, child_environment, free_port, load, make_bundle, make_images
-from bench_serve import make_request as make_form
+from bench_serve import SERVER, load, make_bundle, make_images, make_request, started
+from common import cpu_seconds, seconds_of_each
 
 from cnn_jax.data import request_log
 
 _LOGS = {"without": [], "log": [], "log with images": ["--request_log_images"]}
 
 
-@contextlib.contextmanager
-def started(name: str, bundle: pathlib.Path, folder: pathlib.Path) -> Iterator[Peer]:
-    """Starts a server with the flags of `_LOGS[name]`, and waits until it is ready."""
-    port = free_port()
-    command = [sys.executable, "-m", "cnn_jax.serve", "--log_level=warning", f"--port={port}"]
-    if name != "without":
-        command += [f"--request_log={folder / name}", *_LOGS[name]]
-    process = subprocess.Popen(
-        [*command, f"--bundle={bundle}"],
-        stdout=subprocess.DEVNULL,
-        env=child_environment(),
-        start_new_session=True,
-    )
-    try:
-        for _ in range(300):
-            with contextlib.suppress(requests.RequestException):
-                if requests.get(f"http://127.0.0.1:{port}/readyz", timeout=5).ok:
-                    break
-            time.sleep(0.2)
-        else:
-            sys.exit(f"{name} does not answer")
-        yield Peer(name, port, process.pid)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGCONT)
-            os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
-
-
-def cpu_seconds(pid: int) -> float:
-    """Returns the CPU time that a process has used."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 def measure_servers(side: int, rounds: int, seconds: float) -> None:
-    forms = [make_form(image) for image in make_images(32, side)]
+    images = make_images(32, side)
+    forms = [make_request(image) for image in images]
     measured: dict[str, list[tuple[float, float, float]]] = {name: [] for name in _LOGS}
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = pathlib.Path(temporary)
         make_bundle(folder / "bundle", side)
         peers = []
-        for name in _LOGS:
-            peers.append(stack.enter_context(started(name, folder / "bundle", folder)))
+        for name, flags in _LOGS.items():
+            log = [f"--request_log={folder / name}"] * (name != "without")
+            command = [*SERVER, f"--bundle={folder / 'bundle'}", *log, *flags]
+            peers.append(stack.enter_context(started(name, command, images[0])))
             peers[-1].stop()
         for round_ in range(rounds + 1):
             for peer in peers:
@@ -181,12 +143,7 @@ def find_sqlite(folder: pathlib.Path, key: tuple[str, int]) -> object:
 
 def timed(call: Callable[[], Any], repetitions: int = 1) -> float:
     """Returns the CPU time of a call in seconds: the median of `repetitions` calls."""
-    times = []
-    for _ in range(repetitions):
-        start = time.process_time()
-        call()
-        times.append(time.process_time() - start)
-    return statistics.median(times)
+    return statistics.median(seconds_of_each(call, repetitions, time.process_time))
 
 
 def measure_files(count: int) -> None:
@@ -214,24 +171,6 @@ def measure_files(count: int) -> None:
             )
 
 
-def measure_finding(num_files: int, rows_per_file: int = 2_000) -> None:
-    """Prints the time to find a row, and to find that the log does not have a row."""
-    rows = make_rows(rows_per_file)
-    keys = []
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = pathlib.Path(temporary) / "log"
-        for _ in range(num_files):
-            now = f"{time.time_ns() // 1_000_000:012x}"
-            rows = [{**row, "request_id": now + secrets.token_hex(10)} for row in rows]
-            keys.append((rows[0]["request_id"], 0))
-            write_own(folder, rows, rows_per_file)
-            time.sleep(0.002)
-        found = statistics.median(timed(lambda: find_own(folder, key)) for key in keys)  # noqa: B023
-        missing = timed(lambda: find_own(folder, (keys[0][0], 1)))
-    print(f"\n{num_files} files with {rows_per_file:,} rows each: a row is found in ", end="")
-    print(f"{1000 * found:.1f} ms of CPU time; a row is missed in {1000 * missing:.1f} ms")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--side", type=int, default=224)
@@ -240,7 +179,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000)
     flags = parser.parse_args()
     measure_files(flags.rows)
-    measure_finding(100)
     measure_servers(flags.side, flags.rounds, flags.seconds)
 
 

@@ -32,7 +32,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
+from common import REPOSITORY, device_peak_bytes, seconds_of_each, write_json
+
 CONFIGS = ("spec_224", "fast")
 COLUMNS = {
     "images/s": ("images_per_second", "{:,.0f}"),
@@ -66,8 +67,7 @@ def main() -> None:
         for count in flags.steps_per_execution.split(","):
             row: dict[str, Any] = {}
             for row in rows_of_process(f"{batch_size},{count}"):
-                if flags.json:
-                    flags.json.write_text(json.dumps([*rows, row], indent=2) + "\n")
+                write_json(flags.json, [*rows, row])
             rows.append(row)
             cells = (form.format(row[key]) for key, form in COLUMNS.values())
             print(
@@ -130,7 +130,7 @@ def measure(flags: argparse.Namespace, batch_size: int, count: int) -> None:
                 seconds=statistics.mean(e["seconds"] for e in later) * flags.epochs,
                 validation_accuracy=max(e["validation_accuracy"] for e in history),
                 wall_seconds=time.perf_counter() - began,
-                peak_megabytes=_peak_bytes() / 1e6,
+                peak_megabytes=device_peak_bytes() / 1e6,
             )
             print(json.dumps(row), flush=True)
 
@@ -149,12 +149,6 @@ def measure(flags: argparse.Namespace, batch_size: int, count: int) -> None:
     print(json.dumps(row | {"bare": batch_size / seconds}), flush=True)
 
 
-def _peak_bytes() -> int:
-    import jax
-
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
-
-
 def _seconds_of_bare_step(image_size: int, batch_size: int, precision: str) -> float:
     import peers
     from bench_train import write_data
@@ -166,8 +160,7 @@ def _seconds_of_bare_step(image_size: int, batch_size: int, precision: str) -> f
     ours = peers.Ours(task)
     count = max(1, 640 // batch_size)
     step = functools.partial(ours.train_without_waiting, count)
-    peers.seconds_of_each(step, 2)
-    return statistics.median(peers.seconds_of_each(step, 10)) / count
+    return statistics.median(seconds_of_each(step, 12)[2:]) / count
 
 
 if __name__ == "__main__":

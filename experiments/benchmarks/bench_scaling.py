@@ -13,25 +13,19 @@ show the noise. The last columns are the differences of the loss from the loss o
 """
 
 import argparse
-import json
 import os
 import statistics
-import sys
 import time
-from typing import Any
 
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
 
 import jax
 import numpy as np
+from common import default_step, random_batch
 
-from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
 from cnn_jax.training import sharding
 from cnn_jax.training.metrics import Metrics
-from cnn_jax.training.optimizer import make_optimizer, make_schedule
-from cnn_jax.training.step import TrainStep
 
 
 class Trainer:
@@ -43,12 +37,7 @@ class Trainer:
         )
         mesh = sharding.make_mesh(model, jax.devices()[:num_devices])
         self._layout = sharding.Layout(mesh, batch_size)
-        step = TrainStep(
-            model=CNN(num_classes=10),
-            optimizer=make_optimizer(make_schedule(1e-3, 1e-4, 1000), 1e-4),
-            preprocessing=Preprocessing(image_size=(side, side)),
-            label_smoothing=0.1,
-        )
+        step = default_step(side)
         state_sharding = sharding.split_large(mesh, jax.eval_shape(step.init_state))
         self._state = jax.jit(step.init_state, out_shardings=state_sharding)()
         self._step = jax.jit(
@@ -71,18 +60,6 @@ class Trainer:
         return seconds, [float(batch_metrics.compute()["loss"]) for batch_metrics in metrics]
 
 
-def make_batches(count: int, side: int, batch_size: int) -> list[dict[str, np.ndarray]]:
-    rng = np.random.default_rng(0)
-    return [
-        {
-            "image": rng.integers(0, 256, (batch_size, side, side, 3), np.uint8),
-            "label": rng.integers(0, 10, batch_size).astype(np.int32),
-            "mask": np.ones(batch_size, bool),
-        }
-        for _ in range(count)
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=7)
@@ -98,7 +75,7 @@ def main() -> None:
     trainers[-1].name = "1 device again"
     if jax.device_count() >= 4:
         trainers.append(Trainer(4, 2, *sizes))
-    batches = make_batches(flags.steps, *sizes)
+    batches = [random_batch(*sizes, seed) for seed in range(flags.steps)]
     # The time of the first call is ignored, because it includes the compilation.
     losses = [trainer.run(batches)[1] for trainer in trainers]
     seconds: list[list[float]] = [[] for _ in trainers]
@@ -112,7 +89,6 @@ def main() -> None:
     print(f"global batch {flags.batch_size} at {flags.image_size} x {flags.image_size} pixels\n")
     print("| | ms a step | times one device | from - to | loss, step 1 | loss, last step |")
     print("| --- | --- | --- | --- | --- | --- |")
-    table: list[dict[str, Any]] = []
     for trainer, times, own_losses in zip(trainers, seconds, losses, strict=True):
         ratios = sorted(t / one for t, one in zip(times, seconds[0], strict=True))
         row = {
@@ -124,12 +100,10 @@ def main() -> None:
             "first": abs(own_losses[0] - losses[0][0]),
             "last": abs(own_losses[-1] - losses[0][-1]),
         }
-        table.append(row)
         print(
             "| {name} | {milliseconds:.1f} | {ratio:.2f} | {lowest:.2f} - {highest:.2f} "
             "| {first:.1e} | {last:.1e} |".format(**row)
         )
-    json.dump(table, sys.stderr)
 
 
 if __name__ == "__main__":

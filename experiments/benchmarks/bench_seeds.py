@@ -20,19 +20,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from bench_train import write_json
-from peers import seconds_of_each
+from common import default_step, random_batch, seconds_in_turns, write_json
 from roofline import parse_shapes
 
-from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.models.cnn import CNN
 from cnn_jax.system import runtime
-from cnn_jax.training.optimizer import make_optimizer, make_schedule
 from cnn_jax.training.step import TrainState, TrainStep
-
-# The number of first rounds that are not measured; the first one compiles the programs.
-_WARM_UP = 2
 
 Step = Callable[[TrainState, jax.Array], TrainState]
 
@@ -42,20 +34,8 @@ def make_step(side: int, batch_size: int, precision: str) -> tuple[Step, Callabl
 
     The function takes a seed and returns the initial train state.
     """
-    train_step = TrainStep(
-        model=CNN(num_classes=10, dtype=jnp.dtype(precision)),
-        optimizer=make_optimizer(make_schedule(1e-3, 1e-3, total_steps=1), 1e-4),
-        preprocessing=Preprocessing((side, side)),
-        label_smoothing=0.1,
-    )
-    rng = np.random.default_rng(0)
-    batch = jax.device_put(
-        {
-            "image": rng.integers(0, 256, (batch_size, side, side, 3), dtype=np.uint8),
-            "label": rng.integers(0, 10, batch_size).astype(np.int32),
-            "mask": np.ones(batch_size, bool),
-        }
-    )
+    train_step = default_step(side, precision)
+    batch = jax.device_put(random_batch(side, batch_size))
 
     def step(state: TrainState, seed: jax.Array) -> TrainState:
         return with_seed(seed)(state, batch)[0]
@@ -89,14 +69,9 @@ def milliseconds(
         "map": functools.partial(mapped, stacked, seeds),
         "vmap": functools.partial(jit(jax.vmap(step)), stacked, seeds),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    # The methods take turns, so that a change in the load of the machine affects all of them.
-    for _ in range(rounds + _WARM_UP):
-        for name, run in ways.items():
-            seconds[name] += seconds_of_each(lambda run=run: jax.block_until_ready(run()), 1)
-    return {
-        name: 1e3 * statistics.median(times[_WARM_UP:]) / count for name, times in seconds.items()
-    }
+    actions = {name: lambda run=run: jax.block_until_ready(run()) for name, run in ways.items()}
+    seconds = seconds_in_turns(actions, rounds, warm_up=2)
+    return {name: 1e3 * statistics.median(times) / count for name, times in seconds.items()}
 
 
 def main() -> None:

@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import dataclasses
 import io
-import json
 import os
 import pathlib
 import signal
@@ -27,22 +26,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import requests
 import uvloop
+from common import child_environment, random_bundle, write_json
 from PIL import Image
 from serve_peers import LITSERVE
 
-from cnn_jax.data.preprocessing import Preprocessing
-from cnn_jax.inference.bundle import Bundle, write_bundle
-from cnn_jax.models.network import make_model
+from cnn_jax.inference.bundle import write_bundle
 
-HERE = pathlib.Path(__file__).resolve().parent
+# The command of the server of this project.
+SERVER = (sys.executable, "-m", "cnn_jax.serve", "--log_level=warning")
 MODEL = {
     "name": "cnn",
     "features": [32, 64, 128],
@@ -56,29 +53,10 @@ _BOUNDARY = "a-boundary-that-is-in-no-image"
 
 
 def make_bundle(
-    path: pathlib.Path, side: int, seed: int = 0, description: dict[str, Any] = MODEL
+    path: pathlib.Path, side: int, seed: int = 0, section: Mapping[str, Any] = MODEL
 ) -> None:
-    """Writes a bundle with an untrained network, which is as fast as a trained network."""
-    model = make_model(description, 10, "float32")
-    variables = model.init(jax.random.key(seed), jnp.zeros((1, side, side, 3)))
-    # After training, no shift is 0. With shifts of 0, an 8-bit export would be another graph.
-    rng = np.random.default_rng(seed)
-    variables = jax.tree.map(
-        lambda leaf: leaf + np.float32(0.1) * rng.random(leaf.shape, np.float32), variables
-    )
-    write_bundle(
-        Bundle(
-            model=description,
-            precision="float32",
-            class_names=[f"class {number}" for number in range(10)],
-            preprocessing=Preprocessing(image_size=(side, side)),
-            temperature=1.0,
-            data={},
-            metrics={},
-            variables=variables,
-        ),
-        path,
-    )
+    """Writes a bundle with an untrained network; see `common.random_bundle`."""
+    write_bundle(random_bundle(section, side, seed), path)
 
 
 def make_images(count: int, side: int) -> list[bytes]:
@@ -126,29 +104,24 @@ class Peer:
             self.stop()
 
 
-def child_environment() -> dict[str, str]:
-    """Returns environment variables with which a process imports this repository's `cnn_jax`."""
-    folders = [str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
-
-
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         return listener.getsockname()[1]
 
 
 @contextlib.contextmanager
-def started(name: str, bundle: pathlib.Path, python: str, image: bytes) -> Iterator[Peer]:
-    """Starts a server, waits until the server answers requests, and yields the server."""
+def started(name: str, command: Sequence[str], image: bytes) -> Iterator[Peer]:
+    """Starts a server, waits until the server answers requests, and yields the server.
+
+    Args:
+      name: The name of the server.
+      command: The command of the server without its port.
+      image: An image that the server can classify.
+    """
     port = free_port()
-    if name == "cnn_jax":
-        command = [sys.executable, "-m", "cnn_jax.serve", "--log_level=warning"]
-    else:
-        command = [python, str(HERE / "serve_peers.py"), name]
-    command += [f"--bundle={bundle}", f"--port={port}"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            command,
+            [*command, f"--port={port}"],
             stdout=log,
             stderr=log,
             env=child_environment(),
@@ -318,10 +291,11 @@ def main() -> None:
         (folder / "images").mkdir()
         for number, image in enumerate(images):
             (folder / "images" / f"{number:02d}.jpg").write_bytes(image)
-        peers = [
-            stack.enter_context(started(name, folder / "bundle", flags.peer_python, images[0]))
-            for name in flags.peers.split(",")
-        ]
+        program, peers = str(pathlib.Path(__file__).with_name("serve_peers.py")), []
+        for name in flags.peers.split(","):
+            command = SERVER if name == "cnn_jax" else (flags.peer_python, program, name)
+            command = [*command, f"--bundle={folder / 'bundle'}"]
+            peers.append(stack.enter_context(started(name, command, images[0])))
         for peer in peers:
             peer.stop()
         for round_ in range(flags.rounds + 1):
@@ -352,8 +326,7 @@ def main() -> None:
             f"| {name} | {concurrency} | {row['per_second']:.1f} | {row['p50']:.2f} | "
             f"{row['p99']:.2f} |"
         )
-    if flags.json:
-        flags.json.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(flags.json, results)
 
 
 if __name__ == "__main__":

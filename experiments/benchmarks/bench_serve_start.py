@@ -1,10 +1,10 @@
 """Measures the start, the memory and the CPU time of a server, with a bundle and an 8-bit export.
 
     pip install -e '.[bench,onnx,serve]' && python experiments/benchmarks/bench_serve_start.py
-        [--repository=OTHER_CHECKOUT,...] [--bundle=BUNDLE_OR_EXPORT,...] [--side=224] [--rounds=5]
+        [--repository=OTHER_CHECKOUT,...] [--side=224] [--rounds=5]
 
-Without --bundle, the servers have the default network with random weights: as a bundle, and as an
-8-bit ONNX export of this bundle. The columns of the table are:
+The servers have the default network with random weights: as a bundle, and as an 8-bit ONNX export
+of this bundle. The columns of the table are:
 
     seconds to ready   the time from the start of the process until the server is ready
     CPU seconds        the CPU time of the process in this time
@@ -18,7 +18,6 @@ computations, so that CPU times can be compared. The script needs Linux.
 """
 
 import argparse
-import os
 import pathlib
 import platform
 import statistics
@@ -33,6 +32,7 @@ import jax
 import numpy as np
 import requests
 from bench_serve import make_bundle, make_images
+from common import REPOSITORY, child_environment, cpu_seconds, memory_megabytes
 
 from cnn_jax.export.function import flat_function
 from cnn_jax.export.onnx_model import images_model
@@ -41,10 +41,8 @@ from cnn_jax.inference.bundle import describe, read_bundle, write_folder
 from cnn_jax.inference.exported import ONNX_MODEL
 from cnn_jax.inference.predictor import BundlePredictor
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 _BATCH = 32
 _REQUESTS = 5
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class _Start(NamedTuple):
@@ -71,9 +69,8 @@ def measure(repository: pathlib.Path, bundle: pathlib.Path, images: Sequence[byt
     with subprocess.Popen(
         [sys.executable, "-m", "cnn_jax.serve", f"--bundle={bundle}", "--port=0"],
         cwd=repository,
-        env=os.environ
+        env=child_environment(repository)
         | {
-            "PYTHONPATH": str(repository),
             "PYTHONUNBUFFERED": "1",
             "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
         },
@@ -87,28 +84,18 @@ def measure(repository: pathlib.Path, bundle: pathlib.Path, images: Sequence[byt
             seconds = time.perf_counter() - start
             if not line.startswith("ready"):
                 sys.exit(f"{repository}: the server of {bundle} printed {line!r}")
-            cpu_seconds = _cpu_seconds(process.pid)
+            cpu_seconds_to_ready = cpu_seconds(process.pid)
             times = []
             for _ in range(_REQUESTS):
-                before = _cpu_seconds(process.pid)
+                before = cpu_seconds(process.pid)
                 files = [("file", image) for image in images]
                 requests.post(f"{line.split()[-1]}predict", files=files).raise_for_status()
-                times.append(_cpu_seconds(process.pid) - before)
-            memory = _peak_megabytes(process.pid)
+                times.append(cpu_seconds(process.pid) - before)
+            memory = memory_megabytes(process.pid, "VmHWM")
         finally:
             process.terminate()
-    return _Start(seconds, cpu_seconds, memory, 1000 * statistics.median(times) / len(images))
-
-
-def _cpu_seconds(pid: int) -> float:
-    """Returns the CPU time of all threads of a process."""
-    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
-
-
-def _peak_megabytes(pid: int) -> float:
-    lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+    milliseconds = 1000 * statistics.median(times) / len(images)
+    return _Start(seconds, cpu_seconds_to_ready, memory, milliseconds)
 
 
 def main() -> None:
@@ -116,19 +103,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repository", default=str(REPOSITORY), help="checkouts to compare")
-    parser.add_argument("--bundle", help="bundles and exports to compare")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
     images = make_images(_BATCH, flags.side)
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        if flags.bundle:
-            bundles = {path: pathlib.Path(path).resolve() for path in flags.bundle.split(",")}
-        else:
-            bundles = {"bundle": folder / "bundle", "8-bit export": folder / "export"}
-            make_bundle(folder / "bundle", flags.side)
-            make_export(folder / "export", folder / "bundle", flags.side)
+        bundles = {"bundle": folder / "bundle", "8-bit export": folder / "export"}
+        make_bundle(folder / "bundle", flags.side)
+        make_export(folder / "export", folder / "bundle", flags.side)
         cases = [(path, name) for path in flags.repository.split(",") for name in bundles]
         measured: dict[tuple[str, str], list[_Start]] = {case: [] for case in cases}
         for turn in range(flags.rounds + 1):

@@ -27,9 +27,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from common import REPOSITORY, write_json
 from PIL import Image
 
-REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
 IMPORTS = ("jax", "flax.linen", "cnn_jax.predict", "cnn_jax.training.loop")
 STATES = ("off", "cold", "warm")
 _POLL_SECONDS = 0.01
@@ -156,9 +156,7 @@ def main() -> None:
         }
         table.append(row)
         print("| {what} | {seconds:.2f} | {lowest:.2f} - {highest:.2f} |".format(**row))
-    if flags.json:
-        figures = {"versions": versions, "cores": os.cpu_count(), "rows": table}
-        flags.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    write_json(flags.json, {"versions": versions, "cores": os.cpu_count(), "rows": table})
 
 
 if __name__ == "__main__":

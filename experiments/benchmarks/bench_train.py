@@ -21,8 +21,7 @@ written after each shape.
 (`cnn_jax.system.runtime`). The variants of this project, each without one optimisation
 (`peers.py`), also keep it. PyTorch also becomes faster, so it is measured both ways.
 "best peer" is the fastest peer except plain Linen, with its default settings, so without
-kept memory. (The JSON also has the ratio without kept memory for both.) "floor" is the shortest
-possible time by `experiments/benchmarks/roofline.py`.
+kept memory. "floor" is the shortest possible time by `experiments/benchmarks/roofline.py`.
 
 --peer_python=PATH is the interpreter of another environment, for peers that cannot be
 installed beside the JAX that is to be measured. --peaks=FILE is the JSON of
@@ -32,6 +31,7 @@ installed beside the JAX that is to be measured. --peaks=FILE is the JSON of
 import argparse
 import contextlib
 import json
+import math
 import os
 import pathlib
 import statistics
@@ -43,18 +43,12 @@ from typing import Any
 
 import numpy as np
 import peers
+from common import CLASSES, KEPT, Process, write_json
 from roofline import parse_shapes
 
-# Each pair is the side of an image in pixels and a batch size.
-SHAPES = ((32, 256), (64, 128), (224, 32))
-# These environment variables have the same effect as `runtime.keep_freed_memory`. The variables
-# also work in processes that do not import this project, such as PyTorch's process.
-KEPT = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**62),
-}
-TOLERANCE = 1e-4
+# The sides of the images in pixels and the batch sizes.
+_SHAPES = "32x256,64x128,224x32"
+_TOLERANCE = 1e-4
 
 
 def is_own(name: str) -> bool:
@@ -62,82 +56,39 @@ def is_own(name: str) -> bool:
     return issubclass(peers.PEERS[name], peers.Ours)
 
 
-class Process:
-    """A process that runs one of the compared libraries and answers requests.
+class PeerProcess(Process):
+    """A process that runs one of the compared libraries.
 
-    The process gets additional environment variables.
+    Attributes:
+      peer: The name of the library in `peers.PEERS`.
+      is_memory_kept: Whether the C library keeps freed memory.
     """
 
     def __init__(
         self,
-        name: str,
+        peer: str,
         is_memory_kept: bool = False,
         peer_python: str = sys.executable,
         variables: Mapping[str, str] | None = None,
     ):
-        self.peer, self.name = name, name + ", memory kept" * is_memory_kept
-        # The log is a file, because an unread pipe would block a process that prints many warnings.
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [
-                sys.executable if peers.PEERS[name].needs_cnn_jax else peer_python,
-                peers.__file__,
-                name,
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=None if os.environ.get("BENCH_VERBOSE") else self._log,
-            env={
-                **os.environ,
+        self.peer, self.is_memory_kept = peer, is_memory_kept
+        python = sys.executable if peers.PEERS[peer].needs_cnn_jax else peer_python
+        super().__init__(
+            peer + ", memory kept" * is_memory_kept,
+            [python, peers.__file__, peer],
+            {
                 "TF_CPP_MIN_LOG_LEVEL": "3",
                 # All processes share one GPU, so no process may preallocate the GPU's memory.
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
                 **(KEPT if is_memory_kept else {}),
                 **(variables or {}),
             },
-            text=True,
         )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request to the process, and returns the answer.
-
-        Raises:
-          RuntimeError: The process ended without an answer; the message has its last output.
-        """
-        self.send(**request)
-        return self.receive()
-
-    def send(self, **request: Any) -> None:
-        """Sends a request to the process, and does not wait for the answer."""
-        assert self._process.stdin
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-
-    def receive(self) -> dict[str, Any]:
-        """Waits for the answer to the oldest unanswered request, and returns the answer.
-
-        Raises:
-          RuntimeError: The process ended without an answer; the message has its last output.
-        """
-        process = self._process
-        assert process.stdout
-        reply = process.stdout.readline()
-        if not reply:
-            process.wait()
-            self._log.seek(0)
-            raise RuntimeError(f"{self.name} failed: {self._log.read()[-2000:]}")
-        return json.loads(reply)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._log.close()
 
 
 def without_failures(
-    processes: list[Process], action: Callable[[Process], object]
-) -> list[Process]:
+    processes: list[PeerProcess], action: Callable[[PeerProcess], object]
+) -> list[PeerProcess]:
     """Applies an action to each process, and returns the processes in which the action succeeded.
 
     Each process that fails is reported on stdout and closed.
@@ -176,20 +127,27 @@ def write_data(path: pathlib.Path, side: int, batch_size: int) -> None:
         channels = features
     for name, inputs, outputs in (
         ("dense", channels, peers.DENSE),
-        ("head", peers.DENSE, peers.CLASSES),
+        ("head", peers.DENSE, CLASSES),
     ):
         arrays[f"params/{name}/kernel"] = rng.normal(0, (2 / inputs) ** 0.5, (inputs, outputs))
         arrays[f"params/{name}/bias"] = rng.normal(0, 0.1, outputs)
     arrays = {name: array.astype(np.float32) for name, array in arrays.items()}
     arrays["images"] = rng.integers(0, 256, (batch_size, side, side, 3), np.uint8)
-    arrays["labels"] = rng.integers(0, peers.CLASSES, batch_size).astype(np.int32)
+    arrays["labels"] = rng.integers(0, CLASSES, batch_size).astype(np.int32)
     np.savez(path, allow_pickle=False, **arrays)
 
 
 def check_agreement(
-    processes: list[Process], folder: pathlib.Path, tolerance: float
-) -> tuple[list[Process], float]:
-    """Compares the loss and the gradients of all libraries for the same weights, without dropout.
+    processes: list[PeerProcess], folder: pathlib.Path, tolerance: float, do: str
+) -> tuple[list[PeerProcess], float]:
+    """Compares the results of all libraries for the same weights, without dropout.
+
+    Args:
+      processes: The processes; the first one runs this project.
+      folder: A folder for temporary files.
+      tolerance: The largest allowed difference, as a fraction of the largest number of each tensor.
+      do: "gradients" for the loss and the gradients; the other libraries compute them in float64.
+        "probabilities" for the class probabilities, in float32.
 
     Returns:
       The processes that answered, and the largest difference from this project's results, as a
@@ -200,19 +158,20 @@ def check_agreement(
     """
     data = folder / "agree.npz"
     write_data(data, 32, 16)
-    files = {process.name: folder / f"gradients{i}.npz" for i, process in enumerate(processes)}
+    files = {process.name: folder / f"results{i}.npz" for i, process in enumerate(processes)}
     # All requests are sent before the first answer is read, so the processes compile in parallel.
     for process in processes:
-        precision = "float32" if is_own(process.peer) else "float64"
+        is_exact = do == "gradients" and not is_own(process.peer)
+        precision = "float64" if is_exact else "float32"
         process.send(do="open", data=str(data), precision=precision, dropout=0.0)
-        process.send(do="gradients", to=str(files[process.name]))
-    results = {}
+        process.send(do=do, to=str(files[process.name]))
+    results: dict[str, dict[str, Any]] = {}
 
-    def read(process: Process) -> None:
+    def read(process: PeerProcess) -> None:
         process.receive()
-        loss = process.receive()["loss"]
-        with np.load(files[process.name]) as gradients:
-            results[process.name] = {"loss": np.float64(loss), **gradients}
+        reply = process.receive()  # This answer has the loss, if there is one.
+        with np.load(files[process.name]) as arrays:
+            results[process.name] = {**reply, **arrays}
 
     processes = without_failures(processes, read)
     expected = results[processes[0].name]
@@ -228,15 +187,15 @@ def check_agreement(
 
 
 def measure(
-    processes: list[Process],
+    processes: list[PeerProcess],
     folder: pathlib.Path,
     side: int,
     batch_size: int,
     precision: str,
     seconds: float,
-    do: str = "train",
+    do: str,
 ) -> dict[str, float]:
-    """Measures the action `do` (by default a training step); returns median seconds by process.
+    """Measures the action `do`, "train" or "predict"; returns the median seconds by process.
 
     The processes take turns of at most one second. Processes that fail are missing in the result.
     """
@@ -244,7 +203,7 @@ def measure(
     write_data(data, side, batch_size)
     per_turn = {}
 
-    def open_and_warm_up(process: Process) -> None:
+    def open_and_warm_up(process: PeerProcess) -> None:
         process.ask(do="open", data=str(data), precision=precision, dropout=peers.DROPOUT)
         process.ask(do=do, times=3)
         step = statistics.median(process.ask(do=do, times=2)["seconds"])
@@ -269,10 +228,14 @@ def peer_names(text: str) -> list[str]:
     return names
 
 
-def make_parser(names: list[str], seconds: float, tolerance: float) -> argparse.ArgumentParser:
+def make_parser(
+    names: list[str], shapes: str, seconds: float, tolerance: float
+) -> argparse.ArgumentParser:
     """Returns a parser with the flags that this benchmark shares with `bench_inference.py`."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shapes", help="such as 32x256,224x32: side in pixels x batch size")
+    parser.add_argument(
+        "--shapes", type=parse_shapes, default=shapes, help="side in pixels x batch size"
+    )
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument(
         "--seconds", type=float, default=seconds, help="seconds for each library and shape"
@@ -292,10 +255,6 @@ def make_parser(names: list[str], seconds: float, tolerance: float) -> argparse.
     return parser
 
 
-def print_header() -> None:
-    print(f"{'':<39}  {'ms':>8}  {'images/s':>9}  {'/ best peer':>11}  {'/ floor':>7}")
-
-
 def print_rows(
     seconds: dict[str, float], side: int, batch_size: int, best_peer_ms: float, floor_ms: float
 ) -> None:
@@ -309,36 +268,73 @@ def print_rows(
         )
 
 
-def main() -> None:
-    flags = make_parser(list(peers.PEERS)[:6], seconds=12, tolerance=TOLERANCE).parse_args()
-    shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
-    names = flags.peers
+def compare(
+    flags: argparse.Namespace,
+    start: Callable[[], list[PeerProcess]],
+    do: str,
+) -> None:
+    """Compares the speed of libraries; prints a table, and writes the JSON after each shape.
+
+    Args:
+      flags: The flags of `make_parser`.
+      start: A function that starts the processes of the libraries; the first one is this project.
+      do: "train" or "predict".
+
+    Raises:
+      SystemExit: A library failed, or the results of two libraries differ.
+    """
     # The shortest possible times are measured before the compared libraries allocate the device's
     # memory.
-    floors = floor_milliseconds(shapes, flags.precision, flags.peaks)
-    as_is = [(name, name.startswith("cnn_jax ")) for name in names]
+    kind = "training" if do == "train" else "inference"
+    floors = floor_milliseconds(flags.shapes, flags.precision, flags.peaks, kind)
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
+        folder = pathlib.Path(temporary)
+        started = start()
+        for process in started:
+            stack.callback(process.close)
+        results = "gradients" if do == "train" else "probabilities"
+        processes, worst = check_agreement(started, folder, flags.tolerance, results)
+        print(f"{results} agree to {worst:.1e}\n", flush=True)
+        print(f"{'':<39}  {'ms':>8}  {'images/s':>9}  {'/ best peer':>11}  {'/ floor':>7}")
+        for side, batch_size in flags.shapes:
+            shape, floor_ms = (side, batch_size), floors[side, batch_size]
+            seconds = measure(processes, folder, *shape, flags.precision, flags.seconds, do)
+            processes = [process for process in processes if process.name in seconds]
+            others = [p for p in processes if not (is_own(p.peer) or p.is_memory_kept)]
+            best_peer = min((seconds[p.name] for p in others), default=math.nan)
+            ours = seconds[processes[0].name]
+            rows.append(
+                {
+                    "image_size": side,
+                    "batch_size": batch_size,
+                    "ratio_to_best_peer": best_peer / ours,
+                    "times_floor": 1e3 * ours / floor_ms,
+                    "floor_ms": floor_ms,
+                    "ms": {name: 1e3 * value for name, value in seconds.items()},
+                    "agreement": worst,
+                }
+            )
+            print_rows(seconds, side, batch_size, 1e3 * best_peer, floor_ms)
+            write_json(flags.json, rows)
+    exit_if_left_out(started, processes)
+
+
+def main() -> None:
+    parser = make_parser(list(peers.PEERS)[:6], _SHAPES, seconds=12, tolerance=_TOLERANCE)
+    flags = parser.parse_args()
+    names = flags.peers
+    kept = [(name, name.startswith("cnn_jax ")) for name in names]
     # On CPUs, some libraries are measured a second time with `is_memory_kept`: the C library keeps
     # freed memory. This setting has no effect on GPUs, because the C library does not manage the
     # memory of GPUs.
     if not is_on_gpu():
-        as_is = [(names[0], True), *as_is, *((name, True) for name in names[1:] if "orch" in name)]
-    started = [Process(name, is_kept, flags.peer_python) for name, is_kept in as_is]
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
-        for process in started:
-            stack.callback(process.close)
-        folder = pathlib.Path(temporary)
-        processes, worst = check_agreement(started, folder, flags.tolerance)
-        print(f"loss and gradients agree to {worst:.1e}\n", flush=True)
-        print_header()
-        for side, batch_size in shapes:
-            seconds = measure(processes, folder, side, batch_size, flags.precision, flags.seconds)
-            processes = [process for process in processes if process.name in seconds]
-            row = summarize(seconds, side, batch_size, processes[0].name, floors[side, batch_size])
-            rows.append(row | {"agreement": worst})
-            print_rows(seconds, side, batch_size, row["best_peer_ms"], row["floor_ms"])
-            write_json(flags.json, rows)
-    exit_if_left_out(started, processes)
+        kept = [(names[0], True), *kept, *((name, True) for name in names[1:] if "orch" in name)]
+    compare(
+        flags,
+        lambda: [PeerProcess(name, is_kept, flags.peer_python) for name, is_kept in kept],
+        "train",
+    )
 
 
 def is_on_gpu() -> bool:
@@ -346,13 +342,7 @@ def is_on_gpu() -> bool:
     return pathlib.Path("/dev/nvidia0").exists() and os.environ.get("JAX_PLATFORMS") != "cpu"
 
 
-def write_json(path: pathlib.Path | None, rows: Any) -> None:
-    """Writes rows to a JSON file; does nothing if `path` is None."""
-    if path:
-        path.write_text(json.dumps(rows, indent=2) + "\n")
-
-
-def exit_if_left_out(started: Sequence[Process], processes: Sequence[Process]) -> None:
+def exit_if_left_out(started: Sequence[PeerProcess], processes: Sequence[PeerProcess]) -> None:
     """Raises SystemExit if a process in `started` has failed and was removed from `processes`."""
     working = {process.name for process in processes}
     if failed := [process.name for process in started if process.name not in working]:
@@ -391,36 +381,6 @@ def floor_milliseconds(
         (row["image_size"], row["batch_size"]): row["floor_ms"]
         for row in rows
         if row["kind"] == kind
-    }
-
-
-def summarize(
-    seconds: dict[str, float], side: int, batch_size: int, ours: str, floor_ms: float
-) -> dict[str, Any]:
-    """Returns the metrics for one image size and batch size; speeds are in images per second."""
-    default_rates = {
-        name: value
-        for name, value in seconds.items()
-        if not name.startswith(("cnn_jax", "plain Linen")) and "memory kept" not in name
-    }
-
-    def best(part: str) -> float | None:
-        found = [value for name, value in default_rates.items() if part in name]
-        return batch_size / min(found) if found else None
-
-    best_peer = min(default_rates.values(), default=float("nan"))
-    return {
-        "image_size": side,
-        "batch_size": batch_size,
-        "ours": batch_size / seconds[ours],
-        "torch": best("orch"),
-        "keras": best("Keras"),
-        "ratio_to_best_peer": best_peer / seconds[ours],
-        "ratio_by_default_allocation": best_peer / seconds.get("cnn_jax", float("nan")),
-        "times_floor": 1e3 * seconds[ours] / floor_ms,
-        "floor_ms": floor_ms,
-        "best_peer_ms": 1e3 * best_peer,
-        "ms": {name: 1e3 * value for name, value in seconds.items()},
     }
 
 

@@ -21,20 +21,21 @@ from typing import Any
 
 import numpy as np
 import peers
-from bench_train import Process, write_data, write_json
+from bench_train import PeerProcess, write_data
+from common import write_json
 
 STEPS = 20
 VARIANTS = {"as it is": "", "deterministic": "--xla_gpu_deterministic_ops=true"}
 
 
-def ask_for_digest(process: Process, data: pathlib.Path, precision: str) -> None:
+def ask_for_digest(process: PeerProcess, data: pathlib.Path, precision: str) -> None:
     """Requests STEPS training steps and a digest of the train state, and does not wait."""
     process.send(do="open", data=str(data), precision=precision, dropout=peers.DROPOUT)
     process.send(do="train", times=STEPS)
     process.send(do="digest")
 
 
-def read_digest(process: Process) -> str:
+def read_digest(process: PeerProcess) -> str:
     """Waits for the answer to `ask_for_digest`; returns the SHA-256 digest of the train state."""
     process.receive()
     process.receive()
@@ -54,11 +55,11 @@ def main() -> None:
         data = folder / "data.npz"
         write_data(data, flags.image_size, flags.batch_size)
 
-        def start(xla_flags: str = "") -> Process:
+        def start(xla_flags: str = "") -> PeerProcess:
             variables = {"JAX_ENABLE_COMPILATION_CACHE": "false"}
             if xla_flags:
                 variables["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {xla_flags}".strip()
-            process = Process("cnn_jax", variables=variables)
+            process = PeerProcess("cnn_jax", variables=variables)
             stack.callback(process.close)
             return process
 

@@ -13,16 +13,15 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import os
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from common import CLASSES, answer_requests, device_peak_bytes, seconds_of_each
 
-FEATURES, DENSE, CLASSES, DROPOUT = (32, 64, 128), 256, 10, 0.5
+FEATURES, DENSE, DROPOUT = (32, 64, 128), 256, 0.5
 MOMENTUM, EPSILON, LABEL_SMOOTHING, L2, LEARNING_RATE = 0.99, 1e-3, 0.1, 1e-4, 1e-3
 # Pixel values are normalised with this number as the mean and as the standard deviation.
 GREY = 127.5
@@ -221,7 +220,7 @@ class Ours(Peer):
         return self._jax.default_matmul_precision("highest")
 
     def peak_bytes(self) -> int:
-        return (self._jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+        return device_peak_bytes()
 
     def digest(self) -> str:
         """Returns the SHA-256 digest of all arrays of the train state."""
@@ -283,30 +282,9 @@ class Variant(Ours):
         return super()._model(precision, dropout)
 
 
-class LinenConv(Variant):
-    linen = ("Conv",)
-
-
-class LinenBatchNorm(Variant):
-    linen = ("BatchNorm",)
-
-
-class LinenMaxPool(Variant):
-    linen = ("max_pool_2x2",)
-
-
-class WithoutOneDnn(Variant):
-    without = "onednn"
-
-
-class WithoutOptions(Variant):
-    without = ""
-
-
-class PlainLinen(WithoutOptions):
-    """The training step of this project with Flax Linen's layers and XLA's default options."""
-
-    linen = ("Conv", "BatchNorm", "max_pool_2x2")
+def variant(*linen: str, without: str | None = None) -> type[Variant]:
+    """Returns a class for a variant of this project; see the attributes of `Variant`."""
+    return type("Variant", (Variant,), {"linen": linen, "without": without})
 
 
 class Torch(Peer):
@@ -581,17 +559,18 @@ class OnnxRuntime(Peer):
 
 PEERS: dict[str, type[Peer]] = {
     "cnn_jax": Ours,
-    "plain Linen": PlainLinen,
+    # The training step of this project with Flax Linen's layers and XLA's default options.
+    "plain Linen": variant("Conv", "BatchNorm", "max_pool_2x2", without=""),
     "PyTorch": Torch,
     "torch.compile": CompiledTorch,
     "Keras on JAX": Keras,
     "Keras on TensorFlow": Keras,
     "ONNX Runtime": OnnxRuntime,
-    "cnn_jax with nn.Conv": LinenConv,
-    "cnn_jax with nn.BatchNorm": LinenBatchNorm,
-    "cnn_jax with nn.max_pool": LinenMaxPool,
-    "cnn_jax without oneDNN": WithoutOneDnn,
-    "cnn_jax on XLA as it is": WithoutOptions,
+    "cnn_jax with nn.Conv": variant("Conv"),
+    "cnn_jax with nn.BatchNorm": variant("BatchNorm"),
+    "cnn_jax with nn.max_pool": variant("max_pool_2x2"),
+    "cnn_jax without oneDNN": variant(without="onednn"),
+    "cnn_jax on XLA as it is": variant(without=""),
 }
 
 
@@ -614,50 +593,38 @@ def _flat(tree: Mapping[str, Any]) -> Arrays:
     }
 
 
-def seconds_of_each(action: Callable[[], object], count: int) -> list[float]:
-    """Calls a function `count` times, and returns the seconds of each call."""
-    times = []
-    for _ in range(count):
-        start = time.perf_counter()
-        action()
-        times.append(time.perf_counter() - start)
-    return times
+class Answers:
+    """Answers the requests of a benchmark to the library NAME; see `common.answer_requests`."""
 
+    def __init__(self, name: str):
+        if name.startswith("Keras"):
+            os.environ["KERAS_BACKEND"] = name.split()[-1].lower()
+        self._make = PEERS[name]
 
-def _serve(name: str) -> None:
-    """Answers the requests on stdin until stdin is closed.
-
-    What a library prints goes to stderr, because stdout is only for the answers.
-    """
-    if name.startswith("Keras"):
-        os.environ["KERAS_BACKEND"] = name.split()[-1].lower()
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    peer: Peer | None = None
-    for line in sys.stdin:
-        request = json.loads(line)
-        reply: dict[str, Any] = {}
-        if request["do"] == "open":
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        action = request["do"]
+        if action == "open":
             task = load_task(request["data"], request["precision"], request["dropout"])
-            peer = PEERS[name](task)
-        elif peer is not None and request["do"] == "gradients":
+            self._peer = self._make(task)
+            return {}
+        peer = self._peer
+        if action == "gradients":
             with peer.exact():
                 loss, gradients = peer.loss_and_gradients()
             np.savez(request["to"], allow_pickle=False, **gradients)
-            reply["loss"] = loss
-        elif peer is not None and request["do"] == "probabilities":
+            return {"loss": loss}
+        if action == "probabilities":
             with peer.exact():
                 np.savez(request["to"], probabilities=peer.predict())
-        elif peer is not None and request["do"] == "memory":
-            reply["peak_bytes"] = peer.peak_bytes()
-        elif isinstance(peer, Ours) and request["do"] == "digest":
-            reply["digest"] = peer.digest()
-        elif peer is not None:
-            action = {"train": peer.train, "predict": peer.predict}[request["do"]]
-            reply["seconds"] = seconds_of_each(action, request["times"])
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
+            return {}
+        if action == "memory":
+            return {"peak_bytes": peer.peak_bytes()}
+        if action == "digest":
+            assert isinstance(peer, Ours)
+            return {"digest": peer.digest()}
+        run = {"train": peer.train, "predict": peer.predict}[action]
+        return {"seconds": seconds_of_each(run, request["times"])}
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    answer_requests(Answers(sys.argv[1]))

@@ -1,8 +1,7 @@
 """Computes the shortest possible time of a training step and of an inference on this machine.
 
     python experiments/benchmarks/roofline.py
-        [--image_size=224 --batch_size=32 | --shapes=224x32,64x128]
-        [--precision=float32] [--peaks=FILE] [--passes] [--json=FILE]
+        [--shapes=224x32,64x128] [--precision=float32] [--peaks=FILE] [--passes] [--json=FILE]
 
 The roofline model (Williams, Waterman and Patterson 2009): a computation takes at least its
 operations divided by the rate of arithmetic, and at least its bytes divided by the memory's
@@ -60,8 +59,6 @@ import jax.numpy as jnp
 
 from cnn_jax.models.cnn import CNN
 
-# Each pair is the side of an image in pixels and a batch size.
-SHAPES = ((32, 256), (64, 128), (224, 32))
 ACTIVATION_BYTES = {"float32": 4, "bfloat16": 2}
 
 _FLOAT32 = 4
@@ -270,17 +267,8 @@ def _inputs(layer: Layer, before: str, batch_size: int, activation_bytes: int) -
 
 
 def total(passes: Iterable[Pass]) -> Work:
+    """Returns the floating-point operations and the memory traffic of all passes."""
     return sum((each.work for each in passes), Work(0, 0))
-
-
-def training_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
-    """Returns the FLOPs and memory traffic of a training step: forward, backward and Adam."""
-    return total(training_passes(model, image_size, batch_size, activation_bytes))
-
-
-def inference_work(model: CNN, image_size: int, batch_size: int, activation_bytes: int) -> Work:
-    """Returns the FLOPs and memory traffic of the inference of a batch, up to the logits."""
-    return total(inference_passes(model, image_size, batch_size, activation_bytes))
 
 
 def compute_seconds(work: Work, peaks: Peaks) -> float:
@@ -402,17 +390,14 @@ def _print_passes(passes: Iterable[Pass]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--image_size", type=int)
-    parser.add_argument("--batch_size", type=int)
-    parser.add_argument("--shapes", help="such as 32x256,224x32: side x batch size")
+    parser.add_argument(
+        "--shapes", type=parse_shapes, default="32x256,64x128,224x32", help="side x batch size"
+    )
     parser.add_argument("--precision", choices=sorted(ACTIVATION_BYTES), default="float32")
     parser.add_argument("--peaks", type=Path, metavar="FILE", help="the JSON of another run")
     parser.add_argument("--passes", action="store_true", help="print the tensors of each pass, too")
     parser.add_argument("--json", type=Path, help="write the metrics to this file, too")
     flags = parser.parse_args()
-    shapes = parse_shapes(flags.shapes) if flags.shapes else SHAPES
-    if flags.image_size or flags.batch_size:
-        shapes = ((flags.image_size or 224, flags.batch_size or 32),)
     model = CNN(num_classes=10)
     if flags.peaks:
         measured = json.loads(flags.peaks.read_text())
@@ -421,7 +406,7 @@ def main() -> None:
         device, peaks = measured["device"], Peaks(**measured["peaks"])
     else:
         device, peaks = jax.devices()[0].device_kind, measure_peaks(flags.precision)
-    rows = table(model, shapes, flags.precision, peaks)
+    rows = table(model, flags.shapes, flags.precision, peaks)
 
     print(
         f"{device}, {os.cpu_count()} cores, JAX {jax.__version__}, {flags.precision}: "
@@ -442,13 +427,13 @@ def main() -> None:
             f"{row['floor_by_pass_ms']:>10.3f}  {row['images_per_second']:>9,.0f}"
         )
     if flags.passes:
-        for image_size, batch_size in shapes:
+        for image_size, batch_size in flags.shapes:
             for kind, count_passes in KINDS.items():
                 print(f"\n{kind}, {image_size} pixels, {batch_size} images")
                 width = ACTIVATION_BYTES[flags.precision]
                 _print_passes(count_passes(model, image_size, batch_size, width))
     if flags.json:
-        figures = {
+        values = {
             "device": device,
             "cores": os.cpu_count(),
             "jax": jax.__version__,
@@ -456,7 +441,7 @@ def main() -> None:
             "peaks": asdict(peaks),
             "rows": rows,
         }
-        flags.json.write_text(json.dumps(figures, indent=2) + "\n")
+        flags.json.write_text(json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

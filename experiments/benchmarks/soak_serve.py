@@ -24,7 +24,6 @@ import collections
 import math
 import pathlib
 import random
-import re
 import subprocess
 import sys
 import tempfile
@@ -36,14 +35,15 @@ import numpy as np
 import requests
 from bench_serve import (
     MODEL,
+    SERVER,
     Peer,
-    child_environment,
     free_port,
     load,
     make_bundle,
     make_images,
     make_request,
 )
+from common import child_environment, memory_megabytes
 
 from cnn_jax.registry.registry import Registry
 
@@ -56,10 +56,9 @@ class Server:
 
     def __init__(self, registry: str, log: pathlib.Path):
         self.port = free_port()
-        flags = ["--log_level=warning", "--poll=0.2", f"--registry={registry}"]
         self._log = log.open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "cnn_jax.serve", f"--port={self.port}", *flags],
+            [*SERVER, f"--port={self.port}", "--poll=0.2", f"--registry={registry}"],
             env=child_environment(),
             stdout=self._log,
             stderr=self._log,
@@ -79,10 +78,7 @@ class Server:
 
     def megabytes(self) -> float:
         """Returns the resident memory of the server in megabytes."""
-        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-        found = re.search(r"VmRSS:\s+(\d+) kB", status)
-        assert found
-        return int(found[1]) / 1000
+        return memory_megabytes(self.process.pid, "VmRSS")
 
     def version(self) -> int:
         """Returns the version of the model that the server uses by default."""

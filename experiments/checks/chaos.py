@@ -1,4 +1,4 @@
-"""Kills a training run many times, and compares its results with those of an undisturbed run.
+"""Kills a training run many times, and compares its results with an undisturbed run.
 
     python experiments/checks/chaos.py [--kills=60] [--epochs=24]
 
@@ -26,8 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# Of the kills during a save, one in _BUNDLE_SHARE happens while the bundle is written.
-_BUNDLE_SHARE = 6
+# One of this number of kills that are aimed at saves is aimed at the bundle.
+_KILLS_PER_BUNDLE = 6
 _POLL_SECONDS = 0.001
 
 
@@ -50,16 +50,16 @@ def start(workdir: pathlib.Path, epochs: int, log: pathlib.Path) -> subprocess.P
         )
 
 
-def wait_for(process: subprocess.Popen, has_come: Callable[[], bool]) -> bool:
+def wait_for(process: subprocess.Popen, is_true: Callable[[], bool]) -> bool:
     """Waits until a condition is true; returns False if the process ended earlier."""
     while process.poll() is None:
-        if has_come():
+        if is_true():
             return True
         time.sleep(_POLL_SECONDS)
     return False
 
 
-def is_there(folder: pathlib.Path, pattern: str, since: float) -> bool:
+def has_new_file(folder: pathlib.Path, pattern: str, since: float) -> bool:
     """Returns whether a file that matches `pattern` was changed at the time `since` or later."""
     for path in folder.glob(pattern):
         try:
@@ -85,7 +85,7 @@ def kill(process: subprocess.Popen) -> bool:
     return process.wait() == -signal.SIGKILL and was_running
 
 
-def one_life(
+def run_and_kill(
     workdir: pathlib.Path, epochs: int, log: pathlib.Path, aim: str, rng: random.Random
 ) -> tuple[bool, bool]:
     """Starts or resumes the run in `workdir`, and kills the run.
@@ -96,10 +96,10 @@ def one_life(
     began = time.time()
 
     def is_saving() -> bool:
-        return is_there(workdir / "checkpoints", "*tmp*", began)
+        return has_new_file(workdir / "checkpoints", "*tmp*", began)
 
     def is_writing_the_bundle() -> bool:
-        return is_there(workdir, ".bundle.*", began)
+        return has_new_file(workdir, ".bundle.*", began)
 
     process = start(workdir, epochs, log)
     if aim == "bundle":
@@ -171,7 +171,7 @@ class Outcome:
     differing: dict[str, int]
 
 
-def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -> Outcome:
+def kill_repeatedly(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -> Outcome:
     """Compares the results of a run that is killed repeatedly with those of an undisturbed run.
 
     Raises:
@@ -182,7 +182,7 @@ def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -
     if start(undisturbed, epochs, log).wait():
         raise RuntimeError(f"the run that nobody kills failed: see {log}")
     half = kills // 2
-    at_bundle = half // _BUNDLE_SHARE
+    at_bundle = half // _KILLS_PER_BUNDLE
     wanted = {"anywhere": kills - half, "save": half - at_bundle, "bundle": at_bundle}
     done = dict.fromkeys(wanted, 0)
     hits = starts = 0
@@ -190,7 +190,7 @@ def torment(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -
         # The target "bundle" comes last, because the run writes the bundle after the training.
         left = [aim for aim in ("anywhere", "save") if done[aim] < wanted[aim]]
         aim = rng.choice(left) if left else "bundle"
-        was_killed, hit = one_life(killed, epochs, log, aim, rng)
+        was_killed, hit = run_and_kill(killed, epochs, log, aim, rng)
         starts += 1
         done[aim] += was_killed
         hits += hit
@@ -220,7 +220,7 @@ def main() -> None:
     folder = flags.workdir or pathlib.Path(tempfile.mkdtemp())
     folder.mkdir(exist_ok=True)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder / "xla"))
-    outcome = torment(folder, flags.kills, flags.epochs, random.Random(flags.seed))
+    outcome = kill_repeatedly(folder, flags.kills, flags.epochs, random.Random(flags.seed))
     aimed = outcome.kills["save"] + outcome.kills["bundle"]
     differing = sum(outcome.differing.values())
     print(

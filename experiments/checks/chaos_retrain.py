@@ -261,7 +261,7 @@ def results(folder: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def torment(
+def kill_repeatedly(
     folder: pathlib.Path, writes: int, seconds: float, aims: Sequence[str], rng: random.Random
 ) -> list[str]:
     """Kills a pass until it ends, at most once for each aim.
@@ -325,7 +325,7 @@ def main() -> None:
         renew()
         left = flags.kills - len(kills)
         aims = [rng.choice(("write", "time")) for _ in range(min(left, 8))]
-        kills += torment(world, writes, seconds, aims, rng)
+        kills += kill_repeatedly(world, writes, seconds, aims, rng)
         found = results(world)
         output, _ = finish(start(world))
         differences = [name for name in expected if found.get(name) != expected[name]]

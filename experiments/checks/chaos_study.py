@@ -1,4 +1,4 @@
-"""Kills a study many times, and compares its results with those of an undisturbed study.
+"""Kills a study many times, and compares its results with an undisturbed study.
 
     python experiments/checks/chaos_study.py [--kills=3] [--trials=12] [--epochs=9] [--rounds=1]
         [--seed=0] [--workdir=DIR]

@@ -358,7 +358,7 @@ def main() -> None:
     for at in range(0, len(tasks), 10 * workers):
         lost = _run_apart(tasks[at : at + 10 * workers], contents, workers, outcomes, failures)
         # If a process dies, the executor also drops the tasks of the other processes. So each lost
-        # task is run again in a process of its own.
+        # task is run again in a separate process.
         for task in lost:
             if _run_apart([task], contents, 1, outcomes, failures):
                 failures.append(f"the process died in one of the cases {task[0]} to {task[-1]}")

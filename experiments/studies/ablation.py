@@ -40,7 +40,6 @@ import io
 import json
 import os
 import pathlib
-import platform
 import signal
 import statistics
 import subprocess
@@ -57,6 +56,7 @@ sys.path.insert(0, str(REPOSITORY))
 from cnn_jax.config import files, schema  # noqa: E402
 from cnn_jax.config.schema import Config  # noqa: E402
 from cnn_jax.data.augment import Augmentation  # noqa: E402
+from cnn_jax.export.certificate import describe_machine  # noqa: E402
 from cnn_jax.system import cli  # noqa: E402
 from cnn_jax.system.atomic import write_text  # noqa: E402
 from cnn_jax.system.errors import ConfigError, UserError  # noqa: E402
@@ -66,6 +66,7 @@ from cnn_jax.training.metrics import (  # noqa: E402
     wilson_interval,
 )
 from cnn_jax.training.run_directory import INDIFFERENT_KEYS  # noqa: E402
+from experiments.benchmarks.common import child_environment  # noqa: E402
 from experiments.studies.ablation_table import METRICS, Grid, draw, make_table  # noqa: E402
 
 # With -P and PYTHONPATH, the command trains with this repository's `cnn_jax`, even if another
@@ -115,7 +116,7 @@ VARIANTS: dict[str, Mapping[str, Any]] = {
     "rate_1e-3": _CONSTANT_RATE,
     "rate_1e-4": {"optimizer.learning_rate": 1e-4, "optimizer.final_learning_rate": 1e-4},
     **{f"batch_{size}": {"train.batch_size": size} for size in (16, 64, 128, 256)},
-    **{f"dropout_{share}": {"model.dropout": share} for share in (0, 0.3, 0.7)},
+    **{f"dropout_{rate}": {"model.dropout": rate} for rate in (0, 0.3, 0.7)},
     "no_augmentation": _NO_AUGMENTATION,
     "mixup": {**_NO_MIXING, "augment.mixup_probability": 1},
     "cutmix": {**_NO_MIXING, "augment.cutmix_probability": 1},
@@ -372,8 +373,8 @@ def pool(runs: Sequence["Run"]) -> tuple[dict[str, Any], str]:
     total = 0
     for run in runs:
         report = run.folder / "report"
-        figures = json.loads((report / "metrics.json").read_text())
-        total = sum(figures[split]["count"] for split in schema.SPLITS)
+        by_split = json.loads((report / "metrics.json").read_text())
+        total = sum(by_split[split]["count"] for split in schema.SPLITS)
         path = report / "predictions.csv"
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             for row in csv.DictReader(file):
@@ -536,12 +537,6 @@ class Run:
         return json.loads(json.dumps(leaves))
 
 
-def child_environment() -> dict[str, str]:
-    """Returns an environment in which a process imports this repository's `cnn_jax`."""
-    folders = [str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
-
-
 class Trainings:
     """A pool of training processes, each on an equal part of the cores."""
 
@@ -689,7 +684,11 @@ def write_finished(
     if error is not None:
         print(f"{run.name} failed: {error}", file=sys.stderr, flush=True)
         return {**what, "error": error}
-    where = {"commit": commit_name, "processor": processor(), "cores": len(os.sched_getaffinity(0))}
+    where = {
+        "commit": commit_name,
+        "processor": describe_machine()["processor"],
+        "cores": len(os.sched_getaffinity(0)),
+    }
     found = {**what, **read_run(run.folder), **where}
     write_text(run.folder / _RECORD, json.dumps(found, indent=1) + "\n")
     print(f"{run.name}: {found['test']['accuracy']:.2%}", file=sys.stderr, flush=True)
@@ -698,28 +697,18 @@ def write_finished(
 
 def read_run(folder: pathlib.Path) -> dict[str, Any]:
     """Returns a finished run's metrics, times, data fingerprint and library versions."""
-    figures = json.loads((folder / "report" / "metrics.json").read_text())
+    metrics = json.loads((folder / "report" / "metrics.json").read_text())
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     bundle = json.loads((folder / "bundle" / "bundle.json").read_text())
     return {
-        "test": {key: figures["test"][key] for key in METRICS},
-        "validation": {key: figures["validation"][key] for key in METRICS},
+        "test": {key: metrics["test"][key] for key in METRICS},
+        "validation": {key: metrics["validation"][key] for key in METRICS},
         "epochs": len(epochs),
         "seconds_per_epoch": statistics.median(epoch["seconds"] for epoch in epochs),
         "seconds": sum(epoch["seconds"] for epoch in epochs),
         "fingerprint": bundle["data"]["fingerprint"],
         "versions": bundle["versions"],
     }
-
-
-def processor() -> str:
-    """Returns the name of this machine's processor."""
-    with contextlib.suppress(OSError):
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        if names:
-            return names[0]
-    return platform.machine()
 
 
 def commit() -> str:

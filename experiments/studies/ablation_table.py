@@ -1,4 +1,4 @@
-"""Functions that make the table and the plot of an ablation study for `ablation.py`."""
+"""The table and the plot of an ablation study, and functions that other studies use too."""
 
 import dataclasses
 import pathlib
@@ -83,7 +83,7 @@ def make_table(
     base = results.get(grid.base, ())
     for variant, variant_runs in results.items():
         base_runs = () if variant == grid.base else base
-        row = [grid.variants[variant], *_figures(variant_runs, base_runs)]
+        row = [grid.variants[variant], *_metrics(variant_runs, base_runs)]
         row += [_times(variant_runs, base)] * bool(grid.base)
         failures = "".join(
             f"; {'-'.join(map(str, _pair_key(run)))}: {run['error']}"
@@ -101,15 +101,15 @@ def make_table(
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _figures(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[str]:
+def _metrics(runs: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the cells of a table row, from the test accuracy to the seconds per epoch."""
     done = _done(runs)
     if not done:
         return [""] * (len(METRICS) + 4)
     return [
-        *(_percent([run["test"][key] for run in done]) for key in METRICS),
-        _percent([run["validation"]["accuracy"] for run in done]),
-        _difference(_accuracies(runs), _accuracies(base)),
+        *(percent([run["test"][key] for run in done]) for key in METRICS),
+        percent([run["validation"]["accuracy"] for run in done]),
+        difference_text(_accuracies(runs), _accuracies(base)),
         f"{statistics.mean(run['epochs'] for run in done):.3g}",
         f"{_seconds(done):.3g}",
     ]
@@ -140,12 +140,18 @@ def _accuracies(results: Sequence[Mapping[str, Any]]) -> dict[tuple[Any, ...], f
     return {_pair_key(run): run["test"]["accuracy"] for run in _done(results)}
 
 
-def _percent(shares: Sequence[float]) -> str:
-    mean, deviation = mean_and_deviation([100 * share for share in shares])
-    return f"{mean:.2f} ± {deviation:.2f} %" if len(shares) > 1 else f"{mean:.2f} %"
+def percent(fractions: Sequence[float], digits: int = 2) -> str:
+    """Returns the mean and the standard deviation of fractions as text, in percent."""
+    mean, deviation = mean_and_deviation([100 * fraction for fraction in fractions])
+    spread = f" ± {deviation:.{digits}f}" if len(fractions) > 1 else ""
+    return f"{mean:.{digits}f}{spread} %"
 
 
-def _difference(values: Mapping[Any, float], base: Mapping[Any, float]) -> str:
+def difference_text(values: Mapping[Any, float], base: Mapping[Any, float]) -> str:
+    """Returns the mean paired difference of fractions, and its interval, as text in points.
+
+    The text is empty if there is no pair; see `paired_difference`.
+    """
     if not values.keys() & base.keys():
         return ""
     mean, half = paired_difference(values, base)

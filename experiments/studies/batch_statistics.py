@@ -25,7 +25,6 @@ import functools
 import json
 import math
 import pathlib
-import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -47,12 +46,8 @@ from cnn_jax.system.runtime import compiler_options, keep_freed_memory
 from cnn_jax.training.loop import open_dataset
 from cnn_jax.training.metrics import Metrics
 from cnn_jax.training.optimizer import make_optimizer, make_schedule
-from cnn_jax.training.step import (
-    Statistics,
-    TrainStep,
-    eval_step,
-    update_statistics,
-)
+from cnn_jax.training.step import Statistics, TrainStep, eval_step, update_statistics
+from experiments.studies.ablation_table import percent
 
 AVERAGES = ["average 0.99", "average 0.9", "corrected 0.99", "corrected 0.95", "growing"]
 # A record holds the number of an epoch, and the validation and test accuracy of each method.
@@ -199,12 +194,7 @@ def print_table(runs: list[list[Record]]) -> None:
 
         columns = [[validation(run[at]) for run in runs] for at in (0, 1, 2, -1)]
         columns.append([max(run, key=validation)["accuracies"][method]["test"] for run in runs])
-        print(f"| {method} | {' | '.join(map(summary, columns))} |")
-
-
-def summary(values: list[float]) -> str:
-    deviation = f" ± {100 * statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.2f}{deviation} %"
+        print(f"| {method} | {' | '.join(map(percent, columns))} |")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ import csv
 import json
 import math
 import pathlib
-import statistics
 import sys
 from typing import Any
 
@@ -35,6 +34,7 @@ from cnn_jax.config.schema import Config
 from cnn_jax.system.console import Console
 from cnn_jax.system.runtime import keep_freed_memory
 from cnn_jax.training.loop import train_and_evaluate
+from experiments.studies.ablation_table import mean_and_deviation, percent
 
 METHODS = ("scratch", "probe", "finetune")
 _TEST_IMAGES = 100
@@ -102,14 +102,9 @@ def measure(flags: argparse.Namespace, method: str, size: int, seed: int) -> flo
     return report["test"]["accuracy"]
 
 
-def describe(results: dict[str, float], method: str, size: int) -> tuple[float, float, int]:
-    """Returns the mean, the standard deviation and the count of a method's accuracies."""
-    values = [value for key, value in results.items() if key.startswith(f"{method}-{size}-")]
-    return (
-        statistics.mean(values),
-        statistics.stdev(values) if len(values) > 1 else 0.0,
-        len(values),
-    )
+def accuracies(results: dict[str, float], method: str, size: int) -> list[float]:
+    """Returns the test accuracies of a method and a size, one for each seed."""
+    return [value for key, value in results.items() if key.startswith(f"{method}-{size}-")]
 
 
 def draw(results: dict[str, float], flags: argparse.Namespace) -> None:
@@ -122,8 +117,8 @@ def draw(results: dict[str, float], flags: argparse.Namespace) -> None:
     figure, axes = pyplot.subplots(figsize=(6.4, 3.6), layout="constrained")
     names = {"scratch": "random weights", "probe": "probe", "finetune": "fine-tuned"}
     for method in flags.methods:
-        rows = [describe(results, method, size) for size in flags.sizes]
-        means, deviations = (100 * np.array([row[i] for row in rows]) for i in (0, 1))
+        rows = [mean_and_deviation(accuracies(results, method, size)) for size in flags.sizes]
+        means, deviations = 100 * np.array(rows).T
         axes.errorbar(flags.sizes, means, deviations, marker="o", capsize=3, label=names[method])
     axes.set_xscale("log")
     axes.set_xticks(flags.sizes, [str(size) for size in flags.sizes])
@@ -166,10 +161,8 @@ def main() -> None:
     print(f"| images of each class | {' | '.join(flags.methods)} |")
     print(f"| --- | {' | '.join('---' for _ in flags.methods)} |")
     for size in flags.sizes:
-        cells = []
-        for method in flags.methods:
-            mean, deviation, count = describe(results, method, size)
-            cells.append(f"{100 * mean:.1f} ± {100 * deviation:.1f} % ({count})")
+        values = [accuracies(results, method, size) for method in flags.methods]
+        cells = [f"{percent(found, digits=1)} ({len(found)})" for found in values]
         print(f"| {size} | {' | '.join(cells)} |")
     draw(results, flags)
 

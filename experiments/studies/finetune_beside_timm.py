@@ -15,7 +15,7 @@ from a probe.
 
 Results that are in DIR/results.json already are not computed again.
 
-Each run is a process of its own on one core. The time is the processor time of the whole run, with
+Each run is a separate process on one core. The time is the processor time of the whole run, with
 decoding, compilation and evaluation.
 """
 
@@ -35,6 +35,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from experiments.checks import reference_logits
+from experiments.studies.ablation_table import percent
 
 NETWORK = "tf_efficientnet_lite0"
 BATCH_SIZE = 32
@@ -200,6 +201,7 @@ def main() -> None:
             result = train_with_cnn_jax(flags, probe="probe" in flags.answer)
         print(json.dumps(result))
         return
+    # The environment of timm need not have this project's dependencies.
     from experiments.studies.few_images import write_table
 
     for name in ("folder", "pretrained", "output"):
@@ -220,11 +222,9 @@ def main() -> None:
     print("| --- | --- | --- |")
     for program in PROGRAMS:
         rows = [results[f"{program}-{seed}"] for seed in range(flags.seeds)]
-        accuracies = [100 * row["accuracy"] for row in rows]
-        deviation = statistics.stdev(accuracies) if len(rows) > 1 else 0.0
+        accuracy = percent([row["accuracy"] for row in rows])
         seconds = statistics.median(row["seconds"] for row in rows)
-        mean = statistics.mean(accuracies)
-        print(f"| {program} | {mean:.2f} ± {deviation:.2f} % | {seconds:.0f} |")
+        print(f"| {program} | {accuracy} | {seconds:.0f} |")
 
 
 if __name__ == "__main__":

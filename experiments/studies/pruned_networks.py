@@ -13,7 +13,6 @@ prints the accuracies after pruning and after training. The same command continu
     distillation  half of the loss is the divergence from the original network's predictions, with
                   temperature 2 (Hinton et al. 2015)
     dropout       the dropout of the original network
-    fast          the learning rate 3e-3, three times the rate of the default recipe
 """
 
 import argparse
@@ -29,7 +28,7 @@ from cnn_jax.compress.compressor import compress
 from cnn_jax.inference.bundle import Bundle, find_bundle, read_bundle
 from cnn_jax.system.compilation_cache import keep_compiled
 
-_VARIANTS = ("taylor", "norm", "random", "distillation", "dropout", "fast")
+_VARIANTS = ("taylor", "norm", "random", "distillation", "dropout")
 
 
 def rank(variant: str, bundle: Bundle) -> dict[str, np.ndarray]:
@@ -66,8 +65,6 @@ def main() -> None:
             overrides |= {"distill.bundles": flags.bundle, "distill.temperature": "2"}
         elif variant == "dropout":
             overrides["model.dropout"] = str(bundle.model["dropout"])
-        elif variant == "fast":
-            overrides["optimizer.learning_rate"] = "3e-3"
         with patch:
             _, record = compress(
                 flags.bundle,

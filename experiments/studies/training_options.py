@@ -17,6 +17,7 @@ table: the test accuracy, its difference from the recipe in percentage points wi
 import argparse
 import json
 import pathlib
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from cnn_jax.system.compilation_cache import keep_compiled
 from cnn_jax.system.console import Console
 from cnn_jax.training.loop import train_and_evaluate
 from cnn_jax.training.soup import make_soup
-from experiments.studies.ablation_table import mean_and_deviation, paired_difference
+from experiments.studies.ablation_table import difference_text, percent
 
 RECIPE, DISTILLED, SOUP = "recipe", "distilled", "soup"
 _MEMBERS = 3
@@ -99,15 +100,10 @@ def make_table(results: Mapping[str, Mapping[int, Mapping[str, float]]]) -> str:
         for option, by_seed in results.items()
     }
     for option, by_seed in results.items():
-        mean, deviation = mean_and_deviation(list(accuracies[option].values()))
-        difference = ""
-        if option != RECIPE:
-            change, half = paired_difference(accuracies[option], accuracies[RECIPE])
-            difference = f"{100 * change:+.2f}"
-            if half is not None:
-                difference += f" ({100 * (change - half):+.2f} to {100 * (change + half):+.2f})"
-        seconds, _ = mean_and_deviation([result["seconds"] for result in by_seed.values()])
-        accuracy = f"{100 * mean:.2f} ± {100 * deviation:.2f} %"
+        accuracy = percent(list(accuracies[option].values()))
+        base = {} if option == RECIPE else accuracies[RECIPE]
+        difference = difference_text(accuracies[option], base)
+        seconds = statistics.mean(result["seconds"] for result in by_seed.values())
         lines.append(f"| {option} | {accuracy} | {difference} | {seconds:.0f} |")
     return "\n".join(lines)
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pathlib
 import runpy
 import shlex
 import subprocess
@@ -11,8 +12,7 @@ import sys
 import pytest
 from conftest import REPOSITORY
 
-from experiments.benchmarks import gpu_table
-from experiments.studies import ablation
+from experiments.benchmarks import common, gpu_table
 
 SCRIPT = REPOSITORY / "experiments" / "benchmarks" / "gpu_report.sh"
 # A GPU host can be used for LEASE seconds, of which START seconds pass while the host starts and
@@ -192,22 +192,28 @@ def test_a_report_shows_the_finished_parts(tmp_path):
     assert "(3 s, failed with exit status 1)" in report
 
 
-def test_children_find_the_repository_before_the_callers_packages(experiments_on_path, monkeypatch):
-    import bench_serve
+def test_children_find_the_repository_before_the_callers_packages(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "a:b")
+    found = common.child_environment()["PYTHONPATH"].split(os.pathsep)
+    assert found == [str(REPOSITORY), "a", "b"]
+    monkeypatch.delenv("PYTHONPATH")
+    assert common.child_environment()["PYTHONPATH"] == str(REPOSITORY)
+    assert common.child_environment(pathlib.Path("/other"))["PYTHONPATH"] == "/other"
 
-    for module in (bench_serve, ablation):
-        monkeypatch.setenv("PYTHONPATH", "a:b")
-        found = module.child_environment()["PYTHONPATH"].split(os.pathsep)
-        assert found == [str(REPOSITORY), "a", "b"]
-        monkeypatch.delenv("PYTHONPATH")
-        assert module.child_environment()["PYTHONPATH"] == str(REPOSITORY)
+
+def test_actions_take_turns():
+    calls, now = [], iter(range(100))
+    actions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = common.seconds_in_turns(actions, 2, clock=now.__next__)
+    assert "".join(calls) == "ababab"
+    assert times == {"a": [1, 1], "b": [1, 1]}
 
 
 def test_a_library_that_fails_is_left_out(experiments_on_path, capsys):
     import bench_train
 
     def start(name, program):
-        process = bench_train.Process(name, peer_python=program)
+        process = bench_train.PeerProcess(name, peer_python=program)
         process.send(do="open")
         return process
 

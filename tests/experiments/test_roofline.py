@@ -24,18 +24,22 @@ def test_flops_equal_a_hand_count(image_size: int) -> None:
     )
     dense = 2 * (128 * 256 + 256 * 10)
     forward = sum(convolutions) + dense
-    assert roofline.inference_work(MODEL, image_size, 7, 4).flops == 7 * forward
-    assert roofline.training_work(MODEL, image_size, 7, 4).flops == 7 * (
+    assert roofline.total(roofline.inference_passes(MODEL, image_size, 7, 4)).flops == 7 * forward
+    assert roofline.total(roofline.training_passes(MODEL, image_size, 7, 4)).flops == 7 * (
         3 * forward - convolutions[0]
     )
 
 
 def test_flops_equal_the_known_ones() -> None:
-    training = [roofline.training_work(MODEL, size, 1, 4).flops for size in (32, 64, 224)]
+    training = [
+        roofline.total(roofline.training_passes(MODEL, size, 1, 4)).flops for size in (32, 64, 224)
+    ]
     # The known values count three matrix products for each layer. The training step needs only two
     # for the first convolution, because the images need no gradient.
     assert training == pytest.approx([62e6, 250e6, 3030e6], rel=0.04)
-    assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(1.01e9, rel=0.01)
+    assert roofline.total(roofline.inference_passes(MODEL, 224, 1, 4)).flops == pytest.approx(
+        1.01e9, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("image_size", [32, 224])
@@ -55,7 +59,9 @@ def test_flops_equal_those_of_xla_without_padding(image_size: int) -> None:
 
 def test_flops_at_224_pixels_nearly_equal_those_of_xla() -> None:
     xla_flops = forward_flops(MODEL, (224, 224))
-    assert roofline.inference_work(MODEL, 224, 1, 4).flops == pytest.approx(xla_flops, rel=0.03)
+    assert roofline.total(roofline.inference_passes(MODEL, 224, 1, 4)).flops == pytest.approx(
+        xla_flops, rel=0.03
+    )
 
 
 def test_layers_have_the_parameters_of_the_network() -> None:

@@ -28,7 +28,7 @@ from cnn_jax.inference.bundle import digest, read_bundle
 from cnn_jax.inference.exported import OnnxPredictor, load_predictor
 from cnn_jax.inference.images import preprocess_for_inference
 from cnn_jax.inference.predictor import BundlePredictor, TrainedPredictor
-from cnn_jax.system.errors import BundleError, ConfigError
+from cnn_jax.system.errors import BundleError, ConfigError, DataError
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -337,7 +337,7 @@ def _wrong_model(monkeypatch, change):
     def make(predictor, batches):
         model = original(predictor, batches)
         run = model.predictor
-        wrong = exporter._FunctionPredictor(run, lambda images: change(run(images)))
+        wrong = exporter.FunctionPredictor(run, lambda images: change(run(images)))
         return dataclasses.replace(model, predictor=wrong)
 
     monkeypatch.setattr(exporter, "_make_onnx", make)
@@ -386,6 +386,25 @@ def test_nothing_is_written_if_the_graph_resizes_wrongly(bundle, tmp_path, monke
 def test_data_without_images_to_compare_is_refused():
     with pytest.raises(ExportError, match="no validation images and no test images"):
         certificate.check({}, 0.005, is_exact=False)
+
+
+def test_images_are_read_before_the_process_of_the_model_starts(bundle, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise DataError("0.png cannot be read")
+
+    monkeypatch.setattr(certificate, "golden_images", fail)
+    monkeypatch.setattr(exporter, "_make_onnx", None)
+    with pytest.raises(DataError, match=r"0\.png"):
+        exporter.export(bundle, tmp_path / "out")
+
+
+def test_an_image_that_is_gone_is_named(bundle, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    source = f"folder:{tmp_path / 'images'}"
+    dataset = evaluation.open_as_trained(load_predictor(bundle), source)
+    shutil.rmtree(tmp_path / "images")
+    with pytest.raises(DataError, match=rf"^{source}: blue/\d+\.png cannot be read: No such file"):
+        certificate.golden_images(dataset, 10**6, 0.0)
 
 
 def test_an_earlier_export_survives_a_failed_replacement(bundle, copied, monkeypatch):

@@ -21,7 +21,7 @@ def _check(predictor, function, atol=5e-6):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_flat_function_has_only_standard_operations(name):
     primitives = _primitives(network_case(name).function)
-    calls = {"jit", "pjit", "cond", "custom_jvp_call", "custom_vjp_call", "optimization_barrier"}
+    calls = {"jit", "cond", "custom_jvp_call", "custom_vjp_call", "optimization_barrier"}
     assert not calls & set(primitives)
 
 

@@ -3,6 +3,7 @@
 $CNN_JAX_LITERT_PYTHON names its Python. The tests that need LiteRT are skipped without it.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -10,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from bundles import make_bundle
 from exports import check_rounded, network_case, random_images, write_test_bundle
 
 from cnn_jax.export import exporter, litert
@@ -36,6 +38,19 @@ def test_a_python_without_litert_is_one_line(tmp_path):
         litert.check_python(str(tmp_path / "absent"))
     with pytest.raises(ConfigError, match=r"lacks a package \(ModuleNotFoundError: .*litert_conv"):
         litert.check_python(sys.executable)
+
+
+@pytest.mark.parametrize("count", [1, 200])
+def test_a_worker_that_dies_is_an_error_with_its_reason(tmp_path, count):
+    """A request of one image stays in the buffer of the pipe, and closing must not raise again."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\necho 'ValueError: odd model' >&2\n")
+    program.chmod(0o755)
+    model = litert.LitertPredictor(BundlePredictor(make_bundle()), b"", str(program))
+    model._process.wait()
+    message = "LiteRT cannot run the exported model: ValueError: odd model"
+    with contextlib.closing(model), pytest.raises(ExportError, match=message):
+        model(np.zeros((count, 16, 16, 3), np.uint8))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

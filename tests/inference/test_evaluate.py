@@ -20,6 +20,14 @@ from cnn_jax.system.errors import DataError
 NAMES = ["a", "b", "c", "d"]
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"), [(1, [10]), (2, [10, 16]), (3, [10, 13, 16]), (9, range(10, 17))]
+)
+def test_indices_are_spread_evenly(count, expected):
+    assert evaluation.evenly_spaced(np.arange(10, 17), count).tolist() == list(expected)
+    assert not len(evaluation.evenly_spaced(np.arange(0), count))
+
+
 def test_metrics_equal_scikit_learn():
     rng = np.random.default_rng(0)
     probabilities = rng.dirichlet(np.ones(4), 200).astype(np.float32)

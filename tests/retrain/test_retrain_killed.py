@@ -23,7 +23,7 @@ def test_killed_passes_give_the_same_bundle_and_one_promotion(tmp_path):
     print(f"seed of the kills: {seed}")  # pytest shows it if the test fails.
     rng = random.Random(seed)
     aims = ["write", "time", "write", "write"]
-    done = chaos_retrain.torment(world, writes, seconds, aims, rng)
+    done = chaos_retrain.kill_repeatedly(world, writes, seconds, aims, rng)
     assert done, "the pass was over before it was killed"
     assert chaos_retrain.results(world) == expected, f"after {done}"
     output, _ = chaos_retrain.finish(chaos_retrain.start(world))

@@ -521,7 +521,7 @@ def _assert_same_except_times(first, second):
 
 def test_a_run_killed_at_random_moments_ends_bitwise_the_same(tmp_path):
     """Kills a run at three random moments, one of which is during a save."""
-    outcome = chaos.torment(tmp_path, kills=3, epochs=6, rng=random.Random())
+    outcome = chaos.kill_repeatedly(tmp_path, kills=3, epochs=6, rng=random.Random())
     assert outcome.kills == {"anywhere": 2, "save": 1, "bundle": 0}
     assert outcome.compared > 500_000
     assert not any(outcome.differing.values()), outcome.differing

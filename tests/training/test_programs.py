@@ -63,14 +63,18 @@ def compiled_step(lower_step):
 
 
 def test_a_step_does_nearly_the_minimum_of_operations(compiled_step):
-    minimum = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
+    minimum = roofline.total(
+        roofline.training_passes(CNN(num_classes=10), 64, 8, activation_bytes=4)
+    )
     # XLA omits the products with the zeros of the padding, which are 4 % of all products.
     assert compiled_step.cost_analysis()["flops"] == pytest.approx(minimum.flops, rel=0.05)
 
 
 def test_a_step_moves_about_twice_the_minimum_of_bytes(compiled_step):
     """The ratio of accessed bytes to minimum bytes was 2.06 when this test was written."""
-    minimum = roofline.training_work(CNN(num_classes=10), 64, 8, activation_bytes=4)
+    minimum = roofline.total(
+        roofline.training_passes(CNN(num_classes=10), 64, 8, activation_bytes=4)
+    )
     assert compiled_step.cost_analysis()["bytes accessed"] < 2.2 * minimum.bytes
 
 

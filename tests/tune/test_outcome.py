@@ -222,13 +222,13 @@ def test_the_printed_result_of_a_study(plan, summary, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[:8] == [
         "trial     state  validation_accuracy  epochs  seconds  dropout  features",
-        "    0  complete               0.7000       3        6        0    (4, 8)",
-        "    3  complete               0.7000       3        6     0.03    (4, 8)",
-        "    4   running               0.9500       2        4     0.04    (4, 8)",
-        "    5    pruned               0.8000       1        2     0.05    (4, 8)",
-        "    1    pruned               0.4000       1        2     0.01    (4, 8)",
-        "    2    failed               0.3000       1        2     0.02    (4, 8)",
-        "    8    failed                            0        0     0.08    (4, 8)",
+        "0      complete               0.7000       3        6        0    (4, 8)",
+        "3      complete               0.7000       3        6     0.03    (4, 8)",
+        "4       running               0.9500       2        4     0.04    (4, 8)",
+        "5        pruned               0.8000       1        2     0.05    (4, 8)",
+        "1        pruned               0.4000       1        2     0.01    (4, 8)",
+        "2        failed               0.3000       1        2     0.02    (4, 8)",
+        "8        failed                            0        0     0.08    (4, 8)",
     ]
     assert lines[9:11] == [
         "cost        2 complete, 2 pruned, 2 failed, 1 running; 11 epochs, of 15 without "

@@ -9,7 +9,7 @@ from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.samplers import RandomSampler, TPESampler
+from optuna.samplers import TPESampler
 from optuna.trial import Trial, TrialState, create_trial
 
 from cnn_jax.tune import search
@@ -296,23 +296,3 @@ def test_a_parameter_with_one_value_does_not_change_others():
 
     expected = [params | {"d.one": 0.5, "e.one": 1} for params in drawn(SPACE)]
     assert drawn(SPACE | single) == expected
-
-
-def test_the_sampler_is_better_than_random_search():
-    """Compares the sampler with random search: the mean of the last 20 trials, and the best trial.
-
-    The values are means over five seeds.
-    """
-
-    def values(sampler):
-        study = make_study(direction="minimize", sampler=sampler)
-        for _ in range(40):
-            trial = study.ask(SPACE)
-            study.tell(trial, value_of(trial.params))
-        return [trial.value for trial in study.trials]
-
-    own = np.array([values(SeededSampler(SPACE, seed)) for seed in range(5)])
-    random = np.array([values(RandomSampler(seed=seed)) for seed in range(5)])
-    assert own[:, 20:].mean() < random[:, 20:].mean() / 2
-    assert own.min(axis=1).mean() < random.min(axis=1).mean()
-    assert own.min() < 0.05

@@ -244,3 +244,23 @@ def test_base_values_are_the_configurations_values_in_the_space():
         "augment.zoom": 0.3,
         "optimizer.learning_rate": 1e-3,
     }
+
+
+@pytest.mark.parametrize(
+    ("distribution", "base", "expected"),
+    [
+        ("CategoricalDistribution([16, 32])", (32, 32), 32),
+        ("CategoricalDistribution(['(16, 32)', '(32, 32)'])", 32, "(32, 32)"),
+        ("CategoricalDistribution(['(16, 32)', 16])", (32, 16), None),
+        ("IntDistribution(16, 64, step=16)", (32, 32), 32),
+        ("IntDistribution(16, 64, step=16)", (32, 16), None),
+    ],
+)
+def test_an_image_size_may_be_a_side_or_a_pair(tmp_path, distribution, base, expected):
+    config = default.get_config()
+    with config.ignore_type():
+        config.data.image_size = base
+    file = tmp_path / "space.py"
+    file.write_text(of("data.image_size", distribution))
+    space = load_space(str(file), config)
+    assert base_values(config, space).get("data.image_size") == expected

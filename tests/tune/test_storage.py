@@ -1,12 +1,10 @@
 import importlib.util
 import logging
 import re
-import time
 
 import optuna
 import pytest
 import sqlalchemy
-from fakes import Log
 from optuna.storages import JournalStorage, RDBStorage
 
 from cnn_jax.system.errors import ConfigError
@@ -267,22 +265,6 @@ def test_too_many_collisions_are_an_error(monkeypatch):
     monkeypatch.setattr(storage.time, "sleep", lambda seconds: None)
     with pytest.raises(StorageError, match="UNIQUE constraint failed"):
         open_storage("sqlite:///study.db")
-
-
-def test_the_journal_of_the_tests_is_a_storage():
-    """A reopened journal contains the entries written before; errors of the journal are raised."""
-    log = Log()
-    add_study(log.open()).set_user_attr("key", 1)
-    assert add_study(log.open()).user_attrs == {"key": 1}
-
-    def fail(*entries):
-        raise OSError(f"{len(entries)} entries")
-
-    log.before = fail
-    start = time.monotonic()
-    with pytest.raises(StorageError, match=r"\(0 entries\)"):
-        call_with_retries(lambda: add_study(log.open()), 0.1, "")
-    assert time.monotonic() - start >= 0.1
 
 
 @pytest.mark.parametrize(
