@@ -163,7 +163,7 @@ def test_the_tpu_step_stays_within_its_budget(tpu_step):
 def test_the_gpu_step_stays_within_its_budget(gpu_step):
     """An earlier form of the step moved 17.1 GB in 111 kernels."""
     work = roofline.training_work(CNN(num_classes=10), 224, 256, activation_bytes=2)
-    assert work.bytes < gpu_step.bytes < 13.4e9
+    assert work.bytes < gpu_step.bytes < 13e9
     assert len(gpu_step.kernels) < 110
     assert gpu_step.memory["temporary"] < 2.6e9
     assert not gpu_step.collectives

@@ -182,6 +182,39 @@ def test_batch_norm_with_max_pool_equals_flax(monkeypatch, shape, uses_maps, pla
     _assert_close(actual, expected, 2e-5)
 
 
+@pytest.mark.parametrize("uses_maps", [False, True])
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_batch_norm_with_mean_equals_flax(use_running_average, uses_maps):
+    shape = (4, 16, 15, 8)
+    x, map_weights = nn.relu(_random(*shape)), _random(*shape, seed=1)
+    mean_weights = _random(shape[0], shape[-1], seed=2)
+    options = {"use_running_average": use_running_average, "epsilon": 1e-3}
+    plain, ours = nn.BatchNorm(momentum=0, **options), BatchNorm(**options)
+    variables = plain.init(jax.random.key(0), x)
+    variables["params"] = {"scale": _random(8, seed=3), "bias": _random(8, seed=4)}
+
+    def weighted(module, params, x):
+        def results(module, x):
+            if isinstance(module, BatchNorm):
+                return module.with_mean(x)
+            maps = module(x)
+            return maps, maps.mean((1, 2))
+
+        (maps, means), updates = nn.apply(results, module, mutable=["batch_stats"])(
+            {**variables, "params": params}, x
+        )
+        total = jnp.sum(mean_weights * means)
+        return total + jnp.sum(map_weights * maps) if uses_maps else total, updates
+
+    actual, expected = (
+        jax.jit(jax.value_and_grad(weighted, argnums=(1, 2), has_aux=True), static_argnums=0)(
+            module, variables["params"], x
+        )
+        for module in (ours, plain)
+    )
+    _assert_close(actual, expected, 1e-5)
+
+
 def test_batch_norm_in_inference_equals_flax():
     options = {"use_running_average": True, "epsilon": 1e-3}
     x = _random(2, 5, 6, 4)
