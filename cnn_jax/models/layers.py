@@ -204,6 +204,29 @@ def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
+@jax.custom_vjp
+def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Computes min(max(x, 0), 6).
+
+    The gradient is 1 between 0 and 6, else 0, as in PyTorch. The backward pass needs only the
+    result. The gradient of `jax.nn.relu6` needs x, so that x and the result are both kept.
+    """
+    return jnp.minimum(nn.relu(x), 6)
+
+
+def _relu6_forward(x: Array) -> tuple[Array, Array]:
+    result = relu6(x)
+    return result, result
+
+
+def _relu6_backward(result: Array, gradient: Array) -> tuple[Array]:
+    is_inside = (result > 0) & (result < 6)
+    return (jnp.where(is_inside, gradient, jnp.zeros((), gradient.dtype)),)
+
+
+relu6.defvjp(_relu6_forward, _relu6_backward)
+
+
 def max_pool_2x2(
     x: Float[Array, "batch height width channel"],
 ) -> Float[Array, "batch height//2 width//2 channel"]:

@@ -20,6 +20,7 @@ from cnn_jax.models.layers import (
     max_pool_2x2,
     max_pool_3x3,
     normalize_batch,
+    relu6,
 )
 
 # The layers divide the pixels into blocks of equal size. The numbers of pixels in these shapes have
@@ -351,3 +352,12 @@ def test_max_pool_3x3_equals_linen(size):
 
     plain = value_and_gradient(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
     _assert_close(value_and_gradient(max_pool_3x3), plain, 1e-6)
+
+
+def test_relu6_equals_jax_and_has_the_gradient_of_pytorch():
+    x = jnp.asarray([-np.inf, -1, -0.0, 0, 1e-30, 3, 6, 7], jnp.float32)
+    value, backward = jax.vjp(relu6, x)
+    np.testing.assert_array_equal(value, jax.nn.relu6(x))
+    # At 0 and at 6, the gradient of `jax.nn.relu6` is 1 / 2.
+    np.testing.assert_array_equal(backward(2 * jnp.ones(8))[0], 2 * ((x > 0) & (x < 6)))
+    assert jnp.isnan(relu6(jnp.full(1, jnp.nan))[0])
