@@ -586,7 +586,7 @@ def _normalize_batch_with_means(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[Array, Array, Array, Array]:
     """Returns the results of `normalize_batch`, and the means of `BatchNorm.with_mean` after x."""
-    normalized, _, _ = normalize_batch(x, scale, bias, epsilon)
+    normalized = cast(tuple[Array, ...], normalize_batch(x, scale, bias, epsilon))[0]
     in_float32 = x.astype(jnp.float32)
     pixels = x.shape[1] * x.shape[2]
     sums = image_sums(in_float32, in_float32 * in_float32)
@@ -595,7 +595,8 @@ def _normalize_batch_with_means(
     variance = jnp.maximum(jnp.mean(squares, axis=0) - mean * mean, 0)
     factor = lax.rsqrt(variance + epsilon) * scale
     means = (image_means - mean[None]) * factor[None] + bias[None]
-    return normalized, means.astype(x.dtype), *lax.stop_gradient((mean, variance))
+    mean, variance = lax.stop_gradient(mean), lax.stop_gradient(variance)
+    return normalized, means.astype(x.dtype), mean, variance
 
 
 class Conv(nn.Module):

@@ -94,7 +94,7 @@ class Attention(nn.Module):
         x = Dense(3 * channels, self.dtype, name="qkv")(x)
         x = x.reshape(batch, tokens, 3, self.heads, width)
         # On a CPU, matrix products are fastest if the batch axes come first.
-        query, key, value = (x[:, :, i].transpose(0, 2, 1, 3) for i in range(3))
+        query, key, value = x.transpose(2, 0, 3, 1, 4)
         weights = attention_weights(query / math.sqrt(width), key)
         x = jnp.einsum("bhqk,bhkc->bqhc", weights, value).reshape(batch, tokens, channels)
         return Dense(channels, self.dtype, name="proj")(x)
