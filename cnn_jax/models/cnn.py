@@ -54,6 +54,9 @@ class CNN(Network):
         x = x.astype(self.dtype)
         for i, features in enumerate(self.features, start=1):
             x = Conv(features, dtype=self.dtype, name=f"conv{i}")(x)
+            # An average over the whole image replaces the last pool.
+            is_last = i == len(self.features)
+            pool = _mean if is_last else max_pool_2x2
             maps, pooled = nn.relu(x), None
             if self.batch_norm:
                 normalization = BatchNorm(
@@ -62,15 +65,11 @@ class CNN(Network):
                     dtype=self.dtype,
                     name=f"norm{i}",
                 )
-                if i < len(self.features):
-                    maps, pooled = normalization.with_max_pool(maps)
-                else:
-                    maps = normalization(maps)
+                normalize = normalization.with_mean if is_last else normalization.with_max_pool
+                maps, pooled = normalize(maps)
             x = gate(self, f"conv{i}", stages.add(f"conv{i}", maps))
-            if i < len(self.features):
-                # An offset or a gate may have changed the maps.
-                x = max_pool_2x2(x) if pooled is None or x is not maps else pooled
-        x = jnp.mean(x, axis=(1, 2))
+            # An offset or a gate may have changed the maps.
+            x = pool(x) if pooled is None or x is not maps else pooled
         if self.dense:
             x = nn.Dense(
                 self.dense,
@@ -82,3 +81,7 @@ class CNN(Network):
         x = gate(self, "embedding", stages.add("embedding", x))
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         stages.add("logits", nn.Dense(self.num_classes, dtype=jnp.float32, name="head")(x))
+
+
+def _mean(x: Float[Array, "batch height width channel"]) -> Float[Array, "batch channel"]:
+    return jnp.mean(x, axis=(1, 2))

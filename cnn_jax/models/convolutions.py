@@ -184,7 +184,7 @@ def _depthwise_backward(
         default=functools.partial(_kernel_gradient, **options),
     )
     input_gradient = _input_gradient(gradient, kernel, size, stride, pads)
-    return input_gradient, cast(Array, kernel_gradient).astype(kernel.dtype)
+    return input_gradient, cast(Array, kernel_gradient)
 
 
 depthwise_convolve.defvjp(_depthwise_forward, _depthwise_backward)
@@ -259,7 +259,8 @@ def _kernel_gradient_on_cpu(
         totals = lax.fori_loop(0, height * parts, add_tile, totals)
     # Without this barrier, XLA fuses the products into the sum over the batch.
     stacked = lax.optimization_barrier(jnp.stack(totals))
-    return jnp.sum(stacked, axis=1).reshape(kernel_size, kernel_size, channels)
+    total = jnp.sum(stacked, axis=1).reshape(kernel_size, kernel_size, channels)
+    return total.astype(x.dtype)
 
 
 def _pad(x: Array, before: tuple[int, int], size: tuple[int, int]) -> Array:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from cnn_jax.models.convolutions import ConvolutionalBackbone
+from cnn_jax.models.layers import relu6
 from cnn_jax.models.network import Stages
 
 
@@ -154,7 +154,7 @@ class EfficientNet(ConvolutionalBackbone):
     def add_stages(
         self, x: Float[Array, "batch height width channel"], stages: Stages, *, train: bool
     ) -> None:
-        activation = jax.nn.relu6 if self.is_lite else nn.silu
+        activation = relu6 if self.is_lite else nn.silu
         stem, head = (
             n if self.is_lite else _scaled(n, self.width) for n in (_STEM_FEATURES, _HEAD_FEATURES)
         )

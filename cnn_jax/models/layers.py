@@ -36,16 +36,32 @@ def channel_sums(
     Returns:
       A sum for each array and channel.
     """
+    return _sums(arrays, (0, 1))
+
+
+def image_sums(
+    *arrays: Float[Array, "batch height width channel"],
+) -> tuple[Float[Array, "batch channel"], ...]:
+    """Does the same as `channel_sums`, for each image of the batch."""
+    return _sums(arrays, (1,))
+
+
+def _sums(arrays: tuple[Array, ...], axes: tuple[int, ...]) -> tuple[Array, ...]:
+    """Sums arrays of shape [batch, height * width, channel] over the given axes."""
     arrays = tuple(array.astype(jnp.float32) for array in arrays)
-    sums = lax.platform_dependent(*arrays, cpu=_blockwise_sums, default=_plain_sums)
+    sums = lax.platform_dependent(
+        *arrays,
+        cpu=functools.partial(_blockwise_sums, axes=axes),
+        default=functools.partial(_plain_sums, axes=axes),
+    )
     return cast(tuple[Array, ...], sums)
 
 
-def _plain_sums(*arrays: Array) -> tuple[Array, ...]:
-    return tuple(jnp.sum(array, axis=(0, 1, 2)) for array in arrays)
+def _plain_sums(*arrays: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
+    return tuple(jnp.sum(array, axis=(*axes, 2)) for array in arrays)
 
 
-def _blockwise_sums(*arrays: Array) -> tuple[Array, ...]:
+def _blockwise_sums(*arrays: Array, axes: tuple[int, ...]) -> tuple[Array, ...]:
     """Sums each array within blocks of neighbouring pixels, and then adds the sums of the blocks.
 
     One loop handles all arrays.
@@ -56,7 +72,7 @@ def _blockwise_sums(*arrays: Array) -> tuple[Array, ...]:
     blocks = tuple(array.reshape(batch, pixels // rows, rows, channels) for array in arrays)
     sums = lax.reduce(blocks, (jnp.float32(0),) * len(blocks), _add, (2,))
     # Without this barrier, XLA merges the sum within blocks and the sum over blocks into one sum.
-    return tuple(jnp.sum(array, axis=(0, 1)) for array in lax.optimization_barrier(sums))
+    return tuple(jnp.sum(array, axis=axes) for array in lax.optimization_barrier(sums))
 
 
 def _add(a: tuple[Array, ...], b: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -186,6 +202,29 @@ def _add_bias_backward(bias: Array, gradient: Array) -> tuple[Array, Array]:
 
 
 add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+@jax.custom_vjp
+def relu6(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Computes min(max(x, 0), 6).
+
+    The gradient is 1 between 0 and 6, else 0, as in PyTorch. The backward pass needs only the
+    result. The gradient of `jax.nn.relu6` needs x, so that x and the result are both kept.
+    """
+    return jnp.minimum(nn.relu(x), 6)
+
+
+def _relu6_forward(x: Array) -> tuple[Array, Array]:
+    result = relu6(x)
+    return result, result
+
+
+def _relu6_backward(result: Array, gradient: Array) -> tuple[Array]:
+    is_inside = (result > 0) & (result < 6)
+    return (jnp.where(is_inside, gradient, jnp.zeros((), gradient.dtype)),)
+
+
+relu6.defvjp(_relu6_forward, _relu6_backward)
 
 
 def max_pool_2x2(
@@ -543,6 +582,23 @@ normalize_batch_and_pool.defvjp(
 )
 
 
+def _normalize_batch_with_means(
+    x: Array, scale: Array, bias: Array, epsilon: float
+) -> tuple[Array, Array, Array, Array]:
+    """Returns the results of `normalize_batch`, and the means of `BatchNorm.with_mean` after x."""
+    normalized = cast(tuple[Array, ...], normalize_batch(x, scale, bias, epsilon))[0]
+    in_float32 = x.astype(jnp.float32)
+    pixels = x.shape[1] * x.shape[2]
+    sums = image_sums(in_float32, in_float32 * in_float32)
+    image_means, squares = (total / pixels for total in sums)
+    mean = jnp.mean(image_means, axis=0)
+    variance = jnp.maximum(jnp.mean(squares, axis=0) - mean * mean, 0)
+    factor = lax.rsqrt(variance + epsilon) * scale
+    means = (image_means - mean[None]) * factor[None] + bias[None]
+    mean, variance = lax.stop_gradient(mean), lax.stop_gradient(variance)
+    return normalized, means.astype(x.dtype), mean, variance
+
+
 class Conv(nn.Module):
     """A replacement for `nn.Conv` with a 3 x 3 kernel, stride 1 and padding "SAME".
 
@@ -614,6 +670,20 @@ class BatchNorm(nn.Module):
             return normalized, max_pool_2x2(normalized)
         normalized, pooled = self._normalize(normalize_batch_and_pool, x)
         return normalized, pooled
+
+    def with_mean(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> tuple[Float[Array, "batch height width channel"], Float[Array, "batch channel"]]:
+        """Returns the normalised images, and the mean of each image and channel over the pixels.
+
+        In training, the mean is computed from sums over the pixels of x, like the statistics of the
+        batch. If the normalised images are not used, they are not computed.
+        """
+        if self.use_running_average:
+            normalized = self(x)
+            return normalized, jnp.mean(normalized, axis=(1, 2))
+        normalized, means = self._normalize(_normalize_batch_with_means, x)
+        return normalized, means
 
     def _normalize(self, function: Callable[..., Any], x: Array) -> list[Array]:
         """Normalises with the statistics of the batch, and stores them.

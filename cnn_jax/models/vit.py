@@ -38,6 +38,42 @@ class PatchEmbed(nn.Module):
         )(x)
 
 
+@jax.custom_vjp
+def attention_weights(
+    query: Float[Array, "batch head query channel"], key: Float[Array, "batch head key channel"]
+) -> Float[Array, "batch head query key"]:
+    """Returns the softmax, over the keys, of the products of queries and keys.
+
+    The products and the softmax are computed in float32, and the weights have the dtype of the
+    query. The backward pass needs no other array of this size. The gradient of `nn.softmax` would
+    keep a float32 array too, and would multiply float32 arrays.
+    """
+    logits = jnp.einsum("bhqc,bhkc->bhqk", query, key, preferred_element_type=jnp.float32)
+    return nn.softmax(logits).astype(query.dtype)
+
+
+def _attention_weights_forward(query: Array, key: Array) -> tuple[Array, tuple[Array, ...]]:
+    weights = attention_weights(query, key)
+    return weights, (query, key, weights)
+
+
+def _attention_weights_backward(
+    residuals: tuple[Array, ...], gradient: Array
+) -> tuple[Array, Array]:
+    query, key, weights = residuals
+    in_float32 = weights.astype(jnp.float32)
+    weighted = in_float32 * gradient.astype(jnp.float32)
+    logits_gradient = weighted - in_float32 * jnp.sum(weighted, axis=-1, keepdims=True)
+    logits_gradient = logits_gradient.astype(query.dtype)
+    return (
+        jnp.einsum("bhqk,bhkc->bhqc", logits_gradient, key),
+        jnp.einsum("bhqk,bhqc->bhkc", logits_gradient, query),
+    )
+
+
+attention_weights.defvjp(_attention_weights_forward, _attention_weights_backward)
+
+
 class Attention(nn.Module):
     """Self-attention with several heads (Vaswani et al. 2017).
 
@@ -59,10 +95,7 @@ class Attention(nn.Module):
         x = x.reshape(batch, tokens, 3, self.heads, width)
         # On a CPU, matrix products are fastest if the batch axes come first.
         query, key, value = x.transpose(2, 0, 3, 1, 4)
-        logits = jnp.einsum(
-            "bhqc,bhkc->bhqk", query / math.sqrt(width), key, preferred_element_type=jnp.float32
-        )
-        weights = nn.softmax(logits).astype(self.dtype)
+        weights = attention_weights(query / math.sqrt(width), key)
         x = jnp.einsum("bhqk,bhkc->bqhc", weights, value).reshape(batch, tokens, channels)
         return Dense(channels, self.dtype, name="proj")(x)
 

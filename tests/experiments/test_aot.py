@@ -165,7 +165,7 @@ def test_the_gpu_step_stays_within_its_budget(gpu_step):
     work = roofline.total(
         roofline.training_passes(CNN(num_classes=10), 224, 256, activation_bytes=2)
     )
-    assert work.bytes < gpu_step.bytes < 13.4e9
+    assert work.bytes < gpu_step.bytes < 13e9
     assert len(gpu_step.kernels) < 110
     assert gpu_step.memory["temporary"] < 2.6e9
     assert not gpu_step.collectives

@@ -96,6 +96,18 @@ def test_other_platforms_get_the_plain_gradient_of_a_depthwise_kernel():
     _assert_close(actual, convolutions._kernel_gradient_on_cpu(x, gradient, **options))
 
 
+def test_a_depthwise_convolution_trains_in_bfloat16():
+    inputs = _random(2, 4, 4, 3), _random(3, 3, 3, seed=1)
+    convolve = functools.partial(depthwise_convolve, stride=1, pads=((1, 1), (1, 1)))
+    value, backward = jax.vjp(convolve, *(array.astype(jnp.bfloat16) for array in inputs))
+    gradients = backward(value)
+    assert [gradient.dtype for gradient in gradients] == [jnp.bfloat16] * 2
+    expected_value, expected_backward = jax.vjp(convolve, *inputs)
+    for actual, expected in zip(gradients, expected_backward(expected_value), strict=True):
+        error = np.abs(actual.astype(jnp.float32) - expected).max()
+        assert error < 0.03 * np.abs(expected).max()
+
+
 def test_platforms_without_cpu_code_convolve_in_groups():
     convolve = functools.partial(depthwise_convolve, stride=1, pads=((1, 1), (1, 1)))
     lowered = (

@@ -20,6 +20,7 @@ from cnn_jax.models.layers import (
     max_pool_2x2,
     max_pool_3x3,
     normalize_batch,
+    relu6,
 )
 
 # The layers divide the pixels into blocks of equal size. The numbers of pixels in these shapes have
@@ -182,6 +183,39 @@ def test_batch_norm_with_max_pool_equals_flax(monkeypatch, shape, uses_maps, pla
     _assert_close(actual, expected, 2e-5)
 
 
+@pytest.mark.parametrize("uses_maps", [False, True])
+@pytest.mark.parametrize("use_running_average", [False, True])
+def test_batch_norm_with_mean_equals_flax(use_running_average, uses_maps):
+    shape = (4, 16, 15, 8)
+    x, map_weights = nn.relu(_random(*shape)), _random(*shape, seed=1)
+    mean_weights = _random(shape[0], shape[-1], seed=2)
+    options = {"use_running_average": use_running_average, "epsilon": 1e-3}
+    plain, ours = nn.BatchNorm(momentum=0, **options), BatchNorm(**options)
+    variables = plain.init(jax.random.key(0), x)
+    variables["params"] = {"scale": _random(8, seed=3), "bias": _random(8, seed=4)}
+
+    def weighted(module, params, x):
+        def results(module, x):
+            if isinstance(module, BatchNorm):
+                return module.with_mean(x)
+            maps = module(x)
+            return maps, maps.mean((1, 2))
+
+        (maps, means), updates = nn.apply(results, module, mutable=["batch_stats"])(
+            {**variables, "params": params}, x
+        )
+        total = jnp.sum(mean_weights * means)
+        return total + jnp.sum(map_weights * maps) if uses_maps else total, updates
+
+    actual, expected = (
+        jax.jit(jax.value_and_grad(weighted, argnums=(1, 2), has_aux=True), static_argnums=0)(
+            module, variables["params"], x
+        )
+        for module in (ours, plain)
+    )
+    _assert_close(actual, expected, 1e-5)
+
+
 def test_batch_norm_in_inference_equals_flax():
     options = {"use_running_average": True, "epsilon": 1e-3}
     x = _random(2, 5, 6, 4)
@@ -318,3 +352,12 @@ def test_max_pool_3x3_equals_linen(size):
 
     plain = value_and_gradient(lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1))))
     _assert_close(value_and_gradient(max_pool_3x3), plain, 1e-6)
+
+
+def test_relu6_equals_jax_and_has_the_gradient_of_pytorch():
+    x = jnp.asarray([-np.inf, -1, -0.0, 0, 1e-30, 3, 6, 7], jnp.float32)
+    value, backward = jax.vjp(relu6, x)
+    np.testing.assert_array_equal(value, jax.nn.relu6(x))
+    # At 0 and at 6, the gradient of `jax.nn.relu6` is 1 / 2.
+    np.testing.assert_array_equal(backward(2 * jnp.ones(8))[0], 2 * ((x > 0) & (x < 6)))
+    assert jnp.isnan(relu6(jnp.full(1, jnp.nan))[0])

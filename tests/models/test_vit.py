@@ -5,7 +5,7 @@ import pytest
 from networks import assert_images_skip_at_random, random_variables
 
 from cnn_jax.models.network import count_parameters
-from cnn_jax.models.vit import Attention, Block, vit_small_patch14_dinov2
+from cnn_jax.models.vit import Attention, Block, attention_weights, vit_small_patch14_dinov2
 
 
 def test_the_number_of_parameters_is_that_of_dinov2():
@@ -36,6 +36,27 @@ def test_attention_equals_a_computation_in_numpy():
         heads.append(weights / weights.sum(1, keepdims=True) @ value[:, columns])
     expected = np.hstack(heads) @ proj["kernel"] + proj["bias"]
     np.testing.assert_allclose(attention.apply(variables, jnp.asarray(x))[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 0.02)])
+def test_the_gradients_of_attention_weights_are_those_of_softmax(dtype, tolerance):
+    rng = np.random.default_rng(0)
+    query, key, weights = (
+        jnp.asarray(rng.normal(size=shape), jnp.dtype(dtype))
+        for shape in ((2, 3, 5, 4), (2, 3, 6, 4), (2, 3, 5, 6))
+    )
+
+    def plain(query, key):
+        return jax.nn.softmax(jnp.einsum("bhqc,bhkc->bhqk", query, key))
+
+    value, backward = jax.vjp(attention_weights, query, key)
+    in_float32 = [array.astype(jnp.float32) for array in (query, key, weights)]
+    expected, plain_backward = jax.vjp(plain, *in_float32[:2])
+    np.testing.assert_allclose(value.astype(jnp.float32), expected, atol=tolerance)
+    pairs = zip(backward(weights), plain_backward(in_float32[2]), strict=True)
+    for actual, gradient in pairs:
+        assert actual.dtype == value.dtype == jnp.dtype(dtype)
+        np.testing.assert_allclose(actual.astype(jnp.float32), gradient, atol=5 * tolerance)
 
 
 def test_position_embeddings_are_unchanged_for_images_of_the_stored_size():
