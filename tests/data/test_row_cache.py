@@ -354,6 +354,8 @@ def test_only_small_segments_are_joined(folder):
 @pytest.mark.usefixtures("small_segments")
 def test_rows_are_copied_to_several_segments(folder):
     _write(*range(60))  # Without a call of `store_if_full`, all rows are in one segment.
+    found = _open().rows(list(map(_digest, range(25))), _not_computed)
+    assert sorted(len(segment.digests) for segment in found._segments) == [5, 10, 10]
     assert _read(*range(25)) == []
     sizes = [path.stat().st_size / (ROW_BYTES + INDEX_BYTES) for path in _files(folder)]
     assert sorted(sizes) == [5, 10, 10, 60]
