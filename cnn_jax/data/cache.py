@@ -37,6 +37,9 @@ _OWN_FILES = {
 }
 # The prefix of the temporary files that `open_temporary` creates.
 _LOCKED = ".partial-locked-"
+# A temporary file without a lock is kept for this time after it was written, in seconds: other
+# machines do not see the locks of some network file systems.
+_SECONDS_WITHOUT_LOCK = 10 * 60
 # The length of a day in seconds.
 _A_DAY = 24 * 60 * 60
 # Cached arrays and compiled programs are removed after this number of seconds without use.
@@ -179,8 +182,9 @@ def sweep(folder: pathlib.Path, keep: Collection[pathlib.Path | None] = ()) -> N
 def _remove_abandoned(path: pathlib.Path) -> None:
     """Removes a temporary file if its process has ended.
 
-    The process has ended if the file should be locked but is not. If this cannot be found out, the
-    file is removed one day after it was last written.
+    The process has ended if the file should be locked but is not, and was not written for ten
+    minutes. If nobody can know, because the file system has no locks, the file is removed one day
+    after it was last written.
     """
     with contextlib.ExitStack() as stack:
         is_abandoned = False
@@ -194,7 +198,7 @@ def _remove_abandoned(path: pathlib.Path) -> None:
                 return
             except OSError:  # Another user owns the file, or the file system has no locks.
                 pass
-        if is_abandoned or _seconds_unused(path) > _A_DAY:
+        if _seconds_unused(path) > (_SECONDS_WITHOUT_LOCK if is_abandoned else _A_DAY):
             path.unlink()
 
 

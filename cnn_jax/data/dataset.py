@@ -304,6 +304,7 @@ def _scan(
             error.strerror or error,
             hint,
         )
+        known = scan.known_records(listing, preprocessing)  # The scan may have stored records.
     if residency == "disk":
         return scan.scan(listing, preprocessing, None, track, known), None
     sink = _InMemory(len(listing), preprocessing.image_size)

@@ -202,10 +202,10 @@ def decode(
 
     EXIF orientation is applied, transparent pixels are laid over white, and an animation is
     represented by its first frame. The same picture gives the same pixels in each form, with two
-    exceptions. Pillow keeps only 8 bits of colours of 16 bits when it loads them; so if a Pillow
-    image is not loaded yet, its file is read again, with all 16 bits. And an array has no file
-    format that defines white; so every dtype except uint8 and bool needs a white level, including
-    uint16.
+    exceptions. A Pillow image with colours of 16 bits has only 8 bits of each colour after it was
+    loaded; if it is not loaded yet, its file is read again, with all 16 bits. And an array has no
+    file format that defines white; so every dtype except uint8 and bool needs a white level,
+    including uint16.
 
     Args:
       image: The bytes of a file in one of `FORMATS`; a Pillow image of any mode; or grey or RGB

@@ -3,8 +3,8 @@
 The rows of a data set are in files called segments. A segment never changes: missing rows are
 written to new segments, so one added image writes one row. A segment contains its rows, and then
 the digest and the checksum of each row. It gets its name when it is complete, so several processes
-may use the cache at the same time. The size of a segment is limited, so that a killed process loses
-only a few rows.
+may use the cache at the same time. The size of a segment is limited: a killed process loses at most
+the rows of one segment.
 """
 
 import contextlib
@@ -417,10 +417,9 @@ def _map(file: pathlib.Path | IO[bytes], shape: tuple[int, ...]) -> UInt8[np.nda
     """Returns the rows of a segment, memory-mapped."""
     try:
         return np.asarray(np.memmap(file, np.uint8, "r", shape=shape))
-    except (OSError, ValueError) as error:
-        if isinstance(error, OSError) and error.errno == errno.EMFILE:
-            raise  # Too many files are open. The file itself is not damaged.
+    except (FileNotFoundError, ValueError):
         # The file was deleted or cut after its digests were read. With zeros, rows are damaged.
+        # After other errors, such as too many open files, the file itself is not damaged.
         return np.broadcast_to(np.uint8(0), shape)
 
 

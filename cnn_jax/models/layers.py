@@ -4,7 +4,7 @@ Each layer has the parameters, values and gradients of the standard layer that i
 names (`tests/models/test_layers.py` compares the two layers), and can be replaced by the
 standard layer. Where the platforms need different forms, `lax.platform_dependent` selects one.
 The measured gain in speed on CPUs is in `experiments/RESULTS.md`, with the bytes and cycles that
-XLA counts for a GPU and a TPU. The gradients are written by hand, for reverse mode only: `jax.jvp`
+XLA counts for a GPU and a TPU. Most gradients are written by hand, for reverse mode only: `jax.jvp`
 of these layers fails.
 """
 
@@ -39,11 +39,29 @@ def channel_sums(
     return _sums(arrays, (0, 1))
 
 
+@jax.custom_vjp
 def image_sums(
     *arrays: Float[Array, "batch height width channel"],
 ) -> tuple[Float[Array, "batch channel"], ...]:
     """Does the same as `channel_sums`, for each image of the batch."""
     return _sums(arrays, (1,))
+
+
+def _image_sums_forward(*arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    return image_sums(*arrays), arrays
+
+
+def _image_sums_backward(
+    arrays: tuple[Array, ...], gradients: tuple[Array, ...]
+) -> tuple[Array, ...]:
+    # Only the shapes of the arrays are used, so that XLA does not keep the arrays.
+    return tuple(
+        jnp.broadcast_to(gradient[:, None, None], array.shape).astype(array.dtype)
+        for array, gradient in zip(arrays, gradients, strict=True)
+    )
+
+
+image_sums.defvjp(_image_sums_forward, _image_sums_backward)
 
 
 def _sums(arrays: tuple[Array, ...], axes: tuple[int, ...]) -> tuple[Array, ...]:
@@ -585,7 +603,10 @@ normalize_batch_and_pool.defvjp(
 def _normalize_batch_with_means(
     x: Array, scale: Array, bias: Array, epsilon: float
 ) -> tuple[Array, Array, Array, Array]:
-    """Returns the results of `normalize_batch`, and the means of `BatchNorm.with_mean` after x."""
+    """Returns the normalised images, their means over the pixels, and the statistics of the batch.
+
+    The statistics are the mean and the variance of each channel.
+    """
     normalized = cast(tuple[Array, ...], normalize_batch(x, scale, bias, epsilon))[0]
     in_float32 = x.astype(jnp.float32)
     pixels = x.shape[1] * x.shape[2]
@@ -689,7 +710,8 @@ class BatchNorm(nn.Module):
         """Normalises with the statistics of the batch, and stores them.
 
         Args:
-          function: `normalize_batch` or `normalize_batch_and_pool`.
+          function: Takes the images, the scale, the bias and epsilon. The last two results are the
+            mean and the variance of each channel.
           x: The images.
 
         Returns:

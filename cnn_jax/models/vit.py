@@ -45,8 +45,8 @@ def attention_weights(
     """Returns the softmax, over the keys, of the products of queries and keys.
 
     The products and the softmax are computed in float32, and the weights have the dtype of the
-    query. The backward pass needs no other array of this size. The gradient of `nn.softmax` would
-    keep a float32 array too, and would multiply float32 arrays.
+    query. No other array of this size is kept for the backward pass. The gradient of `nn.softmax`
+    would keep a float32 array too, and would multiply float32 arrays.
     """
     logits = jnp.einsum("bhqc,bhkc->bhqk", query, key, preferred_element_type=jnp.float32)
     return nn.softmax(logits).astype(query.dtype)

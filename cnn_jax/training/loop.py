@@ -689,11 +689,13 @@ def training_batches(
       stop: The number after the last batch; None: the stream is endless.
       augmentation: The augmentation, if it is not that of the configuration.
     """
+    if augmentation is None:
+        augmentation = Augmentation.from_config(config.augment)
     return pipeline.training_batches(
         dataset.loader,
         dataset.splits["train"],
         batch_size=config.train.batch_size,
-        augmentation=augmentation or Augmentation.from_config(config.augment),
+        augmentation=augmentation,
         place=config.augment.place,
         seed=config.seed,
         start=start,

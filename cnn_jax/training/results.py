@@ -104,11 +104,12 @@ def write_results(
         on_metrics(report)
     reference = None
     if config.report.reference and not _has_opencv():
-        logger.warning(
-            "OpenCV is not installed, so the bundle has no reference statistics; `cnn_jax monitor "
-            "--bundle=%s --fit_reference=FILE` computes them on a machine with OpenCV",
-            workdir,
-        )
+        if sharding.is_primary():
+            logger.warning(
+                "OpenCV is not installed, so the bundle has no reference statistics; `cnn_jax "
+                "monitor --bundle=%s --fit_reference=FILE` computes them on a machine with OpenCV",
+                workdir,
+            )
     elif config.report.reference:
         samples = measure_samples(
             BundlePredictor(bundle),

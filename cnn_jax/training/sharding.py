@@ -144,7 +144,8 @@ def share_rows(
     """Computes arrays with one row for each position below `count`; the processes share the work.
 
     Args:
-      function: Takes positions, and returns arrays with a row for each position.
+      function: Takes positions, and returns arrays with a row for each position, of at most 32 bits
+        a number. If there are more processes than positions, a process gets no positions.
       count: The number of positions.
 
     Returns:

@@ -39,6 +39,7 @@ OPTIONS: dict[str, Mapping[str, Any]] = {
     RECIPE: {},
     "ema 0.99": {"train.ema": 0.99},
     "ema 0.999": {"train.ema": 0.999},
+    "cosine 3e-3": {"optimizer.learning_rate": 3e-3},
     "one_cycle": {"optimizer.schedule": "one_cycle"},
     "one_cycle 3e-3": {"optimizer.schedule": "one_cycle", "optimizer.learning_rate": 3e-3},
     "adamw": {"optimizer.algorithm": "adamw", "optimizer.weight_decay": 0.05, "optimizer.l2": 0.0},

@@ -11,6 +11,7 @@ from conftest import write_images
 from PIL import Image
 
 from cnn_jax.data import dataset as datasets
+from cnn_jax.data import row_cache, scan
 from cnn_jax.data.dataset import check_classes, check_trainable, choose_residency, open_dataset
 from cnn_jax.data.files import open_csv, open_folder
 from cnn_jax.data.preprocessing import Preprocessing
@@ -194,7 +195,24 @@ def test_a_killed_scan_keeps_what_it_decoded(folder, decoded):
     dataset = _open(folder, residency="disk")
     assert len(decoded) == 20  # The records and the pixels of 40 images were stored.
     np.testing.assert_array_equal(_all_images(dataset), _all_images(_open(folder)))
-    assert not list((folder.parent / "cache" / "pixels").glob(".partial-*"))
+
+
+def test_a_disk_that_becomes_full_during_the_scan_keeps_the_records(folder, decoded, monkeypatch):
+    reserve, count = os.posix_fallocate, 0
+
+    def no_space(*arguments):
+        nonlocal count
+        count += 1
+        if count > 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(*arguments)
+
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    monkeypatch.setattr(row_cache, "_SEGMENT_BYTES", 5 * 596)
+    monkeypatch.setattr(scan, "_chunks", lambda rows, size: [[row] for row in rows])
+    assert _open(folder, residency="disk").residency == "none"
+    # The images before the full disk were examined once, and so were the others.
+    assert len(decoded) == 60
 
 
 @pytest.mark.parametrize(("residency", "then"), [("disk", "none"), ("memory", "memory")])
