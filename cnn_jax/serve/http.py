@@ -2,7 +2,7 @@
 
 This module changes the following behaviour of uvicorn:
 - It waits forever for the end of a request's headers, and for a client that does not read.
-- It stores headers and trailers of any size, and any number of requests on a connection.
+- It stores headers and trailers of any size, and all requests that arrive in one packet.
 - When it refuses a request, it closes the connection even if the client is still sending. Then the
   client cannot read the error.
 - It skips the body of a request with an Upgrade header.
@@ -43,9 +43,10 @@ _LINGER_BYTES = 32_000_000
 # Maximum number of connections. Beyond this number, the server aborts a connection that is idle, or
 # whose client has paused for _STALLED_SECONDS seconds in the middle of a request.
 _MAX_CONNECTIONS, _STALLED_SECONDS = 1_000, 1.0
-# Maximum number of requests that may wait on a connection until an earlier one is answered. Without
-# the limit, one packet of 256 kB could contain 14,000 requests, which need 30 MB.
-_MAX_PIPELINED = 100
+# If this number of requests waits on a connection until an earlier one is answered, no further
+# requests are parsed. Without the limit, one packet of 256 kB could contain 14,000 requests, which
+# need 30 MB. The parser gets pieces of this number of bytes, because it cannot stop within a piece.
+_MAX_PIPELINED, _PIECE_BYTES = 100, 2**14
 
 
 class _Parser:
@@ -98,6 +99,8 @@ class _Protocol(HttpToolsProtocol):
     # The number of bytes since a head, a part of a body or a request was last complete.
     _pending_bytes = 0
     _has_progress = False
+    # Received bytes that are parsed when fewer requests wait.
+    _unparsed = b""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -129,7 +132,7 @@ class _Protocol(HttpToolsProtocol):
     def is_stalled(self) -> bool:
         """Returns whether the client has paused in the middle of a request."""
         pause = time.monotonic() - self.last_received
-        return self._is_in_message and pause > _STALLED_SECONDS
+        return self._is_in_message and not self._unparsed and pause > _STALLED_SECONDS
 
     def _abort_one(self) -> None:
         """Aborts the connection that has been idle or stalled longest, or else this connection."""
@@ -144,11 +147,33 @@ class _Protocol(HttpToolsProtocol):
         if self._timer is None and self.is_idle:
             # Start the timer even if the received bytes do not start a request.
             self._start_timer()
-        self._has_progress = False
-        super().data_received(data)
-        self._pending_bytes = 0 if self._has_progress else self._pending_bytes + len(data)
-        if self._pending_bytes > _MAX_HEADER_BYTES:
-            self._refuse()
+        self._unparsed += data
+        self._parse()
+
+    def _parse(self) -> None:
+        """Parses the received bytes until too many requests wait."""
+        if self._is_in_headers and self._timer is None:
+            self._start_timer()
+        while self._unparsed and len(self.pipeline) < _MAX_PIPELINED:
+            if self.transport.is_closing():
+                self._unparsed = b""
+                return
+            piece = self._unparsed[:_PIECE_BYTES]
+            self._unparsed = self._unparsed[_PIECE_BYTES:]
+            self._has_progress = False
+            super().data_received(piece)
+            self._pending_bytes = 0 if self._has_progress else self._pending_bytes + len(piece)
+            if self._pending_bytes > _MAX_HEADER_BYTES:
+                self._refuse()
+        if self._unparsed:
+            # The server, and not the client, delays the rest of the request.
+            self._stop_timer()
+            self.flow.pause_reading()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._unparsed:
+            self._parse()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -166,8 +191,6 @@ class _Protocol(HttpToolsProtocol):
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > _MAX_HEADER_BYTES:  # All headers arrived at once.
             raise httptools.HttpParserError("the headers are too long")
-        if len(self.pipeline) >= _MAX_PIPELINED:
-            raise httptools.HttpParserError("too many requests wait on this connection")
         self._is_in_headers = False
         self._has_progress = True
         self._stop_timer()

@@ -271,14 +271,19 @@ class Variant(Ours):
         if "max_pool_2x2" in self.linen:
             cnn.max_pool_2x2 = functools.partial(nn.max_pool, window_shape=(2, 2), strides=(2, 2))
         if {"BatchNorm", "max_pool_2x2"} & set(self.linen):
-            # This class replaces the method that computes both layers together.
+            # This class replaces the methods that compute two layers together.
             base = nn.BatchNorm if "BatchNorm" in self.linen else cnn.BatchNorm
 
             def with_max_pool(layer: Any, x: Any) -> tuple[Any, Any]:
                 maps = layer(x)
                 return maps, cnn.max_pool_2x2(maps)
 
-            cnn.BatchNorm = type("BatchNorm", (base,), {"with_max_pool": with_max_pool})
+            def with_mean(layer: Any, x: Any) -> tuple[Any, Any]:
+                maps = layer(x)
+                return maps, maps.mean((1, 2))
+
+            methods = {"with_max_pool": with_max_pool, "with_mean": with_mean}
+            cnn.BatchNorm = type("BatchNorm", (base,), methods)
         return super()._model(precision, dropout)
 
 

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY
 
@@ -259,6 +260,24 @@ def test_a_state_is_compared_bit_for_bit_and_without_tf32(experiments_on_path, t
     assert first.digest() == second.digest()
     with first.exact():
         assert jax.config.jax_default_matmul_precision == "highest"
+
+
+@pytest.mark.parametrize("name", ["plain Linen", "cnn_jax with nn.BatchNorm"])
+def test_a_variant_computes_the_same_gradients(experiments_on_path, tmp_path, monkeypatch, name):
+    import bench_train
+    import peers
+
+    from cnn_jax.models import cnn
+
+    bench_train.write_data(tmp_path / "data.npz", side=8, batch_size=4)
+    task = peers.load_task(tmp_path / "data.npz", "float32", dropout=0)
+    loss, gradients = peers.Ours(task).loss_and_gradients()
+    for layer in ("Conv", "BatchNorm", "max_pool_2x2"):  # Variants change the module.
+        monkeypatch.setattr(cnn, layer, getattr(cnn, layer))
+    other_loss, other_gradients = peers.PEERS[name](task).loss_and_gradients()
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    for key, gradient in gradients.items():
+        np.testing.assert_allclose(other_gradients[key], gradient, rtol=1e-3, atol=1e-5)
 
 
 def test_rates_are_taken_from_a_file(experiments_on_path, tmp_path):

@@ -284,19 +284,33 @@ def test_upgrade_headers_are_ignored(serve, step):
 
 def test_many_upgrade_headers_are_ignored(serve):
     """All requests are answered, although they arrive in one packet."""
-    many = http._MAX_PIPELINED
     one = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
     with connect(serve()) as connection:
-        connection.sendall(one * many + _LAST)
+        connection.sendall(one * 3_000 + _LAST)
         answer = rest_of(connection)
-    assert answer.count(b"HTTP/1.1 200") == many + 1
+    assert answer.count(b"HTTP/1.1 200") == 3_001
 
 
-def test_the_number_of_waiting_requests_is_limited(serve):
-    """The server closes the connection of a client that sends many requests at once."""
-    with connect(serve(_MAX_PIPELINED=10)) as connection:
-        connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n" * 1_000)
-        assert rest_of(connection).count(b"HTTP/1.1 200") < 12
+@pytest.mark.parametrize("body", [0, 100_000])
+def test_the_number_of_waiting_requests_is_limited(serve, monkeypatch, body):
+    """All requests are answered, also if the head of one is divided between pieces."""
+    waiting = []
+    append = http._Protocol.on_headers_complete
+
+    def on_headers_complete(self):
+        append(self)
+        waiting.append(len(self.pipeline))
+
+    monkeypatch.setattr(http._Protocol, "on_headers_complete", on_headers_complete)
+    one = b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % body + b"a" * body
+    count = 1_000 if not body else 50
+    port = serve(_MAX_PIPELINED=10, _PIECE_BYTES=1_000, _HEADER_SECONDS=1)
+    with connect(port) as connection:
+        sender = threading.Thread(target=connection.sendall, args=(one * count + _LAST,))
+        sender.start()
+        assert rest_of(connection).count(b"HTTP/1.1 200") == count + 1
+        sender.join()
+    assert max(waiting) < 10 + 1_000 / len(one)
 
 
 def test_connect_is_refused(serve):
