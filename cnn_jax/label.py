@@ -12,11 +12,13 @@ image_index, label and new_class.
 """
 
 import pathlib
+import time
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
+from cnn_jax.data.findings import count
 from cnn_jax.data.request_log import find_images, read_images
 from cnn_jax.monitor.flags import add_log_flags, add_version_flags, open_rows, open_version
 from cnn_jax.monitor.labels import (
@@ -54,15 +56,17 @@ def main(argv: Sequence[str]) -> None:
     if (flags.page is None) == (flags.labels is None):
         raise ConfigError("either --page or --labels must be given")
     if flags.labels is not None:
-        count = add_labels(flags.log, read_labels(pathlib.Path(flags.labels)))
-        print(f"stored {count:,} labels in {printable(', '.join(flags.log))}")
+        stored = add_labels(flags.log, read_labels(pathlib.Path(flags.labels)))
+        print(f"stored {stored:,} labels in {printable(', '.join(flags.log))}")
         return
 
     served = open_version(flags)
     rows = open_rows(flags, served)
-    logged = find_images(flags.log)
+    since = float(rows.times[0]) - 1 if len(rows) else time.time()
+    logged = find_images(flags.log, since)
     has_image = np.array([key in logged for key in rows.keys], bool)
-    is_free = (rows.labels < 0) & has_image
+    is_unlabelled = rows.labels < 0
+    is_free = is_unlabelled & has_image
     chosen = choose(rows, is_free, served.reference, flags.count, flags.random)
     images = read_images(flags.log, [rows.keys[row] for row, _ in chosen])
     items = [
@@ -72,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     ]
     if not items:
         advice = "start the server with --request_log_images"
-        if has_image.any():
+        if not is_unlabelled.any():
             advice = "all have labels"
         raise DataError(f"{', '.join(flags.log)}: no image can be labelled; {advice}")
     title = f"Images of {printable(served.name)} to label"
@@ -80,6 +84,11 @@ def main(argv: Sequence[str]) -> None:
     counts = Counter(item["reason"] for item in items)
     parts = ", ".join(f"{counts[reason]} {reason}" for reason in REASONS if counts[reason])
     print(f"wrote {printable(flags.page)}: {parts}")
+    if missing := int((is_unlabelled & ~has_image).sum()):
+        print(
+            f"{count(missing, 'image')} cannot be labelled, because the log has no pixels of them; "
+            "so the random images may be too few for the accuracy that cnn_jax monitor shows"
+        )
 
 
 if __name__ == "__main__":

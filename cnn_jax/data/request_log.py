@@ -338,10 +338,14 @@ def read_keys(
     return [row for row in rows if (row["request_id"], row["image_index"]) in wanted]
 
 
-def find_images(folders: Folders) -> set[Key]:
-    """Returns the request ids and image indices of all images whose pixels were logged.
+def find_images(folders: Folders, since: float) -> set[Key]:
+    """Returns the request ids and image indices of the images whose pixels were logged.
 
     The files are read one after the other, because a log may be larger than the memory.
+
+    Args:
+      folders: The folders of request logs.
+      since: In seconds since the epoch; files without later rows are not read.
 
     Raises:
       DataError: A file cannot be read.
@@ -349,6 +353,9 @@ def find_images(folders: Folders) -> set[Key]:
     found: set[Key] = set()
     paths = (path for one in folders for path in list_files(pathlib.Path(one, "requests")))
     for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < since:
+                continue
         table = read_file(path, ("request_id", "image_index", "image"))
         if table is not None and "image" in table.column_names:
             table = table.filter(pc.field("image").is_valid())

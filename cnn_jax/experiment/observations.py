@@ -105,7 +105,8 @@ def read_observations(experiment: Experiment, folders: Folders, now: float) -> O
             f"{printable(', '.join(found)) or '(none)'}"
         )
     check_unique(own, folders)
-    own.sort(key=lambda row: row["time"])
+    # Rows with the same time have a fixed order, whatever the order of the folders and files.
+    own.sort(key=lambda row: (row["time"], row["request_id"], row["image_index"]))
     failed = [r for r in failures if r["arm"] in columns and r["model"] == experiment.model]
     events = sorted([*own, *failed], key=lambda row: row["time"])
     ends = None if experiment.is_shadow else _window_ends(experiment, events)

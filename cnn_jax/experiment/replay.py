@@ -153,8 +153,8 @@ def _read(
             f"have a label and none of these has the image itself: {advice}"
         )
     first: dict[bytes, str] = {}
-    # Labels with the same time keep the order of their images.
-    for key in sorted(labelled, key=lambda key: feedback[key].time):
+    # Labels with the same time have an order that does not depend on the predictions.
+    for key in sorted(labelled, key=lambda key: (feedback[key].time, key)):
         if key in images:
             first.setdefault(images[key], feedback[key].value)
     return list(first), list(first.values()), len(images) - len(first)

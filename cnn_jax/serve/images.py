@@ -74,7 +74,8 @@ def _parse_form(body: bytes, boundary: bytes, limits: Limits) -> list[Part]:
             return
         num_empty += 1
         if num_empty > _MAX_EMPTY_PARTS:
-            raise Refused(413, "too_many", "the form has too many empty parts")
+            message = f"a form may have at most {_MAX_EMPTY_PARTS} parts without a file"
+            raise Refused(413, "too_many", message)
 
     def refuse_field(field: Field) -> None:
         # The client may have meant an image or a query parameter.

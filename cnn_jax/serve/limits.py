@@ -45,7 +45,7 @@ class Limits:
         limit = self.explained if explain else self.images
         if images > limit:
             kind = "images with maps" if explain else "images"
-            message = f"a request may have at most {limit} {kind}, not {images:,}"
+            message = f"a request may have at most {limit} {kind}"
             raise Refused(413, "too_many", message)
 
 

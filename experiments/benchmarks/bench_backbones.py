@@ -50,6 +50,8 @@ class Ours:
         runtime.keep_freed_memory()
         self._options = runtime.compiler_options()
         section = default_config(name).model.to_dict()
+        if "batch_norm_statistics" in section:
+            section["batch_norm_statistics"] = "frozen"
         self._model = make_model(section, CLASSES, "float32")
         self._variables = convert(reference_logits.random_state(state_shapes))
 

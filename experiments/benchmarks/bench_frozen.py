@@ -11,13 +11,17 @@ Adam's moments.
 
 import argparse
 import os
+import pathlib
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
 import jax
 from common import CLASSES, random_batch, seconds_of_each
 from jaxtyping import PyTree
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from cnn_jax.config.schema import default_config
 from cnn_jax.data.preprocessing import Preprocessing

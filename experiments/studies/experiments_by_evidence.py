@@ -11,10 +11,14 @@ takes about two minutes; --runs=20000 --units=20000 is the longer version.
 
 import argparse
 import math
+import pathlib
+import sys
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from scipy.stats import norm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from cnn_jax.quality.sequential import (
     CHECK_LEVEL,

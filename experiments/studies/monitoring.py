@@ -25,12 +25,15 @@ import argparse
 import contextlib
 import pathlib
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import Float, Int
 from scipy.spatial.distance import cdist
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from cnn_jax.config import files
 from cnn_jax.data import shapes

@@ -9,10 +9,14 @@ candidate passes the score test, has no class that is worse, and is promoted bec
 """
 
 import argparse
+import pathlib
+import sys
 from collections.abc import Sequence
 
 import numpy as np
 from scipy.stats import norm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from cnn_jax.quality.noninferiority import LEVEL, score_statistic, worse_classes
 

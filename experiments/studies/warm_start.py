@@ -13,10 +13,13 @@ training, with the compilation. All networks have the same test images. A second
 
 import argparse
 import pathlib
+import sys
 import time
 
 import cv2
 import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from cnn_jax.config import files
 from cnn_jax.config.schema import Config
