@@ -170,6 +170,12 @@ def test_offsets_are_added_to_stages():
     plain, moved = stages(), stages({"conv1": jnp.ones((2, 8, 8, 4))})
     np.testing.assert_allclose(moved["conv1"], plain["conv1"] + 1, rtol=1e-6)
     assert not np.allclose(moved["logits"], plain["logits"])
+    offset = np.random.default_rng(1).normal(size=(2, 4, 4, 5))
+    mean = (np.asarray(plain["conv2"]) + offset).mean((1, 2))
+    layer = jax.device_get(variables["params"]["dense"])
+    expected = np.maximum(dense(mean, **layer), 0)
+    actual = stages({"conv2": jnp.asarray(offset, jnp.float32)})["embedding"]
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
     # The logits are linear in the embedding. So the gradient with respect to a value that is added
     # to the embedding is the kernel of the head.
     zeros = jnp.zeros((2, 8))
