@@ -183,14 +183,29 @@ def _depthwise_backward(
         cpu=functools.partial(_kernel_gradient_on_cpu, **options),
         default=functools.partial(_kernel_gradient, **options),
     )
-    input_gradient = _input_gradient(gradient, kernel, size, stride, pads)
-    return input_gradient, cast(Array, kernel_gradient)
+    options = {"size": size, "stride": stride, "pads": pads}
+    input_gradient = lax.platform_dependent(
+        gradient,
+        kernel,
+        cpu=functools.partial(_input_gradient_on_cpu, **options),
+        default=functools.partial(_input_gradient, **options),
+    )
+    return cast(Array, input_gradient), cast(Array, kernel_gradient)
 
 
 depthwise_convolve.defvjp(_depthwise_forward, _depthwise_backward)
 
 
 def _input_gradient(
+    gradient: Array, kernel: Array, size: tuple[int, int], stride: int, pads: Padding
+) -> Array:
+    """Computes the gradient of the input, which has the given size, as JAX would do."""
+    x = jax.ShapeDtypeStruct((len(gradient), *size, gradient.shape[-1]), gradient.dtype)
+    convolve = functools.partial(_grouped, kernel=kernel, stride=stride, pads=pads)
+    return jax.linear_transpose(convolve, x)(gradient)[0]
+
+
+def _input_gradient_on_cpu(
     gradient: Array, kernel: Array, size: tuple[int, int], stride: int, pads: Padding
 ) -> Array:
     """Computes the gradient of the input as a convolution with the reversed kernel.

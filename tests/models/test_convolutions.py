@@ -89,11 +89,18 @@ def test_depthwise_convolutions_equal_lax(
     _assert_close(actual, _value_and_gradients(expected, *inputs))
 
 
-def test_other_platforms_get_the_plain_gradient_of_a_depthwise_kernel():
-    x, gradient = _random(2, 6, 6, 3), _random(2, 3, 3, 3, seed=1)
-    options = {"kernel_size": 3, "stride": 2, "pads": ((1, 1), (1, 1))}
+@pytest.mark.parametrize("stride", [1, 2])
+def test_other_platforms_get_the_plain_gradients_of_a_depthwise_convolution(stride):
+    size = (6, 6)
+    pads = paddings("same", 3, stride, size)
+    x, kernel = _random(2, *size, 3), _random(3, 3, 3, seed=1)
+    gradient = _random(2, 6 // stride, 6 // stride, 3, seed=2)
+    options = {"kernel_size": 3, "stride": stride, "pads": pads}
     actual = convolutions._kernel_gradient(x, gradient, **options)
     _assert_close(actual, convolutions._kernel_gradient_on_cpu(x, gradient, **options))
+    options = {"size": size, "stride": stride, "pads": pads}
+    actual = convolutions._input_gradient(gradient, kernel, **options)
+    _assert_close(actual, convolutions._input_gradient_on_cpu(gradient, kernel, **options))
 
 
 def test_a_depthwise_convolution_trains_in_bfloat16():
