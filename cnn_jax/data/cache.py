@@ -183,8 +183,8 @@ def _remove_abandoned(path: pathlib.Path) -> None:
     """Removes a temporary file if its process has ended.
 
     The process has ended if the file should be locked but is not, and was not written for ten
-    minutes. If nobody can know, because the file system has no locks, the file is removed one day
-    after it was last written.
+    minutes. A file without this kind of lock is removed one day after it was last written, and so
+    is each file on a file system without locks.
     """
     with contextlib.ExitStack() as stack:
         is_abandoned = False

@@ -26,7 +26,7 @@ import re
 import secrets
 import tempfile
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -351,11 +351,8 @@ def find_images(folders: Folders, since: float) -> set[Key]:
       DataError: A file cannot be read.
     """
     found: set[Key] = set()
-    paths = (path for one in folders for path in list_files(pathlib.Path(one, "requests")))
+    paths = (path for one in folders for path in _files_since(pathlib.Path(one, "requests"), since))
     for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_mtime < since:
-                continue
         table = read_file(path, ("request_id", "image_index", "image"))
         if table is not None and "image" in table.column_names:
             table = table.filter(pc.field("image").is_valid())
@@ -475,10 +472,7 @@ def _read_folders(
         bounds = min(ids.to_pylist()), max(ids.to_pylist())
     tables: dict[str, pa.Table] = {}
     for name in names:
-        for path in list_files(folder / name):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < since:
-                    continue
+        for path in _files_since(folder / name, since):
             if bounds and not _may_have(path, *bounds):
                 continue
             if _stem(path) not in tables:
@@ -493,6 +487,18 @@ def _read_folders(
 def list_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the files with rows in a folder, the oldest first."""
     return sorted(path for path in folder.iterdir() if _FILE_NAME.fullmatch(path.name))
+
+
+def _files_since(folder: pathlib.Path, since: float) -> Iterator[pathlib.Path]:
+    """Yields the files of `list_files` that were written at the time `since` or later.
+
+    A stream that is converted at this moment is yielded too; `read_file` then reads the new file.
+    """
+    for path in list_files(folder):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < since:
+                continue
+        yield path
 
 
 def _stem(path: pathlib.Path) -> str:

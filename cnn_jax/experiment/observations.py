@@ -223,7 +223,7 @@ def _pairs(
         if (given := feedback.get(key)) is not None:
             pair = row["class"] == given.value, champion == given.value
             pairs.append((given.time, pair))
-    # Labels with the same time, such as those of one file of `cnn_jax label`, keep the order of
+    # Labels with the same time, for example from one file of `cnn_jax label`, keep the order of
     # their images. An order that depended on the outcomes would make the test wrong.
     pairs.sort(key=lambda item: item[0])
     return [pair for _, pair in pairs], agreements

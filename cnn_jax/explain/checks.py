@@ -23,7 +23,6 @@ from typing import Any
 import jax
 import numpy as np
 import scipy.ndimage
-import scipy.stats
 from jaxtyping import Bool, Float, PyTree
 
 from cnn_jax.data import Track, no_track
@@ -305,6 +304,9 @@ def rank_correlation(a: Maps, b: Maps) -> Float[np.ndarray, " batch"]:
 
     The correlation counts as 0 if only one of the two maps is constant, and as 1 if both are.
     """
+    # This module takes half a second to import, and explanations without checks do not need it.
+    import scipy.stats
+
     ranks = [scipy.stats.rankdata(maps.reshape(len(maps), -1), axis=1) for maps in (a, b)]
     x, y = (rank - rank.mean(axis=1, keepdims=True) for rank in ranks)
     scale = np.sqrt((x * x).sum(axis=1) * (y * y).sum(axis=1))

@@ -105,7 +105,7 @@ def depthwise_convolve(
 ) -> Float[Array, "batch new_height new_width channel"]:
     """Computes a depthwise convolution: each channel has a separate kernel.
 
-    The arguments are those of `dense_convolve`, except the shape of the kernel.
+    The arguments have the meaning of those of `dense_convolve`; only the kernel has another shape.
     """
     return _depthwise(x, kernel, stride, pads)
 

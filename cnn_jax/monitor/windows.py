@@ -33,8 +33,9 @@ def measure(
     of the tests of `drift` is significant. Two windows in a row that differ are an alarm. Drift is
     harm if there is an alarm in the latest window and the estimated accuracy of both windows of
     the alarm is lower than the accuracy on the validation images by more than `max_drop`; or if
-    the labels of a random sample of the two latest windows prove such a decrease (95 % interval
-    of Clopper and Pearson 1934, which is exact for any number of labels).
+    the labels of a random sample of the two latest windows prove such a decrease (interval of
+    Clopper and Pearson 1934: for one look, it contains the accuracy with a probability of at least
+    95 %, for any number of labels).
 
     Args:
       rows: The predictions.

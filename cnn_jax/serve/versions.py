@@ -70,7 +70,8 @@ class Version:
 
         Args:
           image: The content of an image file, or pixels, uint8 [h, w, 3] or [h, w].
-          max_pixels: A limit on the pixels of the image, below the limit of `preprocessing`.
+          max_pixels: The largest number of pixels of an image; a larger number than that of
+            `preprocessing` has no effect.
 
         Raises:
           DataError: The image cannot be used.

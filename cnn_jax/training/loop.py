@@ -687,7 +687,7 @@ def training_batches(
       rows: The rows of each batch that this process loads; None: all rows.
       start: The number of the first batch.
       stop: The number after the last batch; None: the stream is endless.
-      augmentation: The augmentation, if it is not that of the configuration.
+      augmentation: Replaces the augmentation of the configuration; None: nothing is replaced.
     """
     if augmentation is None:
         augmentation = Augmentation.from_config(config.augment)
