@@ -1,17 +1,22 @@
 """Mutation testing: changes the code in one place at a time, and checks that a test then fails.
 
-    python experiments/checks/mutations.py [FILE ...]
+    python experiments/checks/mutations.py [--workers=N] [FILE ...]
 
-Without FILE (below cnn_jax/) all mutations are checked. The program prints a line for each
-mutation and exits with 1 if no test noticed one. It works on a copy of the repository in a
-temporary folder. A mutation that needs too much memory or never ends counts as noticed.
+Without FILE (below cnn_jax/) all mutations are checked. For each mutation, the program prints the
+test that noticed it. At the end it runs these tests without a mutation. It exits with 1 if no test
+noticed a mutation, or if one of the tests fails without a mutation. It works on copies of the
+repository in a temporary folder. A mutation that needs too much memory or never ends counts as
+noticed.
 
 Use JAX 0.11 or later: a mutation of the convolutions changes only the choice of oneDNN, which
 earlier versions of XLA do not use.
 """
 
 import argparse
+import concurrent.futures
+import json
 import pathlib
+import queue
 import resource
 import shutil
 import subprocess
@@ -561,20 +566,39 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
-def _survives(copy: pathlib.Path, file: str, old: str, new: str, test: str) -> bool:
+def _test(copy: pathlib.Path, *tests: str) -> list[str]:
+    """Returns the failed tests, or `tests` themselves if pytest was killed or reached its limits."""
+    failed = copy / ".failed/v/cache/lastfailed"
+    failed.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-o", f"cache_dir={copy / '.failed'}"]
+    if len(tests) == 1:
+        command.append("-x")
+    try:
+        result = subprocess.run(
+            [*command, *tests],
+            cwd=copy,
+            capture_output=True,
+            timeout=_SECONDS * len(tests),
+            preexec_fn=_limit_memory,
+        )
+    except subprocess.TimeoutExpired:
+        return [*tests]
+    if result.returncode == 0:
+        return []
+    return list(json.loads(failed.read_text())) if failed.exists() else [*tests]
+
+
+def _mutate(copies: queue.SimpleQueue, file: str, old: str, new: str, test: str) -> list[str]:
+    """Returns the tests that fail with the mutation."""
+    copy = copies.get()
     path = copy / "cnn_jax" / file
     original = path.read_text()
     path.write_text(original.replace(old, new))
-    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{test}"]
     try:
-        result = subprocess.run(
-            command, cwd=copy, capture_output=True, timeout=_SECONDS, preexec_fn=_limit_memory
-        )
-        return result.returncode == 0
-    except subprocess.TimeoutExpired:
-        return False
+        return _test(copy, f"tests/{test}")
     finally:
         path.write_text(original)
+        copies.put(copy)
 
 
 def _limit_memory() -> None:
@@ -600,23 +624,35 @@ def stale() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("files", nargs="*", metavar="FILE", help="below cnn_jax/")
-    files = parser.parse_args().files
+    parser.add_argument("--workers", type=int, default=1, help="mutations tested at a time")
+    arguments = parser.parse_args()
+    files = arguments.files
     mutations = [mutation for mutation in MUTATIONS if not files or mutation[0] in files]
     if out_of_date := stale():
         sys.exit(f"the list is out of date: {'; '.join(out_of_date)}")
-    survivors = 0
+    survivors, noticed = 0, set()
+    copies = queue.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder) / "copy"
-        ignore = shutil.ignore_patterns(".git", "runs", ".venv")
-        shutil.copytree(REPOSITORY, copy, ignore=ignore)
-        for mutation in mutations:
-            survived = _survives(copy, *mutation)
-            survivors += survived
-            file, old, new, test = (text.replace("\n", " ") for text in mutation)
-            print(f"{'SURVIVED' if survived else 'found'}  {file}: {old} -> {new}  ({test})")
-            sys.stdout.flush()
-    print(f"{len(mutations) - survivors} of {len(mutations)} found")
-    sys.exit(survivors > 0)
+        for worker in range(arguments.workers):
+            copy = pathlib.Path(folder) / f"copy{worker}"
+            ignore = shutil.ignore_patterns(".git", "runs", ".venv", "__pycache__")
+            shutil.copytree(REPOSITORY, copy, ignore=ignore)
+            copies.put(copy)
+        with concurrent.futures.ThreadPoolExecutor(arguments.workers) as pool:
+            results = pool.map(lambda mutation: _mutate(copies, *mutation), mutations)
+            for mutation, failed in zip(mutations, results, strict=True):
+                survivors += not failed
+                noticed.update(failed)
+                file, old, new, test = (text.replace("\n", " ") for text in mutation)
+                by = f"found by {', '.join(failed)}" if failed else f"SURVIVED tests/{test}"
+                print(f"{by}  {file}: {old} -> {new}", flush=True)
+        print(f"{len(mutations) - survivors} of {len(mutations)} found")
+        # A test that fails without a mutation too says nothing about the mutation.
+        broken = _test(copies.get(), *sorted(noticed)) if noticed else []
+        print(f"{len(noticed) - len(broken)} of these {len(noticed)} tests pass without a mutation")
+        for test in broken:
+            print(f"FAILS without a mutation: {test}")
+    sys.exit(survivors > 0 or bool(broken))
 
 
 if __name__ == "__main__":
