@@ -109,10 +109,15 @@ def read_observations(experiment: Experiment, folders: Folders, now: float) -> O
     own.sort(key=lambda row: (row["time"], row["request_id"], row["image_index"]))
     failed = [r for r in failures if r["arm"] in columns and r["model"] == experiment.model]
     events = sorted([*own, *failed], key=lambda row: row["time"])
-    ends = None if experiment.is_shadow else _window_ends(experiment, events)
+    units, ends = {}, None
+    if not experiment.is_shadow:
+        units = _units(events)
+        # A later value must not replace a value that has arrived in the window of the unit.
+        ends = {_key(row): units[row["unit"]].start + experiment.window for row in own}
     column = "label" if experiment.outcome == "label" else "reward"
-    # A later value must not replace a value that has arrived in the window.
     feedback = read_valid_feedback(folders, column, ends)
+    if not experiment.is_shadow:
+        _add_outcomes(units, experiment, events, feedback)
     milliseconds: dict[str, list[float]] = {arm: [] for arm in experiment.versions}
     misplaced, skew = 0, start - own[0]["time"].timestamp()
     for row in own:
@@ -122,12 +127,12 @@ def read_observations(experiment: Experiment, folders: Folders, now: float) -> O
         misplaced += row["version"] != experiment.versions[arm] or (
             not experiment.is_shadow and experiment.arm(row["unit"]) != arm
         )
-        if given := feedback.get((row["request_id"], row["image_index"])):
+        if given := feedback.get(_key(row)):
             skew = max(skew, row["time"].timestamp() - given.time)
         skew = max(skew, row["time"].timestamp() - now)
     pairs, agreements = _pairs(own, feedback) if experiment.is_shadow else ([], [])
     return Observations(
-        units=[] if experiment.is_shadow else _units(experiment, events, feedback),
+        units=list(units.values()),
         pairs=pairs,
         agreements=agreements,
         milliseconds=milliseconds,
@@ -147,7 +152,7 @@ def check_unique(rows: Iterable[Mapping[str, Any]], folders: Folders) -> None:
     """Raises DataError if two rows of the request logs have the same request id and image index."""
     seen: set[Key] = set()
     for row in rows:
-        key = row["request_id"], row["image_index"]
+        key = _key(row)
         if key in seen:
             raise DataError(
                 f"{', '.join(map(str, folders))}: image {key[1]} of request {key[0]} is recorded "
@@ -156,43 +161,47 @@ def check_unique(rows: Iterable[Mapping[str, Any]], folders: Folders) -> None:
         seen.add(key)
 
 
-def _window_ends(experiment: Experiment, events: Iterable[Mapping[str, Any]]) -> dict[Key, float]:
-    """Returns for each image the end of the window of its unit."""
-    ends: dict[str, float] = {}
-    found = {}
-    for row in events:
-        end = ends.setdefault(row["unit"], row["time"].timestamp() + experiment.window)
-        if "reason" not in row:
-            found[row["request_id"], row["image_index"]] = end
-    return found
+def _key(row: Mapping[str, Any]) -> Key:
+    return row["request_id"], row["image_index"]
 
 
-def _units(
-    experiment: Experiment,
-    events: Iterable[Mapping[str, Any]],
-    feedback: Mapping[Key, ValidFeedback],
-) -> list[Unit]:
-    """Returns the units of an experiment, by the time of their first request.
+def _units(events: Iterable[Mapping[str, Any]]) -> dict[str, Unit]:
+    """Returns the units by name, in the order of their first request.
 
     Args:
-      experiment: The experiment.
-      events: The images and the failed requests, which have a "reason", sorted by time.
-      feedback: The valid feedback in the windows.
+      events: The images and the failed requests, sorted by time.
     """
     units: dict[str, Unit] = {}
     for row in events:
-        time = row["time"].timestamp()
-        arm = row["arm"].rpartition("/")[2]
-        unit = units.setdefault(row["unit"], Unit(arm, time))
-        if time > unit.start + experiment.window:
+        if row["unit"] not in units:
+            units[row["unit"]] = Unit(row["arm"].rpartition("/")[2], row["time"].timestamp())
+    return units
+
+
+def _add_outcomes(
+    units: Mapping[str, Unit],
+    experiment: Experiment,
+    events: Iterable[Mapping[str, Any]],
+    feedback: Mapping[Key, ValidFeedback],
+) -> None:
+    """Adds the images and the failed requests in the window of each unit to the unit.
+
+    Args:
+      units: The units by name.
+      experiment: The experiment.
+      events: The images and the failed requests, which have a "reason".
+      feedback: The valid feedback in the windows.
+    """
+    for row in events:
+        unit = units[row["unit"]]
+        if row["time"].timestamp() > unit.start + experiment.window:
             continue
         if "reason" in row:
             unit.failures += 1
             continue
-        given = feedback.get((row["request_id"], row["image_index"]))
+        given = feedback.get(_key(row))
         unit.outcomes.append(None if given is None else _outcome(experiment, row, given))
         unit.milliseconds = max(row["milliseconds"], unit.milliseconds)
-    return list(units.values())
 
 
 def _outcome(experiment: Experiment, row: Mapping[str, Any], given: ValidFeedback) -> float:
@@ -210,9 +219,7 @@ def _pairs(
     rows: Sequence[Mapping[str, Any]], feedback: Mapping[Key, ValidFeedback]
 ) -> tuple[list[tuple[bool, bool]], list[bool]]:
     """Returns the pairs of labelled images in the order of the labels, and the agreements."""
-    champions = {
-        (row["request_id"], row["image_index"]): row for row in rows if row["shadow_of"] is None
-    }
+    champions = {_key(row): row for row in rows if row["shadow_of"] is None}
     pairs, agreements = [], []
     for row in rows:
         key = row["shadow_of"], row["image_index"]
