@@ -42,6 +42,11 @@ class ServerMetrics:
         )
         self.refused = counter("refused", "Requests that were answered with an error.", ("reason",))
         self.predictions = counter("predictions", "Classified images.", (*_VERSION, "class"))
+        self.shadow_skipped = counter(
+            "shadow_skipped",
+            "Requests that a shadow experiment's challenger did not predict, for lack of capacity.",
+            ("model",),
+        )
         self.batch_images = Histogram(
             "batch_images", "Images per batch.", buckets=_IMAGES, **options
         )

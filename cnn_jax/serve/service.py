@@ -396,7 +396,8 @@ class Service:
         except DeadlineExceeded:
             self.record_failure(challenger.model, ids, "late")
         except Refused:
-            return  # The server has too much other work; this is no failure of the challenger.
+            # The server has too much other work; this is no failure of the challenger.
+            self.metrics.shadow_skipped.labels(challenger.model).inc()
         except Exception:
             logger.exception("the challenger failed on request %s", ids["shadow_of"])
             self.record_failure(challenger.model, ids, "internal")

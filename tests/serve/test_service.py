@@ -94,7 +94,10 @@ class Gated:
         return requests.post(f"{self.url}/predict?top=1", encode(value), timeout=30)
 
     def refused(self, reason):
-        name = f'cnn_jax_refused_total{{reason="{reason}"}} '
+        return self.count(f'cnn_jax_refused_total{{reason="{reason}"}}')
+
+    def count(self, metric):
+        name = f"{metric} "
         text = requests.get(f"{self.url}/metrics", timeout=30).text
         return float(text.partition(name)[2].split("\n")[0] or 0)
 
@@ -218,6 +221,27 @@ def test_bodies_are_limited_for_each_client(serve):
         assert post("10.0.0.1", 900_000).status_code == 415
         assert post("10.0.0.2", 2_000_000).status_code == 415
     until(lambda: server.service._bodies.num_bytes == 0)
+
+
+def test_a_prediction_that_the_challenger_skips_is_counted(serve, version):
+    server = serve()
+    server.gate.set()
+    quota = server.service._bodies._quota
+
+    def run(images):
+        quota.limit = 0  # From now on, no body fits.
+        return [Output(row, np.zeros(2)) for row in version.predictor(images)]
+
+    champion = dataclasses.replace(version, predict_program=Program(run, {1: 1.0}))
+    server.service.models.add_version(champion)
+    server.service.models.add_version(dataclasses.replace(version, number=2))
+    running = make_experiment("default", is_shadow=True)
+    server.service.models.set_experiment("default", running)
+    unit = next(unit for unit in map(str, range(99)) if running.arm(unit) == "challenger")
+    headers = {"X-Unit-Id": unit}
+    answer = requests.post(f"{server.url}/predict", encode(), headers=headers, timeout=10)
+    assert answer.status_code == 200
+    until(lambda: server.count('cnn_jax_shadow_skipped_total{model="default"}') == 1, 5)
 
 
 def test_images_are_limited_for_each_client(serve, pool):
@@ -482,6 +506,7 @@ def test_the_images_of_a_shadow_count_as_bodies(serve, version):
     running = make_experiment("default", is_shadow=True)
     server.service.models.set_experiment("default", running)
     unit = next(unit for unit in map(str, range(99)) if running.arm(unit) == "challenger")
+
     image = encode()
     answer = requests.post(f"{server.url}/predict", image, headers={"X-Unit-Id": unit}, timeout=10)
     assert answer.status_code == 200
