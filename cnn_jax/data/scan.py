@@ -279,6 +279,11 @@ def known_records(source: Source, preprocessing: Preprocessing) -> list[Record |
 def _remember(
     source: Source, preprocessing: Preprocessing, records: Sequence[Record | None]
 ) -> None:
+    """Stores the records; an unfinished scan also keeps the stored records of other scans."""
+    if any(record is None for record in records):
+        stored = known_records(source, preprocessing)
+        pairs = zip(records, stored, strict=True)
+        records = [old if record is None else record for record, old in pairs]
     values = {
         example_id: (
             version,

@@ -75,7 +75,7 @@ def _png(image):
     return file.getvalue()
 
 
-def test_the_sink_gets_what_load_gives(folder):
+def test_the_sink_gets_the_images_of_load(folder):
     source, sink = open_folder(folder), _Sink()
     scan.scan(source, SMALL, sink)
     assert sorted(sink.rows) == [0, 1, 2]
@@ -83,7 +83,7 @@ def test_the_sink_gets_what_load_gives(folder):
         np.testing.assert_array_equal(pixels, decode.load(source.read(source.keys[row]), SMALL))
 
 
-def test_what_is_known_is_not_decoded_again(folder, monkeypatch):
+def test_images_with_a_record_are_not_decoded_again(folder, monkeypatch):
     first = scan.scan(open_folder(folder), SMALL)
     examined = []
     original = scan.examine
@@ -100,14 +100,14 @@ def test_what_is_known_is_not_decoded_again(folder, monkeypatch):
     assert again["b/3.png"] == first[2]
 
 
-def test_records_of_another_pixel_limit_are_others(folder):
+def test_another_pixel_limit_has_its_own_records(folder):
     scan.scan(open_folder(folder), SMALL)
     strict = dataclasses.replace(SMALL, max_pixels=10)
     errors = [record.error for record in scan.scan(open_folder(folder), strict)]
     assert errors[0] == "has 7 x 9 pixels, more than max_pixels = 10"
 
 
-def test_what_could_not_be_read_is_tried_again(folder, monkeypatch):
+def test_files_that_could_not_be_read_are_tried_again(folder, monkeypatch):
     source = open_folder(folder)
     (folder / "a" / "1.png").rename(folder / "aside")
     assert scan.scan(source, SMALL)[0].error == "cannot be read: No such file or directory"
@@ -115,7 +115,7 @@ def test_what_could_not_be_read_is_tried_again(folder, monkeypatch):
     assert scan.scan(source, SMALL)[0].error is None
 
 
-def test_a_file_far_too_large_is_not_even_read(folder):
+def test_a_file_that_is_far_too_large_is_not_read(folder):
     with (folder / "a" / "huge.jpg").open("wb") as file:
         file.truncate(10**12)
     source = open_folder(folder)
@@ -123,7 +123,7 @@ def test_a_file_far_too_large_is_not_even_read(folder):
     assert "has 1,000,000,000,000 bytes, more than an image" in records["a/huge.jpg"].error
 
 
-def test_a_damaged_memory_is_as_good_as_none(folder, cache_folder):
+def test_damaged_records_are_ignored(folder, cache_folder):
     first = scan.scan(open_folder(folder), SMALL)
     for damage in ("{broken", "[]", "1", '{"a/1.png": 5, "a/2.bmp": ["x"]}', "null"):
         for path in (cache_folder / "scans").iterdir():
@@ -131,7 +131,21 @@ def test_a_damaged_memory_is_as_good_as_none(folder, cache_folder):
         assert scan.scan(open_folder(folder), SMALL) == first
 
 
-def test_a_scan_without_a_place_to_remember_it_only_warns(folder, monkeypatch, caplog):
+def test_an_interrupted_scan_keeps_the_records_of_a_finished_one(folder):
+    source = open_folder(folder)
+    finished = scan.scan(source, SMALL)
+
+    def interrupt(finished, *_):
+        raise KeyboardInterrupt
+        yield
+
+    # This scan began before the other one had stored its records.
+    with pytest.raises(KeyboardInterrupt):
+        scan.scan(source, SMALL, track=interrupt, known=[None] * len(source))
+    assert scan.known_records(source, SMALL) == finished
+
+
+def test_records_that_cannot_be_stored_only_cause_a_warning(folder, monkeypatch, caplog):
     monkeypatch.setenv("CNN_JAX_CACHE", "/proc/none")
     assert len(scan.scan(open_folder(folder), SMALL)) == 4
     assert "cannot be cached" in caplog.text
@@ -189,7 +203,7 @@ def test_the_pixels_key_depends_on_how_images_are_resized(folder):
             np.testing.assert_array_equal(pixels, expected)
 
 
-def test_records_of_another_white_level_are_others(tmp_path):
+def test_another_white_level_has_its_own_records(tmp_path):
     _write_floats(tmp_path)
     refused = scan.scan(open_folder(tmp_path), SMALL)
     assert all(record.header is None for record in refused)
