@@ -805,6 +805,14 @@ def test_a_missing_snapshot_is_an_error(world, capsys, quick, name):
     assert retrain(world, capsys)[1]["attempt"]["number"] == 2
 
 
+def test_a_moved_state_folder_is_used(world, capsys, quick):
+    assert retrain(world, capsys)[1]["action"] == "promoted"
+    (world / "state").rename(world / "moved")
+    write_log(world / "log", world / "run" / "bundle", 120, seed=3)
+    found = retrain(world, capsys, f"--state={world / 'moved'}")[1]
+    assert (found["action"], found["attempt"]["number"]) == ("promoted", 2)
+
+
 def test_the_data_is_opened_once_where_the_result_is_the_same(world, capsys, quick, monkeypatch):
     """The training, which opens the data too, is replaced here."""
     opened = []
