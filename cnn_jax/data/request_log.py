@@ -362,7 +362,7 @@ def find_images(folders: Folders, since: float) -> set[Key]:
 
 
 def read_images(folders: Folders, keys: Collection[Key]) -> dict[Key, bytes]:
-    """Returns the images, as PNG, with given keys, except those whose pixels were not logged.
+    """Returns the logged PNG image of each key; leaves out images whose pixels were not logged.
 
     Args:
       folders: The folders of request logs.

@@ -49,7 +49,7 @@ def stored_bytes(kind: str, key: str) -> int:
 
 
 class RowCache:
-    """The rows that are stored under a key."""
+    """Arrays of equal shape, one for each image file, stored under the digest of the file."""
 
     def __init__(self, kind: str, key: str, shape: tuple[int, ...]):
         """Reads the digests of all segments, and deletes damaged segments.

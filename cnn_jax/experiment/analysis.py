@@ -24,7 +24,8 @@ from cnn_jax.system.text import utc
 
 # The number of points of a curve.
 _POINTS = 200
-# An answer is slow if it takes longer than this fraction of the answers to the first units.
+# An answer is slow if it takes longer than this quantile of the answers to this number of first
+# units.
 _FIRST_UNITS, _SLOW_QUANTILE = 100, 0.95
 # The largest exponent of an e-value in a result: JSON has no infinity.
 _MAX_LOG = 700.0
@@ -191,7 +192,7 @@ def _chosen(count: int) -> np.ndarray:
 
 
 def _largest(logarithms: Float[np.ndarray, " n"]) -> float:
-    """Returns the largest e-value so far, which the decision depends on; 1 is the e-value at 0."""
+    """Returns the largest e-value so far, for the decision; 1 before the first observation."""
     return _plain(logarithms.max(initial=0.0, keepdims=True))[0]
 
 
@@ -200,7 +201,7 @@ def _plain(logarithms: Float[np.ndarray, " n"]) -> list[float]:
 
 
 def _check(name: str, is_passed: bool, problem: str, is_guard: bool = False) -> dict[str, Any]:
-    """Returns the result of a check.
+    """Returns the entry of a check in the results: its name, whether it passed, and the problem.
 
     Args:
       name: The name of the check.

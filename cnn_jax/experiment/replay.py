@@ -120,7 +120,9 @@ def _predict(
 def _read(
     folders: Folders, model: str, since: float, keys: Container[Key] | None
 ) -> tuple[list[bytes], list[str], int]:
-    """Returns the PNG images and labels in the order of the labels, and the number of copies.
+    """Returns the labelled images as PNG, and their labels, without copies of the same image.
+
+    The image that was labelled first is the first. The last result is the number of copies.
 
     Raises:
       DataError: See `replay`.

@@ -30,10 +30,10 @@ Classes = Int[np.ndarray, " batch"]
 Maps = Float[np.ndarray, "batch height width"]
 Method = Callable[[BundlePredictor, Images, Classes], Maps]
 
-# The maximum number of pixels in a batch, which limits the memory that gradients need. Methods that
-# use feature maps compute one gradient for each image. Smaller batches are hardly slower for them,
-# and the randomization check can use the same compiled program for single images of 224 x 224
-# pixels.
+# The maximum number of pixels in a batch, which limits the memory that gradients need. It is
+# smaller for methods that use feature maps: they compute one gradient for each image, so smaller
+# batches are hardly slower. For images of 224 x 224 pixels, their batch is one image, so the
+# randomization check can use the same compiled program.
 _PIXELS_PER_BATCH = 2**18
 _FEATURE_MAP_PIXELS_PER_BATCH = 2**16
 # The number of points at which `integrated_gradients` evaluates the gradient.

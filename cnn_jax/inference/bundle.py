@@ -342,7 +342,7 @@ def read_networks(path: str | os.PathLike[str]) -> Bundle | Ensemble:
 
 
 def check_output(output: str | os.PathLike[str], kind: str) -> None:
-    """Checks that the folder of a new export or ensemble replaces no other files.
+    """Checks that a new export or ensemble would not overwrite other files in its folder.
 
     The report of an earlier ensemble may be replaced.
 

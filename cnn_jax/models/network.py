@@ -34,7 +34,7 @@ class Stages:
         self._offsets = offsets or {}
 
     def add(self, name: str, x: Array) -> Array:
-        """Adds the stage's offset to the output `x`; records and returns the result."""
+        """Records and returns the output `x` of a stage, plus the offset of the stage if any."""
         if name in self._offsets:
             x = x + self._offsets[name].astype(x.dtype)
         self.outputs[name] = x

@@ -1,4 +1,4 @@
-"""Watches a served version: drift, and estimated accuracy, from its request log.
+"""Detects drift and estimates the accuracy of a served version from its request log.
 
     cnn_jax monitor --registry=DIR --model=NAME --log=LOG [LOG ...]
     cnn_jax monitor --bundle=RUN --log=LOG [--window=250] [--days=7] [--max_drop=0.05]

@@ -42,7 +42,7 @@ def measure(
       reference: The reference statistics of the same bundle.
       window: The number of images in a window.
       last: The number of latest windows to test.
-      level: The probability of a false alarm in one window.
+      level: The probability that a window differs although there is no drift.
       max_drop: The decrease of the accuracy that is still accepted, 0 to 1.
 
     Returns:

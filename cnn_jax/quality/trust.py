@@ -33,8 +33,8 @@ _CLEAN_WEIGHT = 0.5
 # class. The estimated accuracy of a class is clipped to the distance _MARGIN from 0 and 1.
 _PRIOR_IMAGES, _MARGIN = 10, 0.01
 _MAX_ITERATIONS = 50
-# A prediction counts as a guess if its distance from the predicted class is larger than this
-# fraction of the distances in the fit: the model would have to extrapolate.
+# If an embedding is farther from its predicted class than this fraction of the images in the fit,
+# the logistic model would extrapolate. The prediction then counts as a random guess.
 _FAMILIAR = 0.99
 # The column of the logarithm of this distance in `features`.
 _LOG_DISTANCE = 2

@@ -151,7 +151,7 @@ def run_pass(
 
 
 def _check_logs(settings: Settings) -> None:
-    """Raises DataError if a folder is not a request log, or the logs only have other models."""
+    """Raises DataError if a folder is not a request log, or no image is of the model."""
     tables = [read_requests(log, ["model"]) for log in settings.logs]
     models = {name for table in tables for name in table["model"].unique().to_pylist()}
     if models and settings.model not in models:
@@ -674,7 +674,7 @@ class _Reasons:
         return [name for name in holds if holds[name] and name in self.wanted]
 
     def text(self, new: int) -> str:
-        """Describes why there is no reason."""
+        """Describes why no attempt is made: the number of new labels, and the monitor's state."""
         text = f"{new:,} new labelled images (--min_new={self.min_new})"
         return f"{text}; monitor: {self.state.replace('_', ' ')}" if self.state else text
 

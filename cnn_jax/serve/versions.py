@@ -130,7 +130,7 @@ def make_version(
         predict_program = Program(predict, equal[0].predict_program.seconds)
     else:
         predict_program = time_program(predict, image, sizes)
-    # The time of maps is not needed, because there is one batch size, but they must be compiled.
+    # Maps have only one batch size, so their time is not measured. They are only compiled.
     explain_program = Program(explain, {1: 0.0}) if explain else None
     if explain_program:
         explain_program.run(image[None])

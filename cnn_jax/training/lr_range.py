@@ -94,7 +94,9 @@ def analyse(
         [losses[max(0, i - half) : i + half + 1].mean() for i in range(len(losses))]
     )
     lowest = int(np.argmin(smoothed))
-    # The second differences have no trend. Their median is not changed by a divergence.
+    # The standard deviation of the noise is estimated from second differences: they do not contain
+    # the trend of the loss, and their variance is 6 times that of the noise. The median is hardly
+    # changed by the large losses of a divergence.
     noise = 1.4826 * np.median(np.abs(np.diff(losses, 2))) / math.sqrt(6)
     margin = _NOISE * noise * math.sqrt(1 / (half + 1) + 1 / (2 * half + 1))
     if smoothed[0] - smoothed[lowest] <= margin:
@@ -102,7 +104,8 @@ def analyse(
             f"the loss does not fall between learning rates of {rates[0]:.2g} and {rates[-1]:.2g}; "
             "use another --low and --high, or more --steps"
         )
-    # After the minimum, a loss that jumps up and down can fall faster than before.
+    # The steepest fall is searched before the minimum only: after it, a loss that diverges jumps up
+    # and down, and may fall faster.
     falls = smoothed[: lowest + 1]
     changes = [falls[min(i + half, lowest)] - falls[max(i - half, 0)] for i in range(len(falls))]
     too_large = np.flatnonzero(smoothed[lowest:] > smoothed[0] + margin)

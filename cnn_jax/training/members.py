@@ -396,7 +396,7 @@ def _stack(members: Sequence[_Member]) -> tuple[PyTree, PyTree]:
 
 
 def _split(members: Sequence[_Member], states: PyTree, totals: PyTree) -> None:
-    """Stores the current state and totals in the progress of each active member."""
+    """Divides the stacked train states and metric sums, and gives each active member its part."""
     parts = members[0].run.programs.gather(_split_tree((states, totals), len(members)))
     for member, (state, own_totals) in zip(members, parts, strict=True):
         if member.is_active:

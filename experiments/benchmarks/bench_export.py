@@ -56,7 +56,8 @@ from cnn_jax.inference.evaluation import evenly_spaced, image_batches, open_as_t
 from cnn_jax.inference.predictor import BundlePredictor
 from cnn_jax.models import NETWORKS
 
-# A page computes each image this number of times, because WebDriver needs CPU time for each call.
+# A page computes each image this number of times in one call of WebDriver, so that the CPU time of
+# the call itself is a small part of the measurement.
 _RUNS_IN_PAGE = 5
 _RUN_IN_PAGE = """
 const [count, height, width, done] = arguments;

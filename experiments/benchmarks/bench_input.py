@@ -248,7 +248,7 @@ def images_per_second(batches: Generator[object, None, None], seconds: float) ->
 
 
 def write_images(source_name: str, folder: pathlib.Path) -> None:
-    """Copies evenly spaced JPEGs of a data source into the folders `folder`/CLASS."""
+    """Copies a sample of the JPEG files of a data source into the folders `folder`/CLASS."""
     from cnn_jax.data.sources import open_source
 
     source = open_source(source_name)

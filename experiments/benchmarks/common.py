@@ -90,7 +90,7 @@ def device_peak_bytes() -> int:
 
 
 def child_environment(repository: pathlib.Path = REPOSITORY) -> dict[str, str]:
-    """Returns environment variables with which a process imports the `cnn_jax` of a repository."""
+    """Returns the environment of a process that imports `cnn_jax` from the folder `repository`."""
     folders = [str(repository), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, folders))}
 

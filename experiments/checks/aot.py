@@ -249,7 +249,7 @@ class Analysis:
 
 
 def analyse(compiled: jax.stages.Compiled) -> Analysis:
-    """Returns the contents of a compiled program."""
+    """Returns the memory, FLOPs, kernels, collectives and copies of a compiled program."""
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None

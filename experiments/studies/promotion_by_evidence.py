@@ -62,7 +62,7 @@ def main() -> None:
         ("1 point better", [(0.025, 0.015)] * 10),
         ("1 point worse", [(0.015, 0.025)] * 10),
         ("2 points worse", [(0.01, 0.03)] * 10),
-        ("one class loses 10 % of its images", [(0.0, 0.1), *[equal] * 9]),
+        ("in one class, 10 % of the images become wrong", [(0.0, 0.1), *[equal] * 9]),
         ("the same, and the other classes are better", [(0.0, 0.1), *[better] * 9]),
         ("the same, and the class also gains 2 % and loses 2 %", [(0.02, 0.12), *[better] * 9]),
     ]
