@@ -263,7 +263,7 @@ MUTATIONS = [
     ("data/dataset.py", "return digest not in self.stored.digests", "return True", "data/test_dataset.py"),
     ("data/scan.py", "rows = np.flatnonzero([record.error is None for record in records])", "rows = np.arange(len(records))", "data/test_dataset.py"),
     ("data/findings.py", "max_unreadable * total >= len(unreadable)", "1 + max_unreadable * total >= len(unreadable)", "data/test_dataset.py"),
-    ("data/duplicates.py", "(1 << (high - low)) - 1", "(1 << (high - low)) - 2", "data/test_survey.py"),
+    ("data/duplicates.py", "(1 << (high - low)) - 1", "(2 << (high - low)) - 1", "data/test_survey.py"),
     ("data/duplicates.py", "return self.differences(first, second) <=", "return self.differences(first, second) >=", "data/test_survey.py"),
     ("data/survey.py", "self.levels * deviation**2", "self.levels * abs(deviation)", "data/test_survey.py"),
     ("data/labelled_log.py", "key=lambda key: (labels[key].first, key)", "key=lambda key: (labels[key].time, key)", "data/test_labelled_log.py"),

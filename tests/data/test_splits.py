@@ -348,6 +348,20 @@ def test_exact_folds_have_equal_parts_of_each_class():
         assert np.bincount(labels[splits["test"]]).tolist() == [10, 5]
 
 
+@pytest.mark.parametrize("rule", SPLIT_RULES)
+def test_folds_depend_on_the_names_and_the_seed_but_not_on_the_order(rule):
+    ids, labels = [str(i) for i in range(60)], np.arange(60) % 2
+
+    def tested(order, seed):
+        source = _source([ids[i] for i in order], labels[order])
+        splits = Division(rule=rule, folds=3, seed=seed).divide(source, source.ids)
+        return {source.ids[i] for i in splits["test"]}
+
+    ascending = np.arange(60)
+    assert tested(ascending, 0) == tested(ascending[::-1], 0)
+    assert tested(ascending, 0) != tested(ascending, 1)
+
+
 def test_the_seed_of_the_splits_is_apart_from_the_training_seed():
     config = default_config()
     assert Division.from_config(config.data, 7).seed == 7
