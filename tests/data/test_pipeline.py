@@ -260,3 +260,9 @@ def test_processes_that_share_an_evaluation_see_each_example_once(source):
 def test_other_errors_of_grain_are_not_reported_as_dead_workers():
     with pytest.raises(RuntimeError, match="something else"), pipeline._workers_that_die():
         raise RuntimeError("something else")
+
+
+def test_each_class_has_an_order_of_its_own():
+    labels = np.arange(2).repeat(50)
+    seen = pipeline._ClassesInTurn(labels, seed=0)(np.arange(100))
+    assert seen[seen < 50].tolist() != (seen[seen >= 50] - 50).tolist()
