@@ -15,12 +15,14 @@ class Key:
       requirement: The allowed values in words, for messages.
       accepts: A function that returns whether a value is allowed.
       comment: The meaning of the key in one sentence, for `--help`.
+      options: All allowed values of a key that `choice` creates; else empty.
     """
 
     default: Any
     requirement: str
     accepts: Callable[[Any], bool]
     comment: str
+    options: Sequence[str] = ()
 
 
 def integer(default: int, comment: str, low: int, high: int | None = None) -> Key:
@@ -67,7 +69,8 @@ def numbers(
 
 def choice(default: str, comment: str, options: Sequence[str]) -> Key:
     """Creates a key whose value is one of several strings."""
-    return Key(default, f"one of {', '.join(options)}", lambda v: v in options, comment)
+    requirement = f"one of {', '.join(options)}"
+    return Key(default, requirement, lambda v: v in options, comment, options)
 
 
 def boolean(default: bool, comment: str) -> Key:

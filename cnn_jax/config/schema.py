@@ -544,13 +544,15 @@ def _networks_hint(name: str) -> str:
 def closest_key(key: str) -> str | None:
     """Returns an existing key that is similar to an unknown key; None if no key is similar.
 
-    The result is a key with a similar name in a section with a similar name, or else the only key
-    that has this name in any section.
+    The result is a key in a section with a similar name, if the name of the key is similar or
+    begins with the words of the unknown name. Else it is the only key that has this name in any
+    section.
     """
     section, _, name = key.rpartition(".")
     near_section = closest(section, sorted({known.rpartition(".")[0] for known in keys()}))
     own = {_name(known): known for known in keys() if known.rpartition(".")[0] == near_section}
-    if near := closest(name, own):
+    longer = (known for known in own if known.startswith(f"{name}_"))
+    if near := closest(name, own) or next(longer, None):
         return own[near]
     same = [known for known in keys() if _name(known) == name]
     return same[0] if len(same) == 1 else None
@@ -584,9 +586,11 @@ def _name(key: str) -> str:
 
 def wrong_value(key: str, value: object, network: str | None = None) -> ConfigError:
     """Returns the error for a value that a key does not accept."""
-    hint = source_hint(value) if key == "data.source" else ""
-    requirement = keys(network)[key].requirement
-    return ConfigError(f"config.{key}: must be {requirement}, got {value!r}{hint}")
+    declared = keys(network)[key]
+    hint = (
+        source_hint(value) if key == "data.source" else did_you_mean(str(value), declared.options)
+    )
+    return ConfigError(f"config.{key}: must be {declared.requirement}, got {value!r}{hint}")
 
 
 def source_hint(value: object) -> str:
@@ -693,10 +697,11 @@ def weights_preprocessing_keys(config: Config) -> tuple[str, ...]:
 def check_image_size(config: Config) -> None:
     """Raises ConfigError if the network does not accept images of the size `data.image_size`."""
     divisor = NETWORKS[config.model.name].size_divisor(config.model.to_dict())
-    if any(side % divisor for side in image_size(config)):
+    size = image_size(config)
+    if any(side % divisor for side in size):
         raise ConfigError(
             f"config.data.image_size: must be a multiple of {divisor} for the network "
-            f"{config.model.name}, got {config.data.image_size!r}"
+            f"{config.model.name}, got {' x '.join(map(str, size))}"
         )
 
 

@@ -413,20 +413,32 @@ class _Translator:
         return self._reduce("ReduceMin", equation, x)
 
     def _reduce_window_max(self, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
-        params = equation.params
+        return self._pool("MaxPool", equation, x, dilations=equation.params["window_dilation"][1:3])
+
+    def _reduce_window_sum(self, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
+        if set(equation.params["window_dilation"]) != {1}:
+            raise ExportError("the network has average pooling with dilated windows")
+        mean = self._pool("AveragePool", equation, x, count_include_pad=1)
+        size = np.float32(math.prod(equation.params["window_dimensions"]))
+        name = self._graph.add("Mul", mean.name, self._graph.constant(size))
+        return dataclasses.replace(mean, name=name)
+
+    def _pool(
+        self, operator: str, equation: core.JaxprEqn, x: _Tensor, **attributes: Any
+    ) -> _Tensor:
         window, strides, padding = (
-            params[key] for key in ("window_dimensions", "window_strides", "padding")
+            equation.params[key] for key in ("window_dimensions", "window_strides", "padding")
         )
         if len(window) != 4 or window[0] != 1 or window[3] != 1:
-            raise ExportError("the network has max pooling over other axes than height and width")
+            raise ExportError("the network has pooling over other axes than height and width")
         x = self._full(self._ordered(x, _CHANNELS_FIRST), array_shape(equation.invars[0]))
         name = self._graph.add(
-            "MaxPool",
+            operator,
             self._name(x),
             kernel_shape=window[1:3],
             strides=strides[1:3],
-            dilations=params["window_dilation"][1:3],
             pads=[padding[axis][side] for side in (0, 1) for axis in (1, 2)],
+            **attributes,
         )
         return _Tensor(name, array_shape(equation.outvars[0]), _CHANNELS_FIRST)
 

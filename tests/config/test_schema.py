@@ -202,9 +202,11 @@ def test_an_image_size_may_be_one_side(value, expected):
             {"optimizer.warmup_epochs": 5, "optimizer.decay_epochs": 5},
             r"warmup_epochs: must be below optimizer\.decay_epochs = 5, got 5",
         ),
+        ({"data.image_size": (18, 20)}, "image_size: must be a multiple of 4 .*, got 18 x 20$"),
+        ({"model.name": "resnet1"}, "must be one of .*, got 'resnet1'; did you mean resnet18"),
     ],
 )
-def test_contradicting_values_are_refused(changes, message):
+def test_wrong_or_contradicting_values_are_refused(changes, message):
     config = default.get_config()
     config.update_from_flattened_dict(changes)
     with pytest.raises(ConfigError, match=message):
@@ -290,12 +292,14 @@ def test_the_keys_of_a_network_are_the_fields_of_its_module():
 
 @pytest.fixture
 def other_network(monkeypatch):
-    """A second network, which has a key "blocks" and, like the first network, a key "dropout"."""
+    """A second network, which has an invented key and, like the first network, a key "dropout"."""
     keys = {
-        "blocks": integer(2, "Residual blocks.", low=1),
+        "invented_blocks": integer(2, "Residual blocks.", low=1),
         "dropout": number(0.0, "The dropped fraction.", "below 1", lambda v: v < 1),
     }
-    other = NetworkEntry("nowhere:Other", keys, size_divisor=lambda section: 2 ** section["blocks"])
+    other = NetworkEntry(
+        "nowhere:Other", keys, size_divisor=lambda section: 2 ** section["invented_blocks"]
+    )
     monkeypatch.setitem(NETWORKS, "other", other)
     monkeypatch.setitem(
         schema._SECTIONS["model"], "name", choice("cnn", "The network.", tuple(NETWORKS))
@@ -307,8 +311,10 @@ def other_network(monkeypatch):
 
 
 def test_another_network_has_its_own_keys(other_network):
-    config = files.load("default", ["--config.model.blocks=3", "--config.model.name=other"])
-    assert config.model.to_dict() == {"name": "other", "blocks": 3, "dropout": 0.0}
+    config = files.load(
+        "default", ["--config.model.invented_blocks=3", "--config.model.name=other"]
+    )
+    assert config.model.to_dict() == {"name": "other", "invented_blocks": 3, "dropout": 0.0}
     schema.validate(config, num_devices=1)
     config.data.image_size = (36, 36)
     with pytest.raises(ConfigError, match="must be a multiple of 8"):
@@ -318,30 +324,34 @@ def test_another_network_has_its_own_keys(other_network):
 def test_a_refused_key_names_the_networks_that_have_it(other_network, monkeypatch):
     monkeypatch.setitem(NETWORKS, "second", NETWORKS["other"])
     with pytest.raises(ConfigError, match=r"; the networks other, second have it: set model\.name"):
-        schema.check_key("model.blocks", "cnn")
+        schema.check_key("model.invented_blocks", "cnn")
     for name in ("third", "fourth", "fifth"):
         monkeypatch.setitem(NETWORKS, name, NETWORKS["other"])
     with pytest.raises(ConfigError, match="; the networks other, second, third and 2 more have it"):
-        schema.check_key("model.blocks", "cnn")
+        schema.check_key("model.invented_blocks", "cnn")
 
 
 def test_a_key_of_another_network_is_refused(other_network, tmp_path):
     own = "model.features, model.dense, model.dropout, model.batch_norm"
     message = (
-        f"config.model.blocks: the network cnn has no such key; it has {own}; "
+        f"config.model.invented_blocks: the network cnn has no such key; it has {own}; "
         "the network other has it: set model.name=other"
     )
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-        files.load("default", ["--config.model.blocks=3"])
+        files.load("default", ["--config.model.invented_blocks=3"])
     config = files.load("default", ["--config.model.name=other"])
     with config.unlocked():
         config.model.features = (1,)
     with pytest.raises(
-        ConfigError, match=r"the network other has no such key; it has model\.blocks"
+        ConfigError, match=r"the network other has no such key; it has model\.invented_blocks"
     ):
         schema.validate(config, num_devices=1)
     path = tmp_path / "config.json"
     path.write_text(schema.default_config("other").to_json())
-    assert files.load(str(path)).model.to_dict() == {"name": "other", "blocks": 2, "dropout": 0.0}
+    assert files.load(str(path)).model.to_dict() == {
+        "name": "other",
+        "invented_blocks": 2,
+        "dropout": 0.0,
+    }
     with pytest.raises(ConfigError, match=r"model\.name: must be one of cnn, .*other, got 'third'"):
         files.load("default", ["--config.model.name=third"])

@@ -275,6 +275,29 @@ def test_the_random_numbers_are_those_of_earlier_versions():
     np.testing.assert_allclose(draws["matrix"], [first, second], rtol=1e-6)
     np.testing.assert_allclose(draws["contrast"], [1.0174500, 1.1740290], rtol=1e-6)
 
+    draws = augment.draw(np.random.default_rng(0), Augmentation(crop_area=0.4), 2, (8, 8))
+    first = [[0.9449810, 0, 0.0551088], [0, 0.7620500, 0.7561795]]
+    second = [[0.8449490, 0, 0.3276253], [0, 0.7945083, 0.5460862]]
+    np.testing.assert_allclose(draws["matrix"], [first, second], rtol=1e-6)
+
+    draws = augment.draw(np.random.default_rng(0), Augmentation(trivial_augment=True), 4, (8, 8))
+    np.testing.assert_array_equal(draws["operation"], [3, 4, 0, 0])
+    np.testing.assert_allclose(draws["strength"], [238, 5, 1.099, 0.472], rtol=1e-6)
+    np.testing.assert_allclose(draws["matrix"][2], [[1, 0, 0], [0.099, 1, -0.3465]], atol=1e-6)
+
+    draws = augment.draw(np.random.default_rng(0), Augmentation(erasing_probability=0.5), 4, (8, 8))
+    assert draws["box"].tolist() == [[2, 1, 2, 1], [0, 8, 0, 8], [5, 8, 5, 8], [5, 2, 7, 8]]
+    colours = [[190, 24, 5], [156, 2, 71], [207, 71, 200], [86, 1, 46]]
+    assert draws["colour"].tolist() == colours
+
+
+def test_augmentations_draw_from_different_generators(monkeypatch):
+    """With a common generator, one augmentation would determine the values of another."""
+    make, seeds = np.random.default_rng, []
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or make(seed))
+    augment.draw(make(0), EVERYTHING, 2, (8, 8))
+    assert len(seeds) == len(set(seeds)) >= 3
+
 
 def test_every_range_is_a_key_and_has_words():
     for field in RANGES:

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +93,8 @@ _FUNCTIONS = {
     "pooled": lambda x: lax.reduce_window(
         _float(x), -jnp.inf, lax.max, (1, 3, 2, 1), (1, 2, 1, 1), ((0, 0), (1, 0), (0, 1), (0, 0))
     ),
+    "average": lambda x: nn.avg_pool(_float(x), (3, 2), (1, 2), ((1, 0), (0, 1))),
+    "average after convolution": lambda x: nn.avg_pool(_convolve(x) + _SHIFT, (2, 2), (2, 2)),
     "dense": lambda x: _float(x) @ _MATRIX,
     "dense after convolution": lambda x: _convolve(x)[..., :3] @ _MATRIX,
     "attention": _attention,
