@@ -128,7 +128,8 @@ def compress(
     with config.ignore_type(), config.unlocked():
         config.model.update_from_flattened_dict(schema.flat(model))
         if is_pretrained and "optimizer.l2" not in overrides:
-            # The L2 penalty of pretrained networks is on the kernel of the head only.
+            # With pretrained weights, the L2 penalty was on the kernel of the head only. The
+            # narrowed network has no pretrained weights, so the penalty would be on all kernels.
             config.optimizer.l2 = 0.0
     report = train_and_evaluate(config, workdir, console)
     after = {name: record["narrowed"][name] for name in ("parameters", "flops")} | {
@@ -216,7 +217,7 @@ def _labelled_batches(dataset: Dataset, track: Track) -> Iterator[tuple[np.ndarr
 
 
 def _measure(predictor: BundlePredictor, dataset: Dataset, track: Track) -> dict[str, Any]:
-    """Returns the parameters, the operations per image and the accuracies of a network."""
+    """Returns the parameter count, the operations per image and the accuracies of a network."""
     size = predictor.preprocessing.image_size
     return {
         "parameters": count_parameters(predictor.model, size),

@@ -216,7 +216,7 @@ def _digest(image: bytes) -> str:
 
 
 def write_snapshot(examples: Examples, folder: pathlib.Path) -> None:
-    """Writes a snapshot, a folder that `+log:FOLDER` names in a source.
+    """Writes labelled images of a request log to a folder, which `+log:FOLDER` in a source reads.
 
     The same examples give the same bytes. The folder has either no snapshot or the complete one,
     also after a power failure. Only the owner may read a new folder, because it contains images.

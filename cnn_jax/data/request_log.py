@@ -128,7 +128,7 @@ class Segments:
     """
 
     def __init__(self, folder: pathlib.Path, schema: pa.Schema, max_bytes: int = _SEGMENT_BYTES):
-        """Creates the object without creating a file.
+        """Initializes the writer; the first row creates the first file.
 
         Args:
           folder: The folder of the files.
@@ -301,7 +301,7 @@ def read_requests(
     with_labelled: bool = True,
     ids: pa.ChunkedArray | None = None,
 ) -> pa.Table:
-    """Returns the recorded images of all servers, while the servers may be writing.
+    """Returns the rows that all servers have recorded; the servers may still be writing.
 
     Args:
       folder: The folder of the request log.

@@ -31,7 +31,8 @@ from cnn_jax.training.metrics import HEADLINE
 SPLITS = ("validation", "test")
 # A probability of a float32 export may differ by at most this value from the bundle's.
 MAX_DIFFERENCE = 1e-4
-# A probability of pixels.onnx may differ by at most this value from that with Pillow's resizing.
+# A probability of pixels.onnx, which resizes images itself, may differ by at most this value from
+# the probability for an image that Pillow has resized.
 _PIXELS_LIMIT = 0.05
 _IN_FLOAT32 = "largest_difference_in_float32"
 _NUM_GOLDEN = 8

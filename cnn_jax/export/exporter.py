@@ -240,7 +240,7 @@ def _calibration_batches(dataset: Dataset, track: Track) -> Iterator[np.ndarray]
 def _make_onnx(
     predictor: BundlePredictor | EnsemblePredictor, batches: Iterable[np.ndarray] | None
 ) -> _Model:
-    """Makes the ONNX models; if there are `batches`, the models have 8 bits and their ranges."""
+    """Makes the ONNX models, with 8 bits if `batches` has images from which the ranges come."""
     from cnn_jax.export.onnx_model import images_model, pixels_model
     from cnn_jax.export.quantize import quantize
 

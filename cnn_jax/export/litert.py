@@ -135,7 +135,7 @@ class LitertPredictor(Predictor):
             raise ExportError(f"LiteRT cannot run the exported model: {reason}") from error
 
     def close(self) -> None:
-        """Ends the process, and removes its files."""
+        """Ends the worker process, and deletes its temporary files."""
         with self._file, self._log:
             # Unlike `stdin.close`, this method raises no BrokenPipeError if the process has died.
             self._process.communicate()

@@ -362,7 +362,7 @@ class _Translator:
         return _Tensor(name, array_shape(equation.outvars[0]), x.order)
 
     def _rev(self, equation: core.JaxprEqn, x: _Tensor) -> _Tensor:
-        """Reverses axes: a slice with the step -1 from the last element to before the first."""
+        """Translates `lax.rev` to an ONNX Slice with the step -1."""
         x = self._full(x, array_shape(equation.invars[0]))
         axes = [x.order.index(axis) for axis in equation.params["dimensions"]]
         last, before_first, step = (

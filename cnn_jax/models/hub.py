@@ -228,7 +228,7 @@ def _search(owner: str, text: str) -> Iterator[str]:
 
 
 def _checked_sha256(path: pathlib.Path, name: str) -> str:
-    """Returns the sha256 of a file in the cache.
+    """Returns the sha256 of a file in the Hugging Face cache, compared with the sha256 on the hub.
 
     Raises:
       WeightsError: The file differs from the file on the hub.

@@ -196,7 +196,7 @@ def random_order(keys: Sequence[Key]) -> Float64[np.ndarray, " n"]:
 def random_sample(
     keys: Sequence[Key], is_labelled: Bool[np.ndarray, " n"]
 ) -> Bool[np.ndarray, " n"]:
-    """Returns which of the labelled images are a random sample of all images.
+    """Returns a mask of those labelled images that form a random sample of all images.
 
     In `random_order`, the numbers of these images are smaller than the numbers of all images
     without a label. Other labelled images may have been chosen because they are difficult, so their

@@ -807,7 +807,7 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
 
 
 def _install(partial: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a verified download to the target folder; keeps a target that is not damaged."""
+    """Moves a verified download to the target folder; an undamaged target folder stays as it is."""
     try:
         partial.rename(target)
     except OSError:

@@ -12,7 +12,7 @@ OUTCOMES = ("reward", "rating", "label")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """The fixed part of an experiment, as the log of the registry stores it.
+    """The settings of an experiment, which do not change after its start.
 
     Attributes:
       name: The name, which no other experiment of the model has.

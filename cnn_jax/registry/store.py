@@ -51,8 +51,8 @@ _CLIENT = {
     "read_timeout": "10s",
     "timeout": "1h",
 }
-# No request is sent again after this time, so that an operation on a store that never answers fails
-# after less than a minute.
+# A failed request is repeated for at most this time. If the store does not answer, an operation
+# therefore fails in less than a minute.
 _RETRY = {"retry_timeout": datetime.timedelta(seconds=30)}
 
 _Result = TypeVar("_Result")

@@ -366,7 +366,7 @@ def _label_remarks(suspected: Mapping[str, Any] | None) -> list[dict[str, str]]:
 
 
 def _calibration_remarks(calibration: Mapping[str, Any] | None) -> list[dict[str, str]]:
-    """Returns a remark on a calibration error that is large and not explained by chance."""
+    """Returns a remark if the calibration error is larger than chance explains; else []."""
     if not calibration:
         return []
     error = calibration["after"]["expected_calibration_error"]

@@ -33,7 +33,7 @@ from cnn_jax.system.atomic import write_text
 from cnn_jax.system.errors import ConfigError, UserError, printable
 from cnn_jax.training.run_directory import INDIFFERENT_KEYS
 
-# The states of an attempt. The first is the only one in which the attempt is resumed.
+# The states of an attempt. Only a started attempt is resumed.
 STARTED, PROMOTED, REFUSED, ROLLED_BACK = "started", "promoted", "refused", "rolled_back"
 
 _FORMAT = 1

@@ -66,7 +66,7 @@ EPOCHS = 4
 NOTHING = "nothing"
 # The advice of errors about missing snapshots.
 _RESTORE = "restore the folder, because later attempts need the splits of its images"
-# The start of the note of each version that an attempt adds or promotes; the attempt's key follows.
+# Each version that an attempt adds or promotes has a note: this text and the key of the attempt.
 _NOTE = "retrain: attempt "
 # The number of earlier champions that a new version is compared with.
 _HISTORY = 10
@@ -383,7 +383,7 @@ class _Pass:
     def _begin(
         self, prepared: Attempt, bundle: Bundle, folder: pathlib.Path, reasons: "_Reasons"
     ) -> Attempt | Outcome:
-        """Begins a prepared attempt, or returns the outcome if there is no reason for it.
+        """Begins a prepared attempt, or returns the outcome of the pass if no reason is left.
 
         Args:
           prepared: The attempt, with its snapshot and without a key.
@@ -701,10 +701,10 @@ def _read_examples(folder: pathlib.Path) -> Examples:
 
 
 def _read_known(folder: pathlib.Path) -> dict[str, KnownImage]:
-    """Returns the known images of the snapshot of an attempt.
+    """Returns the split and the class of each image of an attempt, by the digest of its pixels.
 
     Raises:
-      DataError: They are damaged or missing.
+      DataError: The record is damaged or missing.
     """
     images = read_known(folder)
     if images is None:

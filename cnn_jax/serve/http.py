@@ -145,7 +145,8 @@ class _Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         self.last_received = time.monotonic()
         if self._timer is None and self.is_idle:
-            # Start the timer even if the received bytes do not start a request.
+            # Start the timer even if the received bytes are not the start of a request, so that a
+            # client cannot keep the connection open with such bytes.
             self._start_timer()
         self._unparsed += data
         self._parse()

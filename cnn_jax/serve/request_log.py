@@ -35,8 +35,8 @@ _MAX_WAITING, _MAX_WAITING_BYTES = 1_000, 50_000_000
 _MAX_FEEDBACK = 200
 # Maximum seconds that the shutdown of the server waits until all rows are written.
 _CLOSE_SECONDS = 10.0
-# Rows are written in batches, which take less time per row and less space than single rows: a batch
-# has the rows of this number of seconds, and at most this number of rows.
+# A batch of rows takes less time and space than single rows. A batch has the rows that arrive
+# within this number of seconds, but at most this number of rows.
 _BATCH_SECONDS, _BATCH_ROWS = 0.2, 128
 # If no row arrives for this number of seconds, the files that are old enough are completed.
 _IDLE_SECONDS = 60.0
@@ -95,8 +95,8 @@ class RequestLog:
         self.lost_rows = 0
         self._waiting_bytes = 0
         self._feedback_quota = Quota(_MAX_FEEDBACK)
-        # A new row is refused if too many rows wait. Feedback, and the None that ends the log, are
-        # always added.
+        # If too many rows wait, new rows of predictions are not added. Feedback is always added, and
+        # so is None, which ends the thread.
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # The digest of the bundle that predicted each row of the current file; and this file.
         self._recent: dict[tuple[str, int], str] = {}

@@ -140,7 +140,7 @@ def _listen(host: str, port: int, flag: str = "--host and --port") -> socket.soc
 
 
 def _is_local(host: str) -> bool:
-    """Returns whether only programs on this machine can reach an address to listen on."""
+    """Returns whether a listen address is a loopback address, which only this machine reaches."""
     return host.lower() == "localhost" or (
         is_address(host) and ipaddress.ip_address(host).is_loopback
     )

@@ -210,7 +210,7 @@ class Backup:
             self._copied[name] = _version(path)
 
     def _files(self) -> dict[str, Any]:
-        """Returns the time and the size of each finished file, by its name in the copy."""
+        """Returns the time of change and the size of each finished file of the run, by its name."""
         files = {}
         for parent, folders, names in os.walk(self._folder):
             place = pathlib.Path(parent).relative_to(self._folder)

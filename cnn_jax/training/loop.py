@@ -186,7 +186,7 @@ class Folder:
 
 
 def open_folder(config: Config, workdir: pathlib.Path) -> Folder:
-    """Resolves the configuration of a run, and compares it with an earlier start in the folder.
+    """Resolves the configuration of a run; if the folder already has a run, compares the two.
 
     Raises:
       ConfigError: The folder has a run with another configuration, or the initial weights cannot

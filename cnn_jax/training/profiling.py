@@ -26,7 +26,7 @@ class Trace:
 
     @contextlib.contextmanager
     def steps(self, first: int, count: int) -> Iterator[None]:
-        """Records the training steps dispatched inside the context, if the trace includes them.
+        """Records the training steps dispatched in the `with` block, until the trace is complete.
 
         Args:
           first: The step number of the execution's first step.

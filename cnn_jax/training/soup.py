@@ -209,7 +209,7 @@ def _with_new_statistics(bundle: Bundle, dataset: Dataset, track: Track) -> Bund
     if not updates_statistics(model, bundle.preprocessing.image_size):
         return bundle
     indices = dataset.splits["train"]
-    # All batches must have the same size, which is smaller only if there are fewer images.
+    # All batches must have the same size: BATCH_SIZE, or the number of images if it is smaller.
     count = min(len(indices), STATISTICS_IMAGES)
     count -= count % BATCH_SIZE if count > BATCH_SIZE else 0
     chosen = evenly_spaced(indices, count)

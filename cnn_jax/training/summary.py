@@ -183,7 +183,7 @@ def _division(config: Config, dataset: Dataset) -> str:
 
 
 def _interval_width(test_images: int, config: Config) -> list[str]:
-    """Describes the precision of the test accuracy; returns [] if the test split is large."""
+    """Returns a warning if the test split is too small for a precise accuracy; else []."""
     margin = half_width(wilson_interval(test_images / 2, test_images))
     if not test_images or margin < MAX_HALF_WIDTH:
         return []

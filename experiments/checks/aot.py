@@ -299,7 +299,7 @@ class _Instruction:
         return re.findall(r"%([\w.-]+)", self.arguments)
 
     def attribute(self, name: str) -> str | None:
-        """Returns the computation that an attribute such as "calls" names."""
+        """Returns the name of the HLO computation that an attribute such as "calls" refers to."""
         found = re.search(rf"\b{name}=%?([\w.-]+)", self.attributes)
         return found and found[1]
 

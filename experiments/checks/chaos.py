@@ -26,7 +26,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# One of this number of kills that are aimed at saves is aimed at the bundle.
+# One in this number of the kills during saves happens while the bundle is saved. The others happen
+# while a checkpoint is saved.
 _KILLS_PER_BUNDLE = 6
 _POLL_SECONDS = 0.001
 

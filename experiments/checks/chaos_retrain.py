@@ -205,7 +205,7 @@ def prepare(folder: pathlib.Path) -> None:
 
 
 def pass_flags(folder: pathlib.Path) -> list[str]:
-    """Returns the flags of a pass that promotes a successor."""
+    """Returns the flags of `cnn_jax retrain` for a pass that trains and promotes a new version."""
     return [
         f"--registry={folder / 'registry'}",
         f"--model={MODEL}",

@@ -420,7 +420,7 @@ def read_expected(path: pathlib.Path) -> dict[_RunKey, dict[str, Any]]:
 
 
 def check_expected(runs: Sequence["Run"], expected: Mapping[_RunKey, Mapping[str, Any]]) -> None:
-    """Raises ConfigError if the expected results lack a run."""
+    """Raises ConfigError if the file of `--expect` lacks the results of a run."""
     if missing := [run for run in runs if (run.variant, run.seed, run.fold_name) not in expected]:
         raise ConfigError(f"--expect: has no {missing[0].variant} of seed {missing[0].seed}")
 
