@@ -364,7 +364,7 @@ class Service:
         deadline: float,
         client: str,
     ) -> list[Computed | DataError]:
-        """Decodes images and computes their predictions; the result of a wrong image is an error."""
+        """Decodes images and computes their predictions; a wrong image gives an error instead."""
         # Refuse a hostile file that has more pixels than its first bytes say, because its decoding
         # would take more time than the request was admitted for.
         reads = [
