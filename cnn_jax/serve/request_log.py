@@ -95,8 +95,8 @@ class RequestLog:
         self.lost_rows = 0
         self._waiting_bytes = 0
         self._feedback_quota = Quota(_MAX_FEEDBACK)
-        # If too many rows wait, new rows of predictions are not added. Feedback is always added. None
-        # is added last, to end the thread.
+        # If too many rows wait, new rows of predictions are not added. Feedback is always added.
+        # None is added last, to end the thread.
         self._waiting: queue.SimpleQueue[Any] = queue.SimpleQueue()
         # The digest of the bundle that predicted each row of the current file; and this file.
         self._recent: dict[tuple[str, int], str] = {}
