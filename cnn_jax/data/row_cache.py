@@ -321,7 +321,7 @@ class CachedRows:
         return result
 
     def _check(self, index: int, row: UInt8[np.ndarray, "..."]) -> None:
-        """Compares a row with its checksum, and computes it if it is damaged."""
+        """Compares a row with its checksum, and computes the row again if it is damaged."""
         segment = self._segments[self._numbers[index]]
         if zlib.crc32(row.data) == segment.checksums[self._rows[index]]:
             self._is_checked[index] = True

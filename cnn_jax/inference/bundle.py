@@ -175,7 +175,7 @@ def write_ensemble(
 
 
 def describe(bundle: Bundle | Ensemble) -> dict[str, Any]:
-    """Returns the content of a bundle.json, without the files, and the members of an ensemble."""
+    """Returns the content of a bundle.json, except its keys for the files and the members."""
     description = {"format": FORMAT} | {
         field.name: getattr(bundle, field.name)
         for field in dataclasses.fields(bundle)

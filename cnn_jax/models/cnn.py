@@ -68,7 +68,7 @@ class CNN(Network):
                 normalize = normalization.with_mean if is_last else normalization.with_max_pool
                 maps, pooled = normalize(maps)
             x = gate(self, f"conv{i}", stages.add(f"conv{i}", maps))
-            # An offset or a gate may have changed the maps.
+            # Pool again if an offset or a gate has changed the maps.
             x = pool(x) if pooled is None or x is not maps else pooled
         if self.dense:
             x = nn.Dense(

@@ -115,8 +115,9 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # Call `pause_writing` for each byte that waits. By default, this needs 64 kB, and a smaller
-        # answer that the client does not read would keep a closing connection open forever.
+        # Call `pause_writing` as soon as one byte waits to be sent. By default, it is called when
+        # 64 kB wait; a smaller answer that the client does not read would then keep a closing
+        # connection open forever.
         transport.set_write_buffer_limits(0)
         self.last_received = time.monotonic()
         self._start_timer()
@@ -190,7 +191,8 @@ class _Protocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return  # The parser parses the request again.
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > _MAX_HEADER_BYTES:  # All headers arrived at once.
+        # `_parse` has not checked the size if all headers arrived in one piece.
+        if size > _MAX_HEADER_BYTES:
             raise httptools.HttpParserError("the headers are too long")
         self._is_in_headers = False
         self._has_progress = True

@@ -201,7 +201,7 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
 def _opened_page(
     files: Mapping[str, bytes], folder: pathlib.Path
 ) -> Iterator[tuple[Callable[[np.ndarray], None], Callable[[], float]]]:
-    """Opens a page in Chromium; yields a function that classifies, and the clock of its time."""
+    """Opens a page in Chromium; yields functions that classify and that return the time needed."""
     from selenium import webdriver
     from selenium.webdriver.support.ui import WebDriverWait
 
