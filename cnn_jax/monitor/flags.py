@@ -94,7 +94,7 @@ def add_measure_flags(parser: argparse._ActionsContainer) -> None:
         type=cli.number("above 0 and at most 0.5", lambda value: 0 < value <= 0.5),
         default=LEVEL,
         metavar="P",
-        help=f"probability of a false alarm in one window ({LEVEL})",
+        help=f"probability that a window without drift differs ({LEVEL})",
     )
     parser.add_argument(
         "--max_drop",

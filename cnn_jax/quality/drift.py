@@ -16,7 +16,7 @@ from scipy import stats
 # mean of the predicted class; the last three are properties of the image.
 STATISTICS = ("distance", "confidence", "brightness", "sharpness", "contrast")
 TESTS = (*STATISTICS, "classes")
-# The default probability of a false alarm in one window.
+# The default probability that a window without drift differs.
 LEVEL = 0.01
 # The chi-square distribution approximates the statistic if each expected count is at least 5
 # (Cochran 1954).
