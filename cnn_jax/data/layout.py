@@ -364,7 +364,7 @@ def _common_spelling(tree: _Tree, parts: Mapping[str, str]) -> tuple[dict[str, s
 def _check_classes_are_no_splits(
     tree: _Tree, tops: Sequence[str], names: Mapping[str, _SplitName], source: str
 ) -> None:
-    """Raises DataError if a folder that is named after a split may be a class or a split.
+    """Raises DataError if it is unclear whether a folder is a class or a split.
 
     The error is raised if all other folders have the same sub-folders.
     """

@@ -64,7 +64,7 @@ REQUESTS = pa.schema(
         ("sharpness", pa.float32()),  # Standard deviation of the Laplacian of the grey levels.
         ("contrast", pa.float32()),  # Standard deviation of the grey levels.
         ("milliseconds", pa.float32()),  # The time to decode the image, to wait and to compute.
-        # The request that another version has answered, if this answer was dropped; else null.
+        # In a row of a shadow prediction: the request, which another version answered. Else null.
         ("shadow_of", pa.string()),
         ("image", pa.binary()),  # PNG in the size of the network's input; null if not enabled.
     ],

@@ -124,7 +124,7 @@ def _paired(differences: Float[np.ndarray, " n"]) -> dict[str, Any]:
 
 
 def check(comparison: Mapping[str, Any], max_loss: float, is_exact: bool) -> None:
-    """Checks that an exported model may be written.
+    """Raises ExportError if an exported model is not accurate enough to be written.
 
     Args:
       comparison: The result of `compare`.

@@ -712,8 +712,8 @@ class Registry:
 
         A killed `add` or `remove` leaves such a folder. A running `add` has one for a short time.
         """
-        # List the folders before the log, so that the log has the version of every listed folder
-        # that is not new.
+        # List the folders before the log is read. Otherwise, the folder of a version that is added
+        # in between would not be in the log.
         paths = [f"{_BUNDLES}/{name}" for name in self._store.names(_BUNDLES)]
         self.refresh()
         versions = [one for model in self._models.values() for one in model.versions.values()]

@@ -158,7 +158,7 @@ def _train_and_average(
 
 
 def _check_output(workdir: pathlib.Path, run: pathlib.Path) -> None:
-    """Raises ConfigError if the folder of the result has files that are not of a soup."""
+    """Raises ConfigError if the output folder has files that do not belong to a soup."""
     names = {path.name for path in workdir.iterdir()} if workdir.is_dir() else set()
     is_soup = "continuation-1" in names and "config.json" not in names
     if names - {"lock"} and not is_soup:

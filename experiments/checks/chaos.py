@@ -26,7 +26,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-# One in this number of the kills during saves happens while the bundle is saved. The others happen
+# Of this number of kills during saves, one happens while the bundle is saved. The others happen
 # while a checkpoint is saved.
 _KILLS_PER_BUNDLE = 6
 _POLL_SECONDS = 0.001
