@@ -1,4 +1,4 @@
-"""Fixtures: a small bundle, an S3 service, and an empty location for each kind of store.
+"""Fixtures: a small bundle, object stores, and an empty location for each kind of store.
 
 Test modules load the fixtures by `pytest_plugins = ["registry_fixtures"]`. A second conftest.py
 would hide the conftest.py in tests/ from `import`.
@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 from bundles import make_bundle
-from s3 import BUCKET, s3_service
+from object_stores import BUCKET, azure_service, s3_service
 
 from cnn_jax.inference.bundle import write_bundle
 
@@ -24,16 +24,23 @@ def bundle(tmp_path_factory):
 @pytest.fixture(scope="session")
 def s3():
     """The environment variables with which obstore connects to an S3 service on this machine."""
-    pytest.importorskip("moto", reason="moto is not installed, which plays S3")
     with s3_service() as variables:
         yield variables
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(scope="session")
+def azure():
+    """The environment variables with which obstore connects to Azurite on this machine."""
+    with azure_service() as variables:
+        yield variables
+
+
+@pytest.fixture(params=["folder", "s3", "azure"])
 def place(request, tmp_path, monkeypatch):
-    """The URL of a new registry in a folder or on S3."""
+    """The URL of a new registry in a folder, on S3 or on Azure."""
     if request.param == "folder":
         return str(tmp_path / "new" / "registry")
-    for name, value in request.getfixturevalue("s3").items():
+    for name, value in request.getfixturevalue(request.param).items():
         monkeypatch.setenv(name, value)
-    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    protocol = {"s3": "s3", "azure": "az"}[request.param]
+    return f"{protocol}://{BUCKET}/{uuid.uuid4().hex}"

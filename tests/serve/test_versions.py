@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 from bundles import make_bundle
 from conftest import REPOSITORY
+from object_stores import BUCKET, s3_service
 from PIL import Image
 from registry_log import append_unknown_entry
-from s3 import BUCKET, s3_service
 from servers import Served, until
 
 from cnn_jax.data.request_log import class_names, read_feedback, read_requests
@@ -771,7 +771,6 @@ def test_maps_are_compiled_before_a_version_serves(monkeypatch):
 
 
 def test_with_every_flag_and_a_registry_on_s3(tmp_path, monkeypatch):
-    pytest.importorskip("moto", reason="moto is not installed, which plays S3")
     (tmp_path / "tokens").write_text(f"predict {PREDICT}\n")
     with s3_service() as variables:
         for name, value in variables.items():

@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 from conftest import REPOSITORY
-from s3 import BUCKET, s3_service
+from object_stores import BUCKET, azure_service, s3_service
 
 from cnn_jax import api, main
 from cnn_jax.config import files
@@ -321,14 +321,13 @@ train_and_evaluate(
 """
 
 
-@pytest.fixture
-def bucket(monkeypatch):
-    """The URL of an empty bucket of an S3 service on this machine."""
-    pytest.importorskip("moto", reason="moto is not installed, which plays S3")
-    with s3_service() as variables:
+@pytest.fixture(params=["s3", "az"])
+def bucket(request, monkeypatch):
+    """The URL of an empty folder of an object store on this machine."""
+    with {"s3": s3_service, "az": azure_service}[request.param]() as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        yield f"s3://{BUCKET}/runs/1"
+        yield f"{request.param}://{BUCKET}/runs/1"
 
 
 def test_a_killed_run_continues_on_another_machine_bitwise_the_same(tmp_path, image_folder, bucket):

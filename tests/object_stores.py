@@ -1,0 +1,106 @@
+"""Object stores on this machine: S3, simulated by moto, and Azure Blob Storage, by Azurite.
+
+moto is one of the test dependencies. Azurite is a program for Node.js; after
+`npm install -g azurite`, `azurite-blob` is on the PATH, and the tests on Azure are not skipped.
+"""
+
+import base64
+import contextlib
+import email.utils
+import hashlib
+import hmac
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+
+BUCKET = "bucket"
+# The account of all emulators of Azure, which is documented by Microsoft.
+_ACCOUNT = "devstoreaccount1"
+_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
+
+
+@contextlib.contextmanager
+def s3_service():
+    """Starts an S3 service in a new process, with an empty bucket.
+
+    Yields the environment variables of its clients.
+    """
+    pytest.importorskip("moto", reason="moto is not installed, which simulates S3")
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    with _service(
+        sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)
+    ) as process:
+        _wait_for(f"{url}/moto-api/", process)
+        urllib.request.urlopen(urllib.request.Request(f"{url}/{BUCKET}", method="PUT"))
+        yield {
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_ENDPOINT_URL": url,
+            "AWS_REGION": "us-east-1",
+        }
+
+
+@contextlib.contextmanager
+def azure_service():
+    """Starts Azure Blob Storage in a new process, with an empty container.
+
+    Yields the environment variables of its clients.
+    """
+    program = shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("Azurite is not installed, which simulates Azure")
+    port = _free_port()
+    url = f"http://127.0.0.1:{port}"
+    options = ["--inMemoryPersistence", "--disableTelemetry", "--blobPort", str(port)]
+    with _service(program, "--blobHost", "127.0.0.1", *options) as process:
+        _wait_for(url, process)
+        _create_container(url)
+        yield {"AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": url}
+
+
+def _create_container(url):
+    """Creates the container; "Authorize with Shared Key" in Azure's reference has the signature."""
+    headers = {"x-ms-date": email.utils.formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
+    lines = [*(f"{name}:{value}" for name, value in headers.items())]
+    lines += [f"/{_ACCOUNT}/{_ACCOUNT}/{BUCKET}", "restype:container"]
+    text = "PUT" + 12 * "\n" + "\n".join(lines)
+    digest = hmac.digest(base64.b64decode(_KEY), text.encode(), hashlib.sha256)
+    headers["Authorization"] = f"SharedKey {_ACCOUNT}:{base64.b64encode(digest).decode()}"
+    target = f"{url}/{_ACCOUNT}/{BUCKET}?restype=container"
+    urllib.request.urlopen(urllib.request.Request(target, method="PUT", headers=headers))
+
+
+def _free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _service(*command):
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _wait_for(url, process, seconds=60):
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            urllib.request.urlopen(url).close()
+            return
+        except urllib.error.HTTPError:  # The service answers, if only with an error.
+            return
+        except urllib.error.URLError:
+            if process.poll() is not None or time.monotonic() > end:
+                raise
+            time.sleep(0.1)
