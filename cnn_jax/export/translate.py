@@ -263,12 +263,7 @@ class _Translator:
     def _add(self, equation: core.JaxprEqn, x: _Tensor, y: _Tensor) -> _Tensor:
         """Adds two tensors; a constant for each channel becomes the bias of a convolution."""
         convolution = self._replaceable(equation.invars[0], "Conv")
-        if (
-            convolution
-            and len(convolution.input) == 2
-            and y.array is not None
-            and y.array.size == x.shape[-1] == y.shape[-1]
-        ):
+        if convolution and y.array is not None and y.array.size == x.shape[-1] == y.shape[-1]:
             convolution.input.append(self._graph.constant(y.array.reshape(-1)))
             return x
         return self._elementwise("Add", x, y)

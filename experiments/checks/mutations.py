@@ -499,7 +499,7 @@ MUTATIONS = [
     ("export/function.py", "shift * count)", "shift)", "export/test_function.py"),
     ("export/function.py", "params[\"platforms\"].index(None)", "0", "export/test_function.py"),
     ("export/function.py", "_add_channels(base, quotient)", "_add_channels(base, shift)", "export/test_function.py"),
-    ("export/translate.py", "and len(convolution.input) == 2", "", "export/test_translate.py"),
+    ("export/translate.py", "count_include_pad=1", "count_include_pad=0", "export/test_translate.py"),
     ("export/translate.py", "or atom not in self._used_once", "", "export/test_translate.py"),
     ("export/translate.py", "and self._first.get(name) is atom", "", "export/test_translate.py"),
     ("export/translate.py", "permutation.index(axis) for axis in x.order", "permutation[axis] for axis in x.order", "export/test_translate.py"),

@@ -165,6 +165,14 @@ def test_two_bad_windows_in_a_row_are_harm(tmp_path, reference):
     assert measure(rows, reference, window=100, max_drop=0.9)["state"] == "drift"
 
 
+def test_one_bad_window_is_no_drift(tmp_path, reference):
+    """A single window may differ by chance, so the state changes only after a second one."""
+    _log(tmp_path, 0, 0.8)
+    result = measure(read_rows([tmp_path / "log"], DIGEST), reference, window=100)
+    assert [w["differs"] for w in result["windows"]] == [False, True]
+    assert result["state"] == "no_drift"
+
+
 def test_drift_of_the_images_without_errors_is_not_harm(tmp_path, reference):
     rng = np.random.default_rng(3)
     for number in range(2):
