@@ -140,13 +140,17 @@ def test_weight_decay_equals_adamw_in_float64():
         np.testing.assert_allclose(params[name], theta[name], rtol=1e-5)
 
 
+_START = np.array([1.0, -2.0, 0.5, 3.0])
+
+
 def _gradient(t):
-    # In step 4, the moments of the last element have another sign than its gradient.
-    return np.array([t, -0.1 * t**2, 1.0 if t < 4 else -0.2])
+    # The gradients of the last two elements change their sign in step 4. In this step, Lion moves
+    # the third element against the sign of its gradient, and the last element with this sign.
+    return np.array([t, -0.1 * t**2, *((1.0, 1.0) if t < 4 else (-0.2, -0.5))])
 
 
-def _five_steps(optimizer, start):
-    params = {"kernel": jnp.array(start)}
+def _five_steps(optimizer):
+    params = {"kernel": jnp.array(_START)}
     state = optimizer.init(params)
     for t in range(1, 6):
         gradient = {"kernel": jnp.array(_gradient(t))}
@@ -157,35 +161,30 @@ def _five_steps(optimizer, start):
 
 def test_sgd_equals_gradient_descent_with_momentum_and_penalty():
     """The step is v = 0.8 v + gradient + l2 * kernel, then kernel -= 0.01 (v + decay * kernel)."""
-    start = np.array([1.0, -2.0, 0.5])
     optimizer = make_optimizer(
         optax.constant_schedule(0.01), l2=0.2, name="sgd", momentum=0.8, weight_decay=0.3
     )
-    theta, velocity = start.copy(), np.zeros(3)
+    theta, velocity = _START.copy(), np.zeros(4)
     for t in range(1, 6):
         velocity = 0.8 * velocity + _gradient(t) + 0.2 * theta
         theta -= 0.01 * (velocity + 0.3 * theta)
-    np.testing.assert_allclose(_five_steps(optimizer, start), theta, rtol=1e-5)
+    np.testing.assert_allclose(_five_steps(optimizer), theta, rtol=1e-5)
 
 
 def test_lion_equals_its_paper():
     """Five steps equal Lion (Chen et al. 2023, algorithm 2), computed in float64."""
-    start = np.array([1.0, -2.0, 0.5])
     optimizer = make_optimizer(optax.constant_schedule(0.01), l2=0.0, name="lion", weight_decay=0.3)
-    theta, m = start.copy(), np.zeros(3)
+    theta, m = _START.copy(), np.zeros(4)
     for t in range(1, 6):
         gradient = _gradient(t)
         theta -= 0.01 * (np.sign(0.9 * m + 0.1 * gradient) + 0.3 * theta)
         m = 0.99 * m + 0.01 * gradient
-    np.testing.assert_allclose(_five_steps(optimizer, start), theta, rtol=1e-5)
+    np.testing.assert_allclose(_five_steps(optimizer), theta, rtol=1e-5)
 
 
 def test_adamw_is_adam_with_weight_decay():
-    start = np.array([1.0, -2.0, 0.5])
     first, second = (
-        _five_steps(
-            make_optimizer(optax.constant_schedule(0.01), 0.0, name=name, weight_decay=0.3), start
-        )
+        _five_steps(make_optimizer(optax.constant_schedule(0.01), 0.0, name=name, weight_decay=0.3))
         for name in ("adam", "adamw")
     )
     np.testing.assert_array_equal(first, second)
