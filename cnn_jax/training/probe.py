@@ -117,7 +117,9 @@ def embeddings(
     """
     key = _cache_key(variables, config, dataset)
     stored = cache.read_array("features", key)
-    if stored is not None and len(stored) == len(dataset.source):
+    # Each host may have its own cache. The processes compute the features together.
+    is_stored = stored is not None and len(stored) == len(dataset.source)
+    if sharding.in_all_processes(is_stored) and stored is not None:
         return stored
     loader = dataclasses.replace(dataset.loader, on_device=False)
     indices = np.concatenate([dataset.splits[name] for name in sorted(dataset.splits)])

@@ -128,6 +128,13 @@ def check_equal(what: str, digest: str) -> None:
             raise TrainingError(f"process {differs.argmax()} has {what} than process 0")
 
 
+def in_all_processes(value: bool) -> bool:
+    """Returns whether a value is true in all processes; the result is equal in all processes."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).all())
+
+
 def lost_process(error: BaseException) -> TrainingError | None:
     """Returns a one-line error if `error` means that another process has ended, else None."""
     if jax.process_count() == 1 or not _LOST.search(str(error)):
@@ -145,14 +152,16 @@ def share_rows(
 
     Args:
       function: Takes positions, and returns arrays with a row for each position, of at most 32 bits
-        a number. If there are more processes than positions, a process gets no positions.
+        a number. It gets no positions only if `count` is 0.
       count: The number of positions.
 
     Returns:
       The arrays with all rows, in the order of the positions, in each process.
     """
     parts = np.array_split(np.arange(count), jax.process_count())
-    own = function(parts[jax.process_index()])
+    # If there are more processes than positions, some processes compute a row that is not used.
+    part = parts[jax.process_index()]
+    own = function(part if len(part) else parts[0])
     if jax.process_count() == 1:
         return own
     shared = []

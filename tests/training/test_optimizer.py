@@ -144,8 +144,8 @@ _START = np.array([1.0, -2.0, 0.5, 3.0])
 
 
 def _gradient(t):
-    # The gradients of the last two elements change their sign in step 4. In this step, Lion's update
-    # has the sign of the gradient for the last element, but not for the third one.
+    # The gradients of the last two elements change their sign in step 4. In this step, the update
+    # of Lion has the sign of the gradient for the last element, but not for the third one.
     return np.array([t, -0.1 * t**2, *((1.0, 1.0) if t < 4 else (-0.2, -0.5))])
 
 

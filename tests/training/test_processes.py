@@ -27,8 +27,11 @@ def _free_port():
 
 
 @contextlib.contextmanager
-def _processes(source, workdir, *flags, count=2, devices=2, environments=None):
-    """A context with `count` processes of one run, each with `devices` devices."""
+def _processes(source, workdir, *flags, count=2, devices=2, environments=None, caches=None):
+    """A context with `count` processes of one run, each with `devices` devices.
+
+    The processes use the cache folders `caches`; by default all use the same folder.
+    """
     port = _free_port()
     processes = []
     for process_id in range(count):
@@ -42,7 +45,8 @@ def _processes(source, workdir, *flags, count=2, devices=2, environments=None):
                 command(source, workdir, *flags, *([] if environments else own)),
                 cwd=REPOSITORY,
                 env=_environment(devices)
-                | (environments(process_id, port) if environments else {}),
+                | (environments(process_id, port) if environments else {})
+                | ({"CNN_JAX_CACHE": str(caches[process_id])} if caches else {}),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -132,7 +136,9 @@ def test_processes_start_from_trained_weights_and_a_probe(image_folder, tmp_path
         "--config.train.probe=True",
     )
     _run_one_process(image_folder, tmp_path / "one", *flags, devices=4)
-    with _processes(image_folder, tmp_path / "two", *flags) as processes:
+    # Only the first process has the features of the run of one process in its cache.
+    caches = [os.environ["CNN_JAX_CACHE"], tmp_path / "cache"]
+    with _processes(image_folder, tmp_path / "two", *flags, caches=caches) as processes:
         codes, outputs = _finish(processes)
     assert codes == [0, 0], outputs
     assert "the probe fitted the head" in outputs[0]
