@@ -1,7 +1,8 @@
 """Object stores on this machine: S3, simulated by moto, and Azure Blob Storage, by Azurite.
 
-moto is one of the test dependencies. Azurite is a program for Node.js; after
-`npm install -g azurite`, `azurite-blob` is on the PATH, and the tests on Azure are not skipped.
+moto is one of the test dependencies. Azurite is a program for Node.js. After
+`npm install -g azurite@3.35.0`, `azurite-blob` is on the PATH, and the tests on Azure are not
+skipped.
 """
 
 import base64
@@ -31,7 +32,7 @@ def s3_service():
 
     Yields the environment variables of its clients.
     """
-    pytest.importorskip("moto", reason="moto is not installed, which simulates S3")
+    pytest.importorskip("moto", reason="moto, which simulates S3, is not installed")
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
     with _service(
@@ -55,10 +56,11 @@ def azure_service():
     """
     program = shutil.which("azurite-blob")
     if program is None:
-        pytest.skip("Azurite is not installed, which simulates Azure")
+        pytest.skip("Azurite, which simulates Azure, is not installed")
     port = _free_port()
     url = f"http://127.0.0.1:{port}"
-    options = ["--inMemoryPersistence", "--disableTelemetry", "--blobPort", str(port)]
+    options = ["--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck"]
+    options += ["--blobPort", str(port)]
     with _service(program, "--blobHost", "127.0.0.1", *options) as process:
         _wait_for(url, process)
         _create_container(url)
@@ -66,9 +68,12 @@ def azure_service():
 
 
 def _create_container(url):
-    """Creates the container; "Authorize with Shared Key" in Azure's reference has the signature."""
+    """Creates the container.
+
+    The signature is that of "Authorize with Shared Key" in Azure's reference.
+    """
     headers = {"x-ms-date": email.utils.formatdate(usegmt=True), "x-ms-version": "2021-12-02"}
-    lines = [*(f"{name}:{value}" for name, value in headers.items())]
+    lines = [f"{name}:{value}" for name, value in headers.items()]
     lines += [f"/{_ACCOUNT}/{_ACCOUNT}/{BUCKET}", "restype:container"]
     text = "PUT" + 12 * "\n" + "\n".join(lines)
     digest = hmac.digest(base64.b64decode(_KEY), text.encode(), hashlib.sha256)
@@ -96,9 +101,10 @@ def _wait_for(url, process, seconds=60):
     end = time.monotonic() + seconds
     while True:
         try:
-            urllib.request.urlopen(url).close()
+            urllib.request.urlopen(url, timeout=seconds).close()
             return
-        except urllib.error.HTTPError:  # The service answers, if only with an error.
+        except urllib.error.HTTPError as error:  # The service answers, if only with an error.
+            error.close()
             return
         except urllib.error.URLError:
             if process.poll() is not None or time.monotonic() > end:

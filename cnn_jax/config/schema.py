@@ -544,9 +544,9 @@ def _networks_hint(name: str) -> str:
 def closest_key(key: str) -> str | None:
     """Returns an existing key that is similar to an unknown key; None if no key is similar.
 
-    The result is a key in a section with a similar name, if the name of the key is similar or
-    begins with the words of the unknown name. Else it is the only key that has this name in any
-    section.
+    The result is a key in a section with a similar name, if the name of the key is similar. Else
+    it is the first key of this section that begins with the words of the unknown name. Else it is
+    the only key that has this name in any section.
     """
     section, _, name = key.rpartition(".")
     near_section = closest(section, sorted({known.rpartition(".")[0] for known in keys()}))

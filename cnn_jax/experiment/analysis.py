@@ -24,8 +24,8 @@ from cnn_jax.system.text import utc
 
 # The number of points of a curve.
 _POINTS = 200
-# An answer is slow if it takes longer than a limit: this quantile of the response times of the
-# units that came first, of which there are this number.
+# A unit is slow if its slowest image takes longer than a limit: the quantile _SLOW_QUANTILE of
+# these times in the first _FIRST_UNITS units.
 _FIRST_UNITS, _SLOW_QUANTILE = 100, 0.95
 # The largest exponent of an e-value in a result: JSON has no infinity.
 _MAX_LOG = 700.0

@@ -424,8 +424,13 @@ class _Translator:
         window, strides, padding = (
             equation.params[key] for key in ("window_dimensions", "window_strides", "padding")
         )
-        if len(window) != 4 or window[0] != 1 or window[3] != 1:
+        others = [(window[axis], strides[axis], *padding[axis]) for axis in (0, -1)]
+        if len(window) != 4 or any(other != (1, 1, 0, 0) for other in others):
             raise ExportError("the network has pooling over other axes than height and width")
+        if set(equation.params["base_dilation"]) != {1}:
+            raise ExportError("the network has pooling of images with gaps between the pixels")
+        if any(max(pads) >= size for pads, size in zip(padding, window, strict=True)):
+            raise ExportError("the network pads images by a whole window of pooling or more")
         x = self._full(self._ordered(x, _CHANNELS_FIRST), array_shape(equation.invars[0]))
         name = self._graph.add(
             operator,

@@ -119,7 +119,7 @@ def embeddings(
     stored = cache.read_array("features", key)
     # Each host may have its own cache. The processes compute the features together.
     is_stored = stored is not None and len(stored) == len(dataset.source)
-    if sharding.in_all_processes(is_stored) and stored is not None:
+    if sharding.is_true_in_all_processes(is_stored) and stored is not None:
         return stored
     loader = dataclasses.replace(dataset.loader, on_device=False)
     indices = np.concatenate([dataset.splits[name] for name in sorted(dataset.splits)])

@@ -103,7 +103,7 @@ def write_results(
     if on_metrics is not None:
         on_metrics(report)
     reference = None
-    if config.report.reference and not sharding.in_all_processes(_has_opencv()):
+    if config.report.reference and not sharding.is_true_in_all_processes(_has_opencv()):
         if sharding.is_primary():
             logger.warning(
                 "OpenCV is not installed, so the bundle has no reference statistics; `cnn_jax "

@@ -128,7 +128,7 @@ def check_equal(what: str, digest: str) -> None:
             raise TrainingError(f"process {differs.argmax()} has {what} than process 0")
 
 
-def in_all_processes(value: bool) -> bool:
+def is_true_in_all_processes(value: bool) -> bool:
     """Returns whether a value is true in all processes; the result is equal in all processes."""
     if jax.process_count() == 1:
         return value

@@ -69,6 +69,12 @@ def _attention(x):
     return jnp.einsum("bij,bjc->bci", products, x)
 
 
+def _pool(x, window=(1, 2, 2, 1), strides=(1, 1, 1, 1), pads=(0, 0, 0, 0), **options):
+    """Returns the sums of windows; `pads` is the padding on both sides of each axis."""
+    pads = [(pad, pad) for pad in pads]
+    return lax.reduce_window(_float(x), 0.0, lax.add, window, strides, pads, **options)
+
+
 _SHIFT = np.arange(6, dtype=np.float32).reshape(1, 1, 1, 6)
 _MATRIX = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
 
@@ -150,6 +156,12 @@ def test_operations_are_fused_only_if_the_result_is_equal(function):
         (lambda x: jnp.sort(_float(x)), "the JAX operation sort, which has no translation"),
         (lambda x: lax.cumsum(_float(x), 1), "the JAX operation cumsum, which has no translation"),
         (lambda x: x.astype(jnp.int8), "dtype int8"),
+        (lambda x: _pool(x, window=(1, 2, 2, 3)), "over other axes than height and width"),
+        (lambda x: _pool(x, strides=(1, 1, 1, 2)), "over other axes than height and width"),
+        (lambda x: _pool(x, pads=(0, 0, 0, 1)), "over other axes than height and width"),
+        (lambda x: _pool(x, pads=(0, 2, 0, 0)), "pads images by a whole window"),
+        (lambda x: _pool(x, base_dilation=(1, 2, 2, 1)), "gaps between the pixels"),
+        (lambda x: _pool(x, window_dilation=(1, 2, 2, 1)), "dilated windows"),
     ],
 )
 def test_an_unknown_operation_is_named_in_one_line(function, message):

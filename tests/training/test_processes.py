@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -138,9 +139,11 @@ def test_processes_start_from_trained_weights_and_a_probe(image_folder, tmp_path
     _run_one_process(image_folder, tmp_path / "one", *flags, devices=4)
     # Only the first process has the features of the run of one process in its cache.
     caches = [os.environ["CNN_JAX_CACHE"], tmp_path / "cache"]
+    stored = sorted(pathlib.Path(caches[0], "features").iterdir())
     with _processes(image_folder, tmp_path / "two", *flags, caches=caches) as processes:
         codes, outputs = _finish(processes)
     assert codes == [0, 0], outputs
+    assert stored == sorted(pathlib.Path(caches[0], "features").iterdir()) != []
     assert "the probe fitted the head" in outputs[0]
     assert "the probe fitted the head" not in outputs[1]
     assert [row["epoch"] for row in _history(tmp_path / "two")] == [0, 1, 2]

@@ -66,7 +66,36 @@ def test_one_process_does_not_wait_for_others():
     sharding.check_equal("other data", "00ff")
     rows = np.ones((3, 2))
     assert sharding.share_rows(lambda positions: [rows[positions]], 3)[0].tolist() == rows.tolist()
+    assert sharding.is_true_in_all_processes(True)
+    assert not sharding.is_true_in_all_processes(False)
     assert sharding.is_primary()
+
+
+def _simulate_two_processes(monkeypatch, process, gather):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: process)
+    monkeypatch.setattr(sharding.multihost_utils, "process_allgather", gather)
+
+
+def test_a_value_must_be_true_in_all_processes(monkeypatch):
+    for other in (True, False):
+        _simulate_two_processes(monkeypatch, 0, lambda own, other=other: np.array([own, other]))
+        assert sharding.is_true_in_all_processes(True) == other
+        assert not sharding.is_true_in_all_processes(False)
+
+
+def test_a_process_without_rows_computes_one_that_is_not_used(monkeypatch):
+    """A network cannot compute a batch without images."""
+    asked = []
+
+    def compute(positions):
+        asked.append(positions.tolist())
+        return [np.stack([np.full(2, 7.0 + position) for position in positions])]
+
+    _simulate_two_processes(monkeypatch, 1, lambda own: np.stack([[[7.0, 7.0]], own + 1]))
+    (rows,) = sharding.share_rows(compute, 1)
+    assert asked == [[0]]
+    assert rows.tolist() == [[7.0, 7.0]]
 
 
 @pytest.mark.parametrize(
