@@ -7,6 +7,7 @@ JAX_PLATFORMS=cuda,cpu runs the tests on a GPU. Tests that need several devices 
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -46,6 +47,13 @@ if os.environ["JAX_PLATFORMS"] == "cpu" and "JAX_NUM_CPU_DEVICES" not in os.envi
     # This setting does not affect commands that the tests start: a command has one device.
     jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def free_port():
+    """Returns a TCP port of this machine that no program uses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def write_images(folder: pathlib.Path, per_class: int, seed: int = 0, side: int = 20) -> None:

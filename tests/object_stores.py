@@ -11,7 +11,6 @@ import email.utils
 import hashlib
 import hmac
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+from conftest import free_port
 
 BUCKET = "bucket"
 # The account of all emulators of Azure, which is documented by Microsoft.
@@ -33,7 +33,7 @@ def s3_service():
     Yields the environment variables of its clients.
     """
     pytest.importorskip("moto", reason="moto, which simulates S3, is not installed")
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     with _service(
         sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)
@@ -57,7 +57,7 @@ def azure_service():
     program = shutil.which("azurite-blob")
     if program is None:
         pytest.skip("Azurite, which simulates Azure, is not installed")
-    port = _free_port()
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     options = ["--inMemoryPersistence", "--disableTelemetry", "--skipApiVersionCheck"]
     options += ["--blobPort", str(port)]
@@ -65,6 +65,10 @@ def azure_service():
         _wait_for(url, process)
         _create_container(url)
         yield {"AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": url}
+
+
+# A function that starts the service, for each protocol of URLs.
+SERVICES = {"s3": s3_service, "az": azure_service}
 
 
 def _create_container(url):
@@ -80,12 +84,6 @@ def _create_container(url):
     headers["Authorization"] = f"SharedKey {_ACCOUNT}:{base64.b64encode(digest).decode()}"
     target = f"{url}/{_ACCOUNT}/{BUCKET}?restype=container"
     urllib.request.urlopen(urllib.request.Request(target, method="PUT", headers=headers))
-
-
-def _free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 @contextlib.contextmanager

@@ -61,7 +61,7 @@ def compare(
       float32: The predictor of the bundle in float32, if the bundle has another precision.
 
     Returns:
-      By split: "count"; "agreement", the fraction of images with the same predicted class;
+      For each split: "count"; "agreement", the fraction of images with the same predicted class;
       "largest_difference" of a probability; "before" and "after", the metrics of the bundle and of
       the exported model; "accuracy_lost" and "loss_gained", each with the 95 % interval of the
       difference over the images, which are paired; with `float32` also

@@ -109,7 +109,7 @@ class Evidence(Comparison):
     reference: int  # The number of the alias's version.
     source: str  # The name of the source of the images.
     split: str  # "test" or "all".
-    # The same comparison without the images from a request log; None if there are no such images.
+    # This comparison without the images from a request log; None if there are no such images.
     without_log: "Evidence | None" = None
     # The comparison with the best earlier version of the alias, if the present one is not the best.
     best: "Evidence | None" = None

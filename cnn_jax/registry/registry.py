@@ -627,8 +627,8 @@ class Registry:
                 time.sleep(random.uniform(0.5, 1) * _PAUSE * 2**failures)
             try:
                 with self._lock:
-                    # An earlier attempt may have succeeded although the store's response was lost.
-                    # Then the log already contains the entry.
+                    # If an earlier attempt succeeded, but the store's response was lost, the log
+                    # already contains the entry.
                     failures = 0 if self.refresh() else failures
                     if (written := self._find_entry(entry_id)) is not None:
                         return written
@@ -807,7 +807,7 @@ def _verify(folder: pathlib.Path, digest: str, origin: str | None = None) -> Non
 
 
 def _install(partial: pathlib.Path, target: pathlib.Path) -> None:
-    """Moves a verified download to the target folder; an undamaged target folder stays as it is."""
+    """Moves a verified download to the target folder, unless this folder has an undamaged copy."""
     try:
         partial.rename(target)
     except OSError:

@@ -374,7 +374,7 @@ def make_server(
 
 @contextlib.contextmanager
 def serving_in_thread(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
-    """Serves an application on a thread with an event loop of its own, until the context ends."""
+    """Serves an application on a new thread with a new event loop, until the context ends."""
     server = make_server(app, drain=0.0, grace=0.0, on_shutdown=lambda: None)
     thread = threading.Thread(
         target=lambda: asyncio.run(server.serve([listener])), name="health", daemon=True

@@ -147,5 +147,5 @@ def _is_local(host: str) -> bool:
 
 
 def _url_host(host: str) -> str:
-    """Returns a host as it is written in a URL: an IPv6 address is put in brackets."""
+    """Returns a host for a URL: an IPv6 address in brackets, any other host unchanged."""
     return f"[{host}]" if ":" in host else host

@@ -146,7 +146,7 @@ class Backup:
           TrainingError: The run was started on another machine, which now writes the copy.
         """
         owner = self._read_owner()
-        if not owner:  # Somebody has deleted the copy.
+        if not owner:  # The copy was deleted.
             self._copied.clear()
             self._store.write(BACKUP, self._owner)
         elif owner != self._owner:

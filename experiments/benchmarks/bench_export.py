@@ -11,7 +11,7 @@ is CPU time of one thread in milliseconds per image; all models take turns, and 
 
 "quantize_static" is ONNX Runtime's own quantization of the float32 model, with the same images. The
 LiteRT models run in a process of --converter_python. "torch.onnx" is the same network in PyTorch
-with random weights (for a pretrained network: that of timm), exported by PyTorch; --peer_python
+with random weights (for a pretrained network: timm's network), exported by PyTorch; --peer_python
 names a Python with torch, timm, onnx and onnxscript. --peer_models are ONNX files of other
 projects, with the input float32 [batch, 3, size, size].
 

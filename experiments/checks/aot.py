@@ -466,9 +466,9 @@ def _largest(kernels: Sequence[Kernel], top: int) -> list[Kernel]:
     def names(weight: Callable[[Kernel], int]) -> set[str]:
         return {kernel.name for kernel in sorted(kernels, key=weight)[:top]}
 
-    by_bytes = names(lambda kernel: -kernel.calls * kernel.bytes)
-    by_cycles = names(lambda kernel: -kernel.calls * (kernel.cycles or 0))
-    chosen = by_bytes | by_cycles
+    most_bytes = names(lambda kernel: -kernel.calls * kernel.bytes)
+    most_cycles = names(lambda kernel: -kernel.calls * (kernel.cycles or 0))
+    chosen = most_bytes | most_cycles
     return [kernel for kernel in kernels if kernel.name in chosen]
 
 

@@ -173,7 +173,7 @@ class Outcome:
 
 
 def kill_repeatedly(folder: pathlib.Path, kills: int, epochs: int, rng: random.Random) -> Outcome:
-    """Compares the results of a run that is killed repeatedly with those of an undisturbed run.
+    """Compares the results of a run that is killed repeatedly and of an undisturbed run.
 
     Raises:
       RuntimeError: A run failed, or ended before the last kill.

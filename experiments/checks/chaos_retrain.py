@@ -36,7 +36,7 @@ CLASSES = ("blue", "green", "red")
 MODEL = "colours"
 
 # A pass that is killed at the write with the number in its first argument; 0 is never reached. Each
-# write counts twice: before and after. At its end, the program prints the number of writes.
+# write counts twice: before and after. Before it ends, the program prints the number of writes.
 _PASS = """
 import os, pathlib, shutil, signal, sys
 import obstore

@@ -351,9 +351,9 @@ def pool_all(
             pooled.setdefault(variant, {})[str(seed)] = metrics
     write_text(folder / "cross_validation.json", json.dumps(pooled, indent=1) + "\n")
     texts = {}
-    for variant, by_seed in pooled.items():
-        accuracy = statistics.mean(metrics["accuracy"] for metrics in by_seed.values())
-        count = next(iter(by_seed.values()))["count"]
+    for variant, metrics_of_seeds in pooled.items():
+        accuracy = statistics.mean(metrics["accuracy"] for metrics in metrics_of_seeds.values())
+        count = next(iter(metrics_of_seeds.values()))["count"]
         low, high = wilson_interval(accuracy * count, count)
         texts[variant] = f"{100 * accuracy:.2f} % ({100 * low:.2f} to {100 * high:.2f})"
     return texts
@@ -373,8 +373,8 @@ def pool(runs: Sequence["Run"]) -> tuple[dict[str, Any], str]:
     total = 0
     for run in runs:
         report = run.folder / "report"
-        by_split = json.loads((report / "metrics.json").read_text())
-        total = sum(by_split[split]["count"] for split in schema.SPLITS)
+        scores = json.loads((report / "metrics.json").read_text())
+        total = sum(scores[split]["count"] for split in schema.SPLITS)
         path = report / "predictions.csv"
         with path.open(encoding="utf-8", errors="surrogateescape", newline="") as file:
             for row in csv.DictReader(file):
@@ -461,7 +461,7 @@ class Run:
       overrides: Flags that change keys of the recipe, for all variants.
       fold: The value of the key `data.fold`.
       folds: The value of the key `data.folds`.
-      members: The number of seeds that are trained in one program; 0 for a program of its own.
+      members: The number of seeds that are trained in one program; 0 if each run is one program.
     """
 
     study_folder: pathlib.Path

@@ -8,7 +8,7 @@ import uuid
 
 import pytest
 from bundles import make_bundle
-from object_stores import BUCKET, azure_service, s3_service
+from object_stores import BUCKET, SERVICES
 
 from cnn_jax.inference.bundle import write_bundle
 
@@ -24,23 +24,22 @@ def bundle(tmp_path_factory):
 @pytest.fixture(scope="session")
 def s3():
     """The environment variables with which obstore connects to an S3 service on this machine."""
-    with s3_service() as variables:
+    with SERVICES["s3"]() as variables:
         yield variables
 
 
 @pytest.fixture(scope="session")
-def azure():
+def az():
     """The environment variables with which obstore connects to Azurite on this machine."""
-    with azure_service() as variables:
+    with SERVICES["az"]() as variables:
         yield variables
 
 
-@pytest.fixture(params=["folder", "s3", "azure"])
+@pytest.fixture(params=["folder", *SERVICES])
 def place(request, tmp_path, monkeypatch):
     """The URL of a new registry in a folder, on S3 or on Azure."""
     if request.param == "folder":
         return str(tmp_path / "new" / "registry")
     for name, value in request.getfixturevalue(request.param).items():
         monkeypatch.setenv(name, value)
-    protocol = {"s3": "s3", "azure": "az"}[request.param]
-    return f"{protocol}://{BUCKET}/{uuid.uuid4().hex}"
+    return f"{request.param}://{BUCKET}/{uuid.uuid4().hex}"

@@ -7,7 +7,6 @@ import os
 import pathlib
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ import urllib.request
 
 import numpy as np
 import pytest
+from conftest import free_port
 from PIL import Image
 from registry_tools import figures, vary
 
@@ -199,9 +199,7 @@ def test_a_client_cannot_name_a_file_of_the_server(registry, tmp_path):
 @needs_mlflow
 def test_mlflow_serves_a_registered_version(registry, uri, tmp_path):
     export(registry, uri)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "mlflow", "models", "serve", "--env-manager=local"]
     # MLflow starts the program `uvicorn`, which is beside the interpreter.
     path = f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

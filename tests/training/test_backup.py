@@ -9,7 +9,7 @@ import time
 import jax
 import pytest
 from conftest import REPOSITORY
-from object_stores import BUCKET, azure_service, s3_service
+from object_stores import BUCKET, SERVICES
 
 from cnn_jax import api, main
 from cnn_jax.config import files
@@ -321,10 +321,10 @@ train_and_evaluate(
 """
 
 
-@pytest.fixture(params=["s3", "az"])
+@pytest.fixture(params=SERVICES)
 def bucket(request, monkeypatch):
     """The URL of an empty folder of an object store on this machine."""
-    with {"s3": s3_service, "az": azure_service}[request.param]() as variables:
+    with SERVICES[request.param]() as variables:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         yield f"{request.param}://{BUCKET}/runs/1"

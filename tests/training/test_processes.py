@@ -5,13 +5,12 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import time
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, free_port
 from test_faults import command, one_line, wait_for_epochs
 
 EPOCHS = "--config.train.epochs=4"
@@ -21,19 +20,13 @@ def _environment(devices):
     return os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
 
 
-def _free_port():
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]
-
-
 @contextlib.contextmanager
 def _processes(source, workdir, *flags, count=2, devices=2, environments=None, caches=None):
     """A context with `count` processes of one run, each with `devices` devices.
 
     The processes use the cache folders `caches`; by default all use the same folder.
     """
-    port = _free_port()
+    port = free_port()
     processes = []
     for process_id in range(count):
         own = [
@@ -244,7 +237,7 @@ def test_the_primary_process_reports_a_folder_in_use(image_folder, tmp_path):
 
 
 def test_processes_with_different_configurations_are_refused(image_folder, tmp_path):
-    port = _free_port()
+    port = free_port()
     processes = [
         subprocess.Popen(
             command(

@@ -6,7 +6,6 @@ import os
 import pathlib
 import pwd
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -14,7 +13,7 @@ from multiprocessing import forkserver
 
 import fakes
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, free_port
 from fakes import counted, install, make_plan, outline, run, states, work
 
 
@@ -134,9 +133,7 @@ class Server:
                 pytest.skip("root starts no PostgreSQL server, and there is no user postgres")
             os.chown(folder, user.pw_uid, user.pw_gid)
             self._user = {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
+        self._port = free_port()
         self._run("initdb", "--username=tester", "--auth=trust", "--encoding=UTF8", "--no-sync")
 
     def _run(self, program, *arguments):
